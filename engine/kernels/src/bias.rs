@@ -1,0 +1,51 @@
+//! The backward of a bias: column sums over rows, in ascending order of rows.
+
+use crate::disjoint::Disjoint;
+
+/// Columns a task sums; a multiple of the vector width.
+const COLUMNS_PER_TASK: usize = 64;
+
+impl crate::Kernels {
+    /// `db[c] += sum over rows r of dy[r, c]`, rows ascending; `dy` is `[M, db.len()]`.
+    ///
+    /// # Panics
+    /// When `dy` is not whole rows.
+    pub fn bias_backward(&self, dy: &[f32], db: &mut [f32]) {
+        let cols = db.len();
+        if cols == 0 {
+            return;
+        }
+        assert!(dy.len().is_multiple_of(cols), "{} values in rows of {cols}", dy.len());
+        let db = Disjoint::new(db);
+        self.pool().run(cols.div_ceil(COLUMNS_PER_TASK), &|task| {
+            let from = task * COLUMNS_PER_TASK;
+            let to = (from + COLUMNS_PER_TASK).min(cols);
+            // SAFETY: tasks own disjoint column ranges.
+            let sums = unsafe { db.part(from, to) };
+            for row in dy.chunks_exact(cols) {
+                sums.iter_mut().zip(&row[from..to]).for_each(|(sum, d)| *sum += d);
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{Kernels, Level};
+
+    #[test]
+    fn sums_columns_whatever_the_threads() {
+        let (rows, cols) = (7, 133);
+        let dy: Vec<f32> = (0..rows * cols).map(|i| ((i * 37) % 101) as f32 * 0.25 - 9.0).collect();
+        let mut want = vec![1.0f32; cols];
+        for row in dy.chunks_exact(cols) {
+            want.iter_mut().zip(row).for_each(|(w, d)| *w += d);
+        }
+        for threads in [1, 2, 3] {
+            let mut sums = vec![1.0; cols];
+            let kernels = Kernels::new(Level::Portable, threads).expect("portable runs everywhere");
+            kernels.bias_backward(&dy, &mut sums);
+            assert_eq!(sums, want);
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! Which processor features exist here, proven by values.
+//!
+//! A fast kernel can only be called by somebody who holds the token that its check returned, so a
+//! machine without the feature never meets the instruction. Nothing here reads the environment.
+
+use std::fmt;
+
+/// A family of kernels, from the plainest to the fastest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Level {
+    /// The naive definition of every operation; one thread, plain loops.
+    Reference,
+    /// Blocked and threaded, but no instruction beyond the baseline processor.
+    Portable,
+    /// AVX-512 (F, BW, DQ, VL), with its bf16 dot products where the processor has them.
+    Avx512,
+    /// AVX-512 plus AMX tiles for bf16 products.
+    Amx,
+}
+
+impl Level {
+    /// All levels, slowest first.
+    pub const ALL: [Self; 4] = [Self::Reference, Self::Portable, Self::Avx512, Self::Amx];
+
+    /// The name used by `ENGINE_CPU`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Reference => "reference",
+            Self::Portable => "portable",
+            Self::Avx512 => "avx512",
+            Self::Amx => "amx",
+        }
+    }
+
+    /// The level of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|level| level.name() == name)
+    }
+
+    /// The best level this processor and system can run.
+    pub fn detect() -> Self {
+        Self::ALL.into_iter().rev().find(|level| level.isa().is_some()).unwrap_or(Self::Portable)
+    }
+
+    /// Whether this processor can run it.
+    pub fn available(self) -> bool {
+        self.isa().is_some()
+    }
+
+    /// The proof that this level runs here.
+    pub(crate) fn isa(self) -> Option<Isa> {
+        match self {
+            Self::Reference => Some(Isa::Reference),
+            Self::Portable => Some(Isa::Portable),
+            Self::Avx512 => Avx512::new().map(Isa::Avx512),
+            Self::Amx => Amx::new().map(Isa::Amx),
+        }
+    }
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A level together with the proof that it runs here.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Isa {
+    Reference,
+    Portable,
+    Avx512(Avx512),
+    Amx(Amx),
+}
+
+impl Isa {
+    /// AVX-512 where it may be used: at the levels `avx512` and `amx`.
+    pub(crate) fn avx512(self) -> Option<Avx512> {
+        match self {
+            Self::Reference | Self::Portable => None,
+            Self::Avx512(token) => Some(token),
+            Self::Amx(token) => Some(token.avx512),
+        }
+    }
+}
+
+/// Proof that AVX-512 F, BW, DQ and VL (and AVX2 and FMA) may be used.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512 {
+    bf16: bool,
+}
+
+impl Avx512 {
+    fn new() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let base = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma");
+            base.then(|| Self { bf16: is_x86_feature_detected!("avx512bf16") })
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        None
+    }
+
+    /// The same processor as if it had no bf16 dot product, to test what is done then.
+    #[cfg(test)]
+    pub(crate) fn without_bf16(self) -> Self {
+        Self { bf16: false }
+    }
+
+    /// Proof that the AVX-512 bf16 dot product may be used too.
+    pub(crate) fn bf16(self) -> Option<Avx512Bf16> {
+        self.bf16.then_some(Avx512Bf16(()))
+    }
+}
+
+/// Proof that AVX512_BF16 (`vdpbf16ps`) may be used.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512Bf16(());
+
+/// Proof that AMX tiles with bf16 products may be used by this process.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Amx {
+    pub(crate) avx512: Avx512,
+}
+
+impl Amx {
+    /// The processor has tiles and bf16 products, the system saves them, and it gave permission.
+    pub(crate) fn new() -> Option<Self> {
+        #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+        {
+            let avx512 = Avx512::new()?;
+            (amx::in_hardware() && amx::enabled() && amx::permitted()).then_some(Self { avx512 })
+        }
+        #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+        None
+    }
+}
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod amx {
+    use std::arch::asm;
+    use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+
+    /// CPUID leaf 7, EDX: AMX-BF16 (bit 22) and AMX-TILE (bit 24).
+    pub(super) fn in_hardware() -> bool {
+        const NEEDED: u32 = 1 << 22 | 1 << 24;
+        __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & NEEDED == NEEDED
+    }
+
+    /// XCR0: the system saves tile configuration (bit 17) and tile data (bit 18).
+    pub(super) fn enabled() -> bool {
+        const NEEDED: u64 = 1 << 17 | 1 << 18;
+        // SAFETY: AVX-512 was found usable before, so the system has enabled XGETBV.
+        let enabled = unsafe { _xgetbv(0) };
+        enabled & NEEDED == NEEDED
+    }
+
+    /// Asks the system to let this process (all its threads) use tile data.
+    pub(super) fn permitted() -> bool {
+        const ARCH_PRCTL: isize = 158;
+        const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
+        const TILE_DATA: usize = 18;
+        let status: isize;
+        // SAFETY: this system call grants a permission and touches no memory.
+        unsafe {
+            asm!(
+                "syscall",
+                inlateout("rax") ARCH_PRCTL => status,
+                in("rdi") ARCH_REQ_XCOMP_PERM,
+                in("rsi") TILE_DATA,
+                lateout("rcx") _,
+                lateout("r11") _,
+                options(nostack),
+            );
+        }
+        status == 0
+    }
+}
+
+/// The names of the processor features that kernels ask for and that were found.
+pub fn features() -> Vec<&'static str> {
+    let mut found = Vec::new();
+    if let Some(token) = Avx512::new() {
+        found.extend(["avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"]);
+        if token.bf16().is_some() {
+            found.push("avx512bf16");
+        }
+    }
+    if Amx::new().is_some() {
+        found.push("amx-bf16");
+    }
+    found
+}

@@ -1,0 +1,271 @@
+//! The product with AVX-512: lanes are 16 outputs, one line of the weights is one register.
+//!
+//! ```text
+//! for each panel of C blocks, for each group of R rows:
+//!     sum[r][c] = 0                                    R * C independent chains
+//!     for i in 0..depth:                               ascending: the only order there is
+//!         weight[c] = line i of block c                64 bytes, read once for R rows
+//!         for r: sum[r][c] = dot(sum[r][c], word i of row r in all lanes, weight[c])
+//!     out = sum + bias (+ out)
+//! ```
+//!
+//! `dot` is a fused multiply-add (f32), `vdpbf16ps` (bf16), or two fused multiply-adds of widened
+//! halves where that instruction is missing. A chain is the same for every R and C, so they are
+//! chosen by speed: enough chains to cover the latency, few enough for 32 registers.
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::rectangle;
+
+/// Never called: no token exists on other processors.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn rectangle(
+    _token: crate::cpu::Avx512,
+    p: &super::product::Product<'_>,
+    part: &super::product::Rectangle,
+    out: &crate::disjoint::Disjoint<'_, f32>,
+) {
+    super::portable::rectangle(p, part, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use crate::Dtype;
+    use crate::cpu::Avx512;
+    use crate::disjoint::Disjoint;
+    use crate::gemm::Write;
+    use crate::gemm::buffer::{Line, WORDS};
+    use crate::gemm::product::{Product, Rectangle};
+
+    /// Most rows of a group: 12 x 2 sums, 2 weights and a word of x fit into 32 registers.
+    const GROUP_ROWS: usize = 12;
+    /// Lines that each stream of weights is asked for ahead of its use (2 KB).
+    const AHEAD_LINES: usize = 32;
+
+    /// Where a micro-kernel works: its first row and its first block.
+    #[derive(Clone, Copy)]
+    struct Corner {
+        row: usize,
+        block: usize,
+    }
+
+    type Kernel = unsafe fn(&Product<'_>, Corner, &Disjoint<'_, f32>);
+
+    /// Computes a rectangle of the output.
+    pub(in crate::gemm) fn rectangle(
+        token: Avx512,
+        p: &Product<'_>,
+        part: &Rectangle,
+        out: &Disjoint<'_, f32>,
+    ) {
+        let kernel = match p.dtype {
+            Dtype::F32 => f32_kernel,
+            Dtype::Bf16 if token.bf16().is_some() => bf16_kernel,
+            Dtype::Bf16 => widened_kernel,
+        };
+        let rows = part.rows.len();
+        let groups = rows.div_ceil(GROUP_ROWS);
+        let (base, longer) = (rows / groups, rows % groups);
+        let widest = widest(rows.div_ceil(groups));
+        let mut block = part.blocks.start;
+        while block < part.blocks.end {
+            let blocks = widest.min(1 << (part.blocks.end - block).ilog2());
+            let mut row = part.rows.start;
+            for group in 0..groups {
+                let rows = base + usize::from(group < longer);
+                // SAFETY: the token (and its bf16 part) proves the features of the chosen kernels.
+                unsafe { kernel(rows, blocks)(p, Corner { row, block }, out) };
+                row += rows;
+            }
+            block += blocks;
+        }
+    }
+
+    /// Blocks of a panel for groups of at most `rows` rows.
+    fn widest(rows: usize) -> usize {
+        match rows {
+            ..=2 => 8,
+            3..=5 => 4,
+            _ => 2,
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn dot_f32(sum: __m512, x: __m512i, w: __m512i) -> __m512 {
+        _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn dot_bf16(sum: __m512, x: __m512i, w: __m512i) -> __m512 {
+        // SAFETY: both are 512 bits without invalid values.
+        let x = unsafe { std::mem::transmute::<__m512i, __m512bh>(x) };
+        // SAFETY: as above.
+        let w = unsafe { std::mem::transmute::<__m512i, __m512bh>(w) };
+        _mm512_dpbf16_ps(sum, x, w)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn dot_widened(sum: __m512, x: __m512i, w: __m512i) -> __m512 {
+        let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+        let sum = dot_f32(sum, _mm512_slli_epi32::<16>(x), _mm512_slli_epi32::<16>(w));
+        dot_f32(sum, _mm512_and_si512(x, upper), _mm512_and_si512(w, upper))
+    }
+
+    /// The weights of one step.
+    ///
+    /// # Safety
+    /// `line` can be read.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load(line: *const Line) -> __m512i {
+        // SAFETY: by the contract.
+        unsafe { _mm512_load_si512(line.cast()) }
+    }
+
+    /// Asks for the weights of a later step; any address will do.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn prefetch(line: *const Line) {
+        _mm_prefetch::<_MM_HINT_T0>(line.cast());
+    }
+
+    /// Adds bias and earlier values as asked and writes one row's sums of `C` blocks.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn store<const C: usize>(p: &Product<'_>, sums: &[__m512; C], block: usize, to: &mut [f32]) {
+        for (c, (&sum, to)) in sums.iter().zip(to.chunks_mut(WORDS)).enumerate() {
+            let mask = (u16::MAX) >> (WORDS - to.len());
+            let mut sum = sum;
+            if let Some(bias) = p.bias {
+                let bias = &bias[(block + c) * WORDS..][..to.len()];
+                // SAFETY: the mask has as many bits as the slice has elements.
+                sum = _mm512_add_ps(sum, unsafe { _mm512_maskz_loadu_ps(mask, bias.as_ptr()) });
+            }
+            if p.write == Write::Add {
+                // SAFETY: as above.
+                sum = _mm512_add_ps(unsafe { _mm512_maskz_loadu_ps(mask, to.as_ptr()) }, sum);
+            }
+            // SAFETY: as above.
+            unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr(), mask, sum) };
+        }
+    }
+
+    /// Defines a micro-kernel of `R` rows by `C` blocks and the function that picks R and C.
+    macro_rules! micro_kernel {
+        ($pick:ident, $kernel:ident, $features:literal, $dot:ident) => {
+            #[target_feature(enable = $features)]
+            fn $kernel<const R: usize, const C: usize>(
+                p: &Product<'_>,
+                at: Corner,
+                out: &Disjoint<'_, f32>,
+            ) {
+                let (stride, lines) = (p.stride * WORDS, p.block_lines);
+                let x = &p.x[at.row * p.stride..][..R * p.stride];
+                let w = &p.w[at.block * lines..][..C * lines];
+                assert!(p.depth <= stride && p.depth <= lines, "depth {} beyond a row", p.depth);
+                let (x, w) = (x.as_ptr().cast::<i32>(), w.as_ptr());
+                let mut sums = [[_mm512_setzero_ps(); C]; R];
+                for i in 0..p.depth {
+                    let ahead = i + AHEAD_LINES;
+                    let ahead = if ahead < lines { ahead } else { ahead + (C - 1) * lines };
+                    let mut weights = [_mm512_setzero_si512(); C];
+                    for (c, weight) in weights.iter_mut().enumerate() {
+                        // SAFETY: `c < C` and `i < depth <= lines`.
+                        *weight = unsafe { load(w.wrapping_add(c * lines + i)) };
+                        prefetch(w.wrapping_add(c * lines + ahead));
+                    }
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        // SAFETY: `r < R` and `i < depth <= stride`.
+                        let word = unsafe { *x.wrapping_add(r * stride + i) };
+                        let word = _mm512_set1_epi32(word);
+                        for (sum, &weight) in sums.iter_mut().zip(&weights) {
+                            *sum = $dot(*sum, word, weight);
+                        }
+                    }
+                }
+                for (r, sums) in sums.iter().enumerate() {
+                    let place = p.place(at.row + r, at.block, C);
+                    // SAFETY: no other task has outputs of this row and these blocks.
+                    store(p, sums, at.block, unsafe { out.part(place.start, place.end) });
+                }
+            }
+
+            fn $pick(rows: usize, blocks: usize) -> Kernel {
+                match (rows, blocks) {
+                    (1, 8) => $kernel::<1, 8>,
+                    (1, 4) => $kernel::<1, 4>,
+                    (1, 2) => $kernel::<1, 2>,
+                    (1, 1) => $kernel::<1, 1>,
+                    (2, 8) => $kernel::<2, 8>,
+                    (2, 4) => $kernel::<2, 4>,
+                    (2, 2) => $kernel::<2, 2>,
+                    (2, 1) => $kernel::<2, 1>,
+                    (3, 4) => $kernel::<3, 4>,
+                    (3, 2) => $kernel::<3, 2>,
+                    (3, 1) => $kernel::<3, 1>,
+                    (4, 4) => $kernel::<4, 4>,
+                    (4, 2) => $kernel::<4, 2>,
+                    (4, 1) => $kernel::<4, 1>,
+                    (5, 4) => $kernel::<5, 4>,
+                    (5, 2) => $kernel::<5, 2>,
+                    (5, 1) => $kernel::<5, 1>,
+                    (6, 2) => $kernel::<6, 2>,
+                    (6, 1) => $kernel::<6, 1>,
+                    (7, 2) => $kernel::<7, 2>,
+                    (7, 1) => $kernel::<7, 1>,
+                    (8, 2) => $kernel::<8, 2>,
+                    (8, 1) => $kernel::<8, 1>,
+                    (9, 2) => $kernel::<9, 2>,
+                    (9, 1) => $kernel::<9, 1>,
+                    (10, 2) => $kernel::<10, 2>,
+                    (10, 1) => $kernel::<10, 1>,
+                    (11, 2) => $kernel::<11, 2>,
+                    (11, 1) => $kernel::<11, 1>,
+                    (12, 2) => $kernel::<12, 2>,
+                    (12, 1) => $kernel::<12, 1>,
+                    _ => unreachable!("groups have 1..=12 rows, panels 1, 2, 4 or 8 blocks"),
+                }
+            }
+        };
+    }
+
+    micro_kernel!(f32_kernel, f32_sums, "avx512f", dot_f32);
+    micro_kernel!(bf16_kernel, bf16_sums, "avx512f,avx512bf16", dot_bf16);
+    micro_kernel!(widened_kernel, widened_sums, "avx512f", dot_widened);
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::Isa;
+    use crate::{Dtype, Kernels, Level, Matrix, Operand, Write};
+
+    /// The path of processors without `vdpbf16ps`, which the tests at the door cannot choose.
+    #[test]
+    fn widened_halves_agree_with_the_reference_and_keep_rows_apart() {
+        let Some(mut kernels) = Kernels::new(Level::Avx512, 2) else { return };
+        kernels.isa = Isa::Avx512(kernels.isa.avx512().unwrap().without_bf16());
+        let reference = Kernels::new(Level::Reference, 1).unwrap();
+        let (n, k) = (83, 57);
+        let values = |n: usize| (0..n).map(|i| (i * 7919 % 1009) as f32 / 500.0 - 1.0);
+        let mut w = Matrix::zeros(Dtype::Bf16, n, k);
+        kernels.load_matrix(&values(n * k).collect::<Vec<_>>(), &mut w);
+        let x: Vec<f32> = values(30 * k).map(|x| x * 0.7).collect();
+        let product = |kernels: &Kernels, rows: usize| {
+            let (mut operand, mut out) = (Operand::new(Dtype::Bf16), vec![0.0; rows * n]);
+            kernels.operand(&x[..rows * k], k, &mut operand);
+            kernels.matmul(&operand, &w, 0..n, None, Write::Set, &mut out);
+            out
+        };
+        let whole = product(&kernels, 30);
+        for (got, expected) in whole.iter().zip(product(&reference, 30)) {
+            assert!((got - expected).abs() < 1e-4, "{got} {expected}");
+        }
+        for rows in 1..30 {
+            assert_eq!(product(&kernels, rows), whole[..rows * n], "{rows} rows");
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! Matrix products, forward and both of the backward: `y = x W^T`, `dx = dy W`, `dW = dy^T x`.
+//!
+//! An output is always one chain over the reduced index in ascending order, whatever the shape of
+//! the rest, the blocking and the number of threads: within a level its bits depend on its own row
+//! of the left operand and its own weights only. Sums are in f32. Leaves out the transposed product
+//! of two activations (attention has its own kernels) and quantised weights.
+
+mod amx;
+mod avx512;
+pub(crate) mod buffer;
+pub(crate) mod convert;
+mod operand;
+pub(crate) mod pack;
+mod portable;
+mod product;
+mod reference;
+
+use std::ops::Range;
+
+pub use operand::Operand;
+
+use crate::{Dtype, Kernels, Level, Matrix};
+use buffer::WORDS;
+use product::Product;
+
+/// Values that one task rounds at least.
+const ROUND_VALUES: usize = 1 << 14;
+
+/// What happens to the values that were in an output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// They are replaced.
+    Set,
+    /// The result is added to them.
+    Add,
+}
+
+impl Write {
+    /// Writes one value.
+    #[inline(always)]
+    pub(crate) fn apply(self, target: &mut f32, value: f32) {
+        match self {
+            Self::Set => *target = value,
+            Self::Add => *target += value,
+        }
+    }
+}
+
+/// Reusable memory of the backward products: both operands, transposed.
+pub struct Scratch {
+    left: Operand,
+    right: Matrix,
+}
+
+impl Scratch {
+    /// Empty; grows to what the largest product needs.
+    pub fn new() -> Self {
+        Self { left: Operand::new(Dtype::F32), right: Matrix::zeros(Dtype::F32, 0, 0) }
+    }
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Kernels {
+    /// Rounds `x` `[rows, cols]` to the format of `out`, as the left operand of products.
+    ///
+    /// # Panics
+    /// When `x` is not a whole number of rows.
+    pub fn operand(&self, x: &[f32], cols: usize, out: &mut Operand) {
+        let rows = x.len().checked_div(cols).unwrap_or(0);
+        assert_eq!(x.len(), rows * cols, "values against rows of {cols}");
+        let dtype = out.dtype();
+        out.reshape(dtype, rows, cols);
+        let stride = out.stride();
+        let per_task = ROUND_VALUES / cols.max(1) + 1;
+        let lines = out.disjoint();
+        self.pool.run(rows.div_ceil(per_task), &|task| {
+            let (first, last) = (task * per_task, rows.min((task + 1) * per_task));
+            // SAFETY: every row belongs to one task.
+            let target = unsafe { lines.part(first * stride, last * stride) };
+            let values = &x[first * cols..last * cols];
+            pack::pack_rows(self.isa.avx512(), dtype, values, cols, stride, target);
+        });
+    }
+
+    /// `out[m, j] = sum_k x[m, k] w[rows.start + j, k] + bias[j]`, set or added.
+    ///
+    /// `x` is `[M, K]`, `out` `[M, rows.len()]`; a range of `w` gives the bits of the whole.
+    ///
+    /// # Panics
+    /// When formats or shapes do not agree or `rows` does not start at a multiple of 16.
+    pub fn matmul(
+        &self,
+        x: &Operand,
+        w: &Matrix,
+        rows: Range<usize>,
+        bias: Option<&[f32]>,
+        write: Write,
+        out: &mut [f32],
+    ) {
+        check_range(w, &rows);
+        assert_eq!(x.dtype(), w.dtype(), "format of the left operand against the weights'");
+        assert_eq!(x.cols(), w.cols(), "columns of the left operand against the weights'");
+        let n = rows.len();
+        assert_eq!(out.len(), x.rows() * n, "output length against {} rows of {n}", x.rows());
+        if let Some(bias) = bias {
+            assert_eq!(bias.len(), n, "bias length against {n} outputs");
+        }
+        if self.level() == Level::Reference {
+            return reference::matmul(x, w, rows, bias, write, out);
+        }
+        Product { bias, write, ..Product::new(x, w, rows) }.run(self, out);
+    }
+
+    /// `dx[m, k] = sum_j dy[m, j] w[rows.start + j, k]`, set or added.
+    ///
+    /// `dy` is `[M, rows.len()]` in the format of `w`, `dx` `[M, K]`.
+    ///
+    /// # Panics
+    /// When formats or shapes do not agree or `rows` does not start at a multiple of 16.
+    pub fn matmul_dx(
+        &self,
+        dy: &Operand,
+        w: &Matrix,
+        rows: Range<usize>,
+        write: Write,
+        dx: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
+        check_range(w, &rows);
+        assert_eq!(dy.dtype(), w.dtype(), "format of the left operand against the weights'");
+        assert_eq!(dy.cols(), rows.len(), "columns of the left operand against the range");
+        let (m, k) = (dy.rows(), w.cols());
+        assert_eq!(dx.len(), m * k, "output length against {m} rows of {k}");
+        if self.level() == Level::Reference {
+            return reference::matmul_dx(dy, w, rows, write, dx);
+        }
+        pack::transpose_weights(self, w, rows, &mut scratch.right);
+        Product { write, ..Product::new(dy, &scratch.right, 0..k) }.run(self, dx);
+    }
+
+    /// `dw[j, k] = sum_m dy[m, j] x[m, k]`, set or added, `dy` rounded to the format of `x`.
+    ///
+    /// `dy` is `[M, n]`, `x` `[M, K]`, `dw` `[n, K]`, row-major f32.
+    ///
+    /// # Panics
+    /// When the lengths do not agree.
+    pub fn matmul_dw(
+        &self,
+        dy: &[f32],
+        x: &Operand,
+        write: Write,
+        dw: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
+        let (m, k) = (x.rows(), x.cols());
+        let n = dw.len().checked_div(k).unwrap_or(0);
+        assert_eq!(dw.len(), n * k, "output length against rows of {k}");
+        assert_eq!(dy.len(), m * n, "gradient length against {m} rows of {n}");
+        if self.level() == Level::Reference {
+            return reference::matmul_dw(dy, x, write, dw);
+        }
+        if n == 0 {
+            return;
+        }
+        pack::transpose_values(self, x.dtype(), dy, n, &mut scratch.left);
+        pack::transpose_rows(self, x, &mut scratch.right);
+        Product { write, ..Product::new(&scratch.left, &scratch.right, 0..k) }.run(self, dw);
+    }
+}
+
+fn check_range(w: &Matrix, rows: &Range<usize>) {
+    let (start, end) = (rows.start, rows.end);
+    assert!(start <= end && end <= w.rows(), "rows {start}..{end} of {}", w.rows());
+    assert!(start.is_multiple_of(WORDS), "range start {start} is not a multiple of {WORDS}");
+}

@@ -1,0 +1,402 @@
+//! Re-arranging operands: row-major rows into tile blocks, and the transposes of the backward
+//! products. All of them move squares of 16 x 16 words; bf16 squares hold pairs of rows or columns.
+
+use std::ops::Range;
+
+use super::buffer::{Line, WORDS};
+use super::convert::{pack_line, pack_row, pair, per_word};
+use super::operand::Operand;
+use crate::cpu::Avx512;
+use crate::{Dtype, Kernels, Matrix, disjoint::Disjoint};
+
+/// A square of 16 x 16 words.
+type Square = [Line; WORDS];
+/// Sixteen rows of words in up to 16 * `STRIP` columns.
+type Strip = [[Line; STRIP]; WORDS];
+/// Squares side by side in a strip, which takes 16 KB: half a first-level cache.
+const STRIP: usize = 16;
+
+/// Defines a function that runs `$body`, which is inlined, compiled for AVX-512 where there is a token.
+macro_rules! widened {
+    ($(#[$doc:meta])* $visible:vis fn $name:ident($($argument:ident: $kind:ty),*) = $body:ident) => {
+        $(#[$doc])*
+        $visible fn $name(simd: Option<Avx512>, $($argument: $kind),*) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            fn wide(simd: Option<Avx512>, $($argument: $kind),*) {
+                $body(simd, $($argument),*);
+            }
+            #[cfg(target_arch = "x86_64")]
+            if simd.is_some() {
+                // SAFETY: the token proves AVX-512.
+                return unsafe { wide(simd, $($argument),*) };
+            }
+            $body(simd, $($argument),*);
+        }
+    };
+}
+pub(super) use widened;
+
+widened! {
+    /// Rounds row-major `rows` of `cols` values into the rows of a block from `first` on.
+    ///
+    /// The other rows of the block and the padding of its columns stay as they are.
+    pub(crate) fn pack_block(
+        dtype: Dtype, rows: &[f32], cols: usize, first: usize, block: &mut [Line]
+    ) = pack_block_body
+}
+
+#[inline(always)]
+fn pack_block_body(
+    simd: Option<Avx512>,
+    dtype: Dtype,
+    rows: &[f32],
+    cols: usize,
+    first: usize,
+    block: &mut [Line],
+) {
+    let Some(count) = rows.len().checked_div(cols) else { return };
+    let last = first + count;
+    let per_line = WORDS * per_word(dtype);
+    for (i, lines) in block.chunks_mut(WORDS).enumerate() {
+        let mut square = [Line::ZERO; WORDS];
+        for (line, row) in square[first..last].iter_mut().zip(rows.chunks_exact(cols)) {
+            let end = cols.min((i + 1) * per_line);
+            pack_line(dtype, &row[(i * per_line).min(end)..end], line);
+        }
+        let square = transpose(simd, &square);
+        for (to, from) in lines.iter_mut().zip(&square) {
+            if count == WORDS {
+                *to = *from;
+            } else {
+                to.0[first..last].copy_from_slice(&from.0[first..last]);
+            }
+        }
+    }
+}
+
+widened! {
+    /// Rounds rows of `cols` values into rows of `stride` lines, filled up with zeros.
+    pub(super) fn pack_rows(
+        dtype: Dtype, rows: &[f32], cols: usize, stride: usize, to: &mut [Line]
+    ) = pack_rows_body
+}
+
+#[inline(always)]
+fn pack_rows_body(
+    _simd: Option<Avx512>,
+    dtype: Dtype,
+    rows: &[f32],
+    cols: usize,
+    stride: usize,
+    to: &mut [Line],
+) {
+    for (values, lines) in rows.chunks_exact(cols).zip(to.chunks_exact_mut(stride)) {
+        pack_row(dtype, values, lines);
+    }
+}
+
+/// Makes `out` the transpose of rows `rows` of `w`: `[w.cols, rows.len()]`.
+pub(super) fn transpose_weights(
+    kernels: &Kernels,
+    w: &Matrix,
+    rows: Range<usize>,
+    out: &mut Matrix,
+) {
+    let (dtype, count) = (w.dtype(), rows.len());
+    out.reshape(dtype, w.cols(), count);
+    let block_lines = w.block_lines();
+    let source = &w.lines()[rows.start / WORDS * block_lines..];
+    each_output_block(kernels, out, |column, to_lines, target| {
+        let first = (column * WORDS).min(block_lines);
+        let lines = first..block_lines.min(first + WORDS);
+        let from = WeightsColumn { source, block_lines, lines, count };
+        transpose_weights_column(kernels.isa.avx512(), dtype, from, to_lines, target);
+    });
+}
+
+/// The lines of 16 words of inputs, one square of each block, of `count` rows of weights.
+struct WeightsColumn<'a> {
+    source: &'a [Line],
+    block_lines: usize,
+    lines: Range<usize>,
+    count: usize,
+}
+
+widened! {
+    fn transpose_weights_column(
+        dtype: Dtype, from: WeightsColumn<'_>, to_lines: usize, target: &mut [Line]
+    ) = transpose_weights_body
+}
+
+#[inline(always)]
+fn transpose_weights_body(
+    simd: Option<Avx512>,
+    dtype: Dtype,
+    from: WeightsColumn<'_>,
+    to_lines: usize,
+    target: &mut [Line],
+) {
+    let per_word = per_word(dtype);
+    for (b, row) in (0..from.count).step_by(WORDS).enumerate() {
+        let lines = &from.source[b * from.block_lines..][from.lines.clone()];
+        let mut square = [Line::ZERO; WORDS];
+        square[..lines.len()].copy_from_slice(lines);
+        let mut square = transpose(simd, &square);
+        // Rows of the last block that are past the range are none of its business.
+        let valid = (from.count - row).min(WORDS);
+        square[valid..].fill(Line::ZERO);
+        let written = &square[..valid.next_multiple_of(per_word)];
+        interleave(dtype, written, row / per_word, to_lines, target);
+    }
+}
+
+/// Makes `out` the transpose of `x` as weights: `[x.cols, x.rows]`.
+pub(super) fn transpose_rows(kernels: &Kernels, x: &Operand, out: &mut Matrix) {
+    let dtype = x.dtype();
+    out.reshape(dtype, x.cols(), x.rows());
+    each_output_block(kernels, out, |column, to_lines, target| {
+        transpose_rows_column(kernels.isa.avx512(), x, column, to_lines, target);
+    });
+}
+
+widened! {
+    fn transpose_rows_column(
+        x: &Operand, column: usize, to_lines: usize, target: &mut [Line]
+    ) = transpose_rows_body
+}
+
+#[inline(always)]
+fn transpose_rows_body(
+    _simd: Option<Avx512>,
+    x: &Operand,
+    column: usize,
+    to_lines: usize,
+    target: &mut [Line],
+) {
+    let per_word = per_word(x.dtype());
+    for row in (0..x.rows()).step_by(per_word) {
+        let line = |row: usize| match row < x.rows() {
+            true => x.lines()[row * x.stride() + column],
+            false => Line::ZERO,
+        };
+        let rows = [line(row), line(row + 1)];
+        interleave(x.dtype(), &rows[..per_word], row / per_word, to_lines, target);
+    }
+}
+
+/// Has `fill` write the blocks of `out` that come from one line of words of a row: one block of f32,
+/// two of bf16. `fill` gets the index of that line, the length of a block, and the blocks, and leaves
+/// alone the lines after the last column, which become zero.
+fn each_output_block(
+    kernels: &Kernels,
+    out: &mut Matrix,
+    fill: impl Fn(usize, usize, &mut [Line]) + Sync,
+) {
+    let (lines, per_word) = (out.block_lines(), per_word(out.dtype()));
+    let (blocks, written) = (out.rows().div_ceil(WORDS), out.cols().div_ceil(per_word));
+    let target = out.disjoint();
+    kernels.pool.run(blocks.div_ceil(per_word), &|task| {
+        let (first, last) = (task * per_word, blocks.min((task + 1) * per_word));
+        // SAFETY: the blocks of a task are its own.
+        let target = unsafe { target.part(first * lines, last * lines) };
+        fill(task, lines, target);
+        target.chunks_mut(lines.max(1)).for_each(|block| block[written..].fill(Line::ZERO));
+    });
+}
+
+/// Makes `out` the transpose of row-major `y` with `cols` columns, rounded to `dtype`.
+///
+/// A task reads the rows of `y` that make up one line of every row of `out`: a strip of columns at a
+/// time into a small table of words, whose squares it then transposes.
+pub(super) fn transpose_values(
+    kernels: &Kernels,
+    dtype: Dtype,
+    y: &[f32],
+    cols: usize,
+    out: &mut Operand,
+) {
+    let rows = y.len().checked_div(cols).unwrap_or(0);
+    out.reshape(dtype, cols, rows);
+    let stride = out.stride();
+    let target = out.disjoint();
+    let depth = WORDS * per_word(dtype);
+    kernels.pool.run(stride, &|line| {
+        let first = (line * depth).min(rows);
+        let from = &y[first * cols..rows.min(first + depth) * cols];
+        let to = LineOfRows { lines: &target, stride, line };
+        transpose_values_line(kernels.isa.avx512(), dtype, from, cols, to);
+    });
+}
+
+/// Line `line` of every row of an operand; a task has them for itself.
+struct LineOfRows<'a> {
+    lines: &'a Disjoint<'a, Line>,
+    stride: usize,
+    line: usize,
+}
+
+widened! {
+    fn transpose_values_line(
+        dtype: Dtype, y: &[f32], cols: usize, to: LineOfRows<'_>
+    ) = transpose_values_body
+}
+
+#[inline(always)]
+fn transpose_values_body(
+    simd: Option<Avx512>,
+    dtype: Dtype,
+    y: &[f32],
+    cols: usize,
+    to: LineOfRows<'_>,
+) {
+    let mut strip = [[Line::ZERO; STRIP]; WORDS];
+    for column in (0..cols).step_by(STRIP * WORDS) {
+        let columns = column..cols.min(column + STRIP * WORDS);
+        gather(dtype, y, cols, &columns, &mut strip);
+        for (i, first) in columns.step_by(WORDS).enumerate() {
+            let mut square = [Line::ZERO; WORDS];
+            square.iter_mut().zip(&strip).for_each(|(line, strip)| *line = strip[i]);
+            let square = transpose(simd, &square);
+            for (row, from) in (first..cols.min(first + WORDS)).zip(&square) {
+                let at = row * to.stride + to.line;
+                // SAFETY: no other task has this line of a row.
+                let line = unsafe { to.lines.part(at, at + 1) };
+                line[0] = *from;
+            }
+        }
+    }
+}
+
+/// Fills entry `i` of `strip` with row `i` (f32) or rows `2i, 2i + 1` (bf16) of `y` in `columns`;
+/// entries past the last row are left alone, being zero from the start.
+#[inline(always)]
+fn gather(dtype: Dtype, y: &[f32], cols: usize, columns: &Range<usize>, strip: &mut Strip) {
+    for (words, rows) in strip.iter_mut().zip(y.chunks(cols * per_word(dtype))) {
+        let (even, odd) = rows.split_at(cols);
+        let even = even[columns.clone()].chunks(WORDS);
+        let odd = odd.get(columns.clone()).unwrap_or_default();
+        for (i, (line, even)) in words.iter_mut().zip(even).enumerate() {
+            let odd = odd.get(i * WORDS..).unwrap_or_default();
+            gather_line(dtype, even, &odd[..odd.len().min(WORDS)], line);
+        }
+    }
+}
+
+/// One line of words from at most 16 values, or pairs of values where `odd` has any.
+#[inline(always)]
+fn gather_line(dtype: Dtype, even: &[f32], odd: &[f32], line: &mut Line) {
+    let whole = |values: &[f32]| {
+        values.first_chunk::<WORDS>().copied().unwrap_or_else(|| {
+            let mut padded = [0.0; WORDS];
+            padded[..values.len()].copy_from_slice(values);
+            padded
+        })
+    };
+    let (even, odd) = (whole(even), whole(odd));
+    match dtype {
+        Dtype::F32 => line.0 = even.map(f32::to_bits),
+        Dtype::Bf16 => line.0 = std::array::from_fn(|w| pair(even[w], odd[w])),
+    }
+}
+
+/// Writes row-major lines into the blocks of `target` (one of f32, up to two of bf16) from line
+/// `at` on: f32 rows as they are, bf16 rows two by two, so that a word holds one column of both.
+#[inline(always)]
+fn interleave(dtype: Dtype, rows: &[Line], at: usize, block_lines: usize, target: &mut [Line]) {
+    if dtype == Dtype::F32 {
+        target[at..at + rows.len()].copy_from_slice(rows);
+        return;
+    }
+    for (i, rows) in rows.chunks_exact(2).enumerate() {
+        for (half, block) in target.chunks_exact_mut(block_lines).enumerate() {
+            let even: &[u32; WORDS / 2] = rows[0].0[half * 8..].first_chunk().expect("half a line");
+            let odd: &[u32; WORDS / 2] = rows[1].0[half * 8..].first_chunk().expect("half a line");
+            let to = &mut block[at + i].0;
+            for (w, to) in to.chunks_exact_mut(2).enumerate() {
+                to[0] = even[w] & 0xffff | odd[w] << 16;
+                to[1] = even[w] >> 16 | odd[w] & 0xffff_0000;
+            }
+        }
+    }
+}
+
+/// Word `j` of line `i` becomes word `i` of line `j`.
+#[inline(always)]
+fn transpose(simd: Option<Avx512>, square: &Square) -> Square {
+    #[cfg(target_arch = "x86_64")]
+    if simd.is_some() {
+        // SAFETY: the token proves AVX-512.
+        return unsafe { x86::transpose(square) };
+    }
+    let _ = simd;
+    std::array::from_fn(|i| Line(std::array::from_fn(|j| square[j].0[i])))
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Line, Square, WORDS};
+
+    /// Interleaves words, then pairs of words, within 128-bit lanes, then the lanes.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    pub(super) fn transpose(square: &Square) -> Square {
+        let mut a = [_mm512_setzero_si512(); WORDS];
+        for (a, line) in a.iter_mut().zip(square) {
+            // SAFETY: a line is 64 aligned bytes.
+            *a = unsafe { _mm512_load_si512(std::ptr::from_ref(line).cast()) };
+        }
+        let mut b = a;
+        for i in (0..WORDS).step_by(2) {
+            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+        }
+        let mut c = b;
+        for i in (0..WORDS).step_by(4) {
+            for j in 0..2 {
+                c[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + 2 + j]);
+                c[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + 2 + j]);
+            }
+        }
+        // c[4g + j], lane l: column 4l + j of rows 4g..4g + 4.
+        let mut d = c;
+        for j in 0..4 {
+            let low = _mm512_shuffle_i32x4::<0x88>(c[j], c[4 + j]);
+            let high = _mm512_shuffle_i32x4::<0x88>(c[8 + j], c[12 + j]);
+            d[j] = _mm512_shuffle_i32x4::<0x88>(low, high);
+            d[8 + j] = _mm512_shuffle_i32x4::<0xdd>(low, high);
+            let low = _mm512_shuffle_i32x4::<0xdd>(c[j], c[4 + j]);
+            let high = _mm512_shuffle_i32x4::<0xdd>(c[8 + j], c[12 + j]);
+            d[4 + j] = _mm512_shuffle_i32x4::<0x88>(low, high);
+            d[12 + j] = _mm512_shuffle_i32x4::<0xdd>(low, high);
+        }
+        let mut out = [Line::ZERO; WORDS];
+        for (line, d) in out.iter_mut().zip(d) {
+            // SAFETY: as above.
+            unsafe { _mm512_store_si512(std::ptr::from_mut(line).cast(), d) };
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn squares_are_transposed_at_every_level() {
+        let square: Square =
+            std::array::from_fn(|i| Line(std::array::from_fn(|j| (i * WORDS + j) as u32)));
+        for level in crate::Level::ALL {
+            let Some(isa) = level.isa() else { continue };
+            let turned = transpose(isa.avx512(), &square);
+            for (i, line) in turned.iter().enumerate() {
+                for (j, &word) in line.0.iter().enumerate() {
+                    assert_eq!(word as usize, j * WORDS + i, "{level}: line {i}, word {j}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! One forward product cut into tasks: rectangles of the output, never parts of a sum.
+//!
+//! All three products come down to this one, on operands re-arranged where needed. A rectangle is
+//! some rows of the left operand times some 16-row blocks of the weights; the rows of one rectangle
+//! fit into a core's second-level cache, through which the weights are streamed once per rectangle.
+
+use std::ops::Range;
+
+use super::buffer::{Line, WORDS};
+use super::{Operand, Write, amx, avx512, portable};
+use crate::cpu::Isa;
+use crate::disjoint::Disjoint;
+use crate::{Dtype, Kernels, Matrix};
+
+/// Bytes of the left operand that a rectangle may take: half of a common second-level cache.
+const ROW_CHUNK_BYTES: usize = 512 << 10;
+/// Rows of a chunk are a multiple of this, which the row groups of all kernels divide.
+const ROW_CHUNK: usize = 96;
+/// Blocks of a rectangle are a multiple of this, the widest kernel's.
+const BLOCK_CHUNK: usize = 8;
+/// Multiplications of words below which a task is not worth its hand-over (a few microseconds).
+const TASK_PRODUCTS: usize = 1 << 18;
+/// Reading a word of the weights from memory takes as long as this many multiplications.
+const READ_PRODUCTS: usize = 8;
+/// Tasks per thread that make up for threads of unequal speed.
+const TASKS_PER_THREAD: usize = 8;
+
+/// `out[m, j] = sum over lines of x[m] * w[j]`, in words.
+pub(super) struct Product<'a> {
+    pub(super) dtype: Dtype,
+    /// Rows of the left operand, `stride` lines each, and unspecified ones up to a multiple of 32.
+    pub(super) x: &'a [Line],
+    pub(super) stride: usize,
+    pub(super) rows: usize,
+    /// Blocks of 16 weight rows, `block_lines` lines each.
+    pub(super) w: &'a [Line],
+    pub(super) block_lines: usize,
+    /// Words of a row of `x`, lines of a block, that are summed over: the rest is padding.
+    pub(super) depth: usize,
+    /// Outputs, at most 16 times the blocks.
+    pub(super) outputs: usize,
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) write: Write,
+}
+
+/// What one task computes.
+pub(super) struct Rectangle {
+    pub(super) rows: Range<usize>,
+    pub(super) blocks: Range<usize>,
+}
+
+impl<'a> Product<'a> {
+    /// `x` times the weight rows `rows`, which start at a whole block.
+    pub(super) fn new(x: &'a Operand, w: &'a Matrix, rows: Range<usize>) -> Self {
+        assert_eq!((x.dtype(), x.cols()), (w.dtype(), w.cols()), "left operand against weights");
+        assert!(rows.start.is_multiple_of(WORDS), "range starts inside a block at {}", rows.start);
+        let block_lines = w.block_lines();
+        let blocks = rows.start / WORDS..rows.end.div_ceil(WORDS);
+        Self {
+            dtype: x.dtype(),
+            x: x.lines(),
+            stride: x.stride(),
+            rows: x.rows(),
+            w: &w.lines()[blocks.start * block_lines..blocks.end * block_lines],
+            block_lines,
+            depth: x.cols().div_ceil(super::convert::per_word(x.dtype())),
+            outputs: rows.len(),
+            bias: None,
+            write: Write::Set,
+        }
+    }
+
+    /// Computes all outputs.
+    pub(super) fn run(&self, kernels: &Kernels, out: &mut [f32]) {
+        assert_eq!(out.len(), self.rows * self.outputs, "output length against the product");
+        if out.is_empty() {
+            return;
+        }
+        let (rows, blocks) = (self.rows, self.outputs.div_ceil(WORDS));
+        let (row_chunk, block_chunk) = self.chunks(kernels.pool.threads());
+        let row_chunks = rows.div_ceil(row_chunk);
+        let (isa, out) = (kernels.isa, Disjoint::new(out));
+        kernels.pool.run(row_chunks * blocks.div_ceil(block_chunk), &|task| {
+            let (row, block) = (task % row_chunks * row_chunk, task / row_chunks * block_chunk);
+            let part = Rectangle {
+                rows: row..rows.min(row + row_chunk),
+                blocks: block..blocks.min(block + block_chunk),
+            };
+            self.rectangle(isa, &part, &out);
+        });
+    }
+
+    fn rectangle(&self, isa: Isa, part: &Rectangle, out: &Disjoint<'_, f32>) {
+        match isa {
+            Isa::Reference | Isa::Portable => portable::rectangle(self, part, out),
+            Isa::Avx512(token) => avx512::rectangle(token, self, part, out),
+            Isa::Amx(token) if self.dtype == Dtype::Bf16 => {
+                amx::rectangle(token, self, part, out);
+            }
+            Isa::Amx(token) => avx512::rectangle(token.avx512, self, part, out),
+        }
+    }
+
+    /// Rows and blocks of a rectangle.
+    fn chunks(&self, threads: usize) -> (usize, usize) {
+        let row_bytes = size_of::<u32>() * self.depth.max(1);
+        let fit = (ROW_CHUNK_BYTES / row_bytes).next_multiple_of(ROW_CHUNK);
+        let row_chunks = self.rows.div_ceil(fit);
+        let row_chunk = self.rows.div_ceil(row_chunks).next_multiple_of(ROW_CHUNK);
+        let blocks = self.outputs.div_ceil(WORDS);
+        let tasks = (threads * TASKS_PER_THREAD).div_ceil(row_chunks);
+        let products = row_chunk.min(self.rows).max(READ_PRODUCTS) * self.depth.max(1) * WORDS;
+        let smallest = TASK_PRODUCTS.div_ceil(products);
+        let block_chunk = blocks.div_ceil(tasks).max(smallest).next_multiple_of(BLOCK_CHUNK);
+        (row_chunk, block_chunk)
+    }
+
+    /// Where the outputs of `row` in the blocks from `block` on lie, and how many there are.
+    pub(super) fn place(&self, row: usize, block: usize, blocks: usize) -> Range<usize> {
+        let start = row * self.outputs;
+        start + block * WORDS..start + self.outputs.min((block + blocks) * WORDS)
+    }
+}

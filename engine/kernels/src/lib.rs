@@ -1,0 +1,62 @@
+//! The numbers: forward and backward of what a decoder, its losses and its optimizer need.
+//!
+//! Every operation works on plain slices and exists as a naive reference, a portable version and an
+//! AVX-512 (or AMX) version, chosen once when [`Kernels`] is made. No models, no candle.
+
+mod adamw;
+mod add;
+mod attention;
+mod bias;
+mod cpu;
+mod disjoint;
+mod dtype;
+mod embedding;
+mod gemm;
+mod head;
+mod kv;
+mod matrix;
+mod norm;
+mod pool;
+mod rope;
+mod sample;
+mod simd;
+mod softmax;
+mod split;
+mod swiglu;
+#[cfg(test)]
+mod testing;
+
+pub use adamw::AdamW;
+pub use cpu::{Level, features};
+pub use dtype::Dtype;
+pub use gemm::{Operand, Scratch, Write};
+pub use head::{HeadBackward, HeadScratch};
+pub use matrix::Matrix;
+pub use norm::RmsNormBackward;
+pub use pool::ThreadPool;
+pub use rope::RopeTable;
+pub use softmax::{TokenStats, VOCAB_CHUNK};
+
+/// The chosen kernels and the threads that run them.
+pub struct Kernels {
+    pub(crate) isa: cpu::Isa,
+    level: Level,
+    pool: ThreadPool,
+}
+
+impl Kernels {
+    /// Kernels of `level` on `threads` threads; `None` when this processor cannot run that level.
+    pub fn new(level: Level, threads: usize) -> Option<Self> {
+        Some(Self { isa: level.isa()?, level, pool: ThreadPool::new(threads) })
+    }
+
+    /// The level in use.
+    pub fn level(&self) -> Level {
+        self.level
+    }
+
+    /// The compute threads.
+    pub fn pool(&self) -> &ThreadPool {
+        &self.pool
+    }
+}

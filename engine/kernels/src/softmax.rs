@@ -1,0 +1,331 @@
+//! Statistics of the softmax over the vocabulary.
+//!
+//! With z = logit * inverse temperature, per row and per chunk of [`VOCAB_CHUNK`] logits:
+//! ```text
+//! max = max z       sum = sum e^(z - max)       dot = sum e^(z - max) (z - max)
+//! ```
+//! in 16 lanes, ascending, then the fixed tree. The chunks of a row are joined in ascending order, in
+//! f64, relative to the running maximum; then
+//! ```text
+//! log-sum-exp = max + ln sum     entropy = ln sum - dot / sum     log-prob = z_target - log-sum-exp
+//! ```
+//! A logit of -infinity has probability 0 and adds nothing to the entropy. Leaves out the choice of
+//! a token, which is `sample.rs`.
+
+use crate::{
+    Kernels,
+    cpu::Isa,
+    simd::{Job, LANES, Simd},
+};
+
+/// Logits whose exponentials are summed by one chain of additions.
+pub const VOCAB_CHUNK: usize = 2048;
+
+/// What is known of one token's distribution; natural logarithms.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TokenStats {
+    /// Log-probability of the target; NaN where there was none.
+    pub log_prob: f32,
+    /// Entropy of the distribution, in nats.
+    pub entropy: f32,
+    /// Logarithm of the sum of the exponentials of logits times inverse temperature.
+    pub log_sum_exp: f32,
+}
+
+/// The sums over one chunk of a row, relative to its largest z.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Part {
+    pub(crate) max: f32,
+    pub(crate) sum: f32,
+    dot: f32,
+}
+
+/// The sums over all chunks of a row so far, relative to the largest z so far.
+#[derive(Clone, Copy)]
+pub(crate) struct Total {
+    pub(crate) max: f64,
+    pub(crate) sum: f64,
+    dot: f64,
+}
+
+impl Total {
+    pub(crate) const EMPTY: Self = Self { max: f64::NEG_INFINITY, sum: 0.0, dot: 0.0 };
+
+    /// Joins the next chunk. One without any probability changes nothing.
+    pub(crate) fn join(&mut self, part: Part) {
+        if part.sum == 0.0 {
+            return;
+        }
+        let (sum, dot) = (f64::from(part.sum), f64::from(part.dot));
+        let below = f64::from(part.max) - self.max;
+        if self.sum == 0.0 {
+            *self = Self { max: f64::from(part.max), sum, dot };
+        } else if below <= 0.0 {
+            let scale = below.exp();
+            self.sum += scale * sum;
+            self.dot += scale * (dot + below * sum);
+        } else {
+            let scale = (-below).exp();
+            self.dot = scale * (self.dot - below * self.sum) + dot;
+            self.sum = scale * self.sum + sum;
+            self.max = f64::from(part.max);
+        }
+    }
+
+    /// The statistics, `target` being the target's logit times the inverse temperature.
+    pub(crate) fn stats(&self, target: Option<f32>) -> TokenStats {
+        let log_sum = self.sum.ln();
+        let log_sum_exp = self.max + log_sum;
+        TokenStats {
+            log_prob: target.map_or(f32::NAN, |z| (f64::from(z) - log_sum_exp) as f32),
+            entropy: (log_sum - self.dot / self.sum) as f32,
+            log_sum_exp: log_sum_exp as f32,
+        }
+    }
+}
+
+impl Kernels {
+    /// Statistics of each row of `logits` `[rows, vocabulary]` times its inverse temperature, which
+    /// is positive.
+    ///
+    /// A row without any finite logit gives nothing finite.
+    ///
+    /// # Panics
+    /// When the lengths do not agree or a target lies beyond the vocabulary.
+    pub fn softmax_stats(
+        &self,
+        logits: &[f32],
+        inv_temperature: &[f32],
+        targets: Option<&[u32]>,
+        out: &mut [TokenStats],
+    ) {
+        let cols = vocabulary(logits, inv_temperature.len());
+        assert_eq!(out.len(), inv_temperature.len(), "statistics against rows");
+        if let Some(targets) = targets {
+            assert_eq!(targets.len(), out.len(), "targets against rows");
+            check_targets(targets, cols);
+        }
+        let target = |row: usize| targets.map(|targets| targets[row] as usize);
+        if let Isa::Reference = self.isa {
+            for (row, out) in out.iter_mut().enumerate() {
+                let z = &logits[row * cols..][..cols];
+                *out = reference(z, inv_temperature[row], target(row));
+            }
+            return;
+        }
+        let parts = self.parts(logits, inv_temperature, cols);
+        let chunks = cols.div_ceil(VOCAB_CHUNK);
+        for (row, out) in out.iter_mut().enumerate() {
+            let mut total = Total::EMPTY;
+            parts[row * chunks..][..chunks].iter().for_each(|&part| total.join(part));
+            let z = target(row).map(|t| logits[row * cols + t] * inv_temperature[row]);
+            *out = total.stats(z);
+        }
+    }
+
+    /// The parts of all chunks, row by row.
+    pub(crate) fn parts(&self, logits: &[f32], inv_temperature: &[f32], cols: usize) -> Vec<Part> {
+        let chunks = cols.div_ceil(VOCAB_CHUNK);
+        let mut parts = vec![Part::default(); inv_temperature.len() * chunks];
+        self.fill(&mut parts, 2 * VOCAB_CHUNK, &|i| {
+            let (row, from) = (i / chunks, i % chunks * VOCAB_CHUNK);
+            let logits = &logits[row * cols..][from..cols.min(from + VOCAB_CHUNK)];
+            self.isa.vectorize(Chunk { logits, inv_temperature: inv_temperature[row] })
+        });
+        parts
+    }
+}
+
+/// Columns of `rows` rows of logits.
+pub(crate) fn vocabulary(logits: &[f32], rows: usize) -> usize {
+    let cols = logits.len().checked_div(rows).unwrap_or(0);
+    assert_eq!(logits.len(), rows * cols, "logits against {rows} whole rows");
+    assert!(rows == 0 || cols > 0, "no logits to choose from");
+    cols
+}
+
+/// Refuses targets beyond the vocabulary.
+pub(crate) fn check_targets(targets: &[u32], vocabulary: usize) {
+    let highest = targets.iter().copied().max().unwrap_or(0) as usize;
+    assert!(
+        targets.is_empty() || highest < vocabulary,
+        "target {highest}, vocabulary has {vocabulary}"
+    );
+}
+
+/// The sums over one chunk, of at most [`VOCAB_CHUNK`] logits.
+pub(crate) struct Chunk<'a> {
+    pub(crate) logits: &'a [f32],
+    pub(crate) inv_temperature: f32,
+}
+
+impl Job for Chunk<'_> {
+    type Output = Part;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Part {
+        let scale = s.splat(self.inv_temperature);
+        let (whole, tail) = self.logits.as_chunks::<LANES>();
+        let tail = s.load_tail(tail, f32::NEG_INFINITY);
+        let mut max = s.mul(tail, scale);
+        for x in whole {
+            max = s.max(max, s.mul(s.load(x), scale));
+        }
+        let max = s.max_lane(max);
+        // Of a wholly masked chunk nothing is left but a NaN that hid among the masked logits.
+        let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
+        let (mut sum, mut dot) = (s.splat(0.0), s.splat(0.0));
+        for x in whole {
+            (sum, dot) = weigh(s, s.mul(s.load(x), scale), max, sum, dot);
+        }
+        (sum, dot) = weigh(s, s.mul(tail, scale), max, sum, dot);
+        Part { max, sum: s.sum(sum), dot: s.sum(dot) }
+    }
+}
+
+/// Adds e^(z - max) and e^(z - max) (z - max).
+#[inline(always)]
+fn weigh<S: Simd>(s: S, z: S::V, max: f32, sum: S::V, dot: S::V) -> (S::V, S::V) {
+    let below = s.sub(z, s.splat(max));
+    let p = s.exp(below);
+    (s.add(sum, p), s.add(dot, s.weigh(p, below)))
+}
+
+/// The definition of the statistics, in f64.
+fn reference(logits: &[f32], inv_temperature: f32, target: Option<usize>) -> TokenStats {
+    let z = |v: usize| f64::from(logits[v] * inv_temperature);
+    let max = (0..logits.len()).map(z).fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = (0..logits.len()).map(|v| (z(v) - max).exp()).sum();
+    let log_sum_exp = max + sum.ln();
+    let surprise = |v: usize| {
+        let log_prob = z(v) - log_sum_exp;
+        if log_prob == f64::NEG_INFINITY { 0.0 } else { -log_prob.exp() * log_prob }
+    };
+    TokenStats {
+        log_prob: target.map_or(f32::NAN, |t| (z(t) - log_sum_exp) as f32),
+        entropy: (0..logits.len()).map(surprise).sum::<f64>() as f32,
+        log_sum_exp: log_sum_exp as f32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{TokenStats, VOCAB_CHUNK};
+    use crate::{
+        Kernels,
+        testing::{Random, assert_close, every_level, reference},
+    };
+
+    fn stats(kernels: &Kernels, logits: &[f32], inv: &[f32], targets: &[u32]) -> Vec<TokenStats> {
+        let mut out = vec![TokenStats::default(); inv.len()];
+        kernels.softmax_stats(logits, inv, Some(targets), &mut out);
+        out
+    }
+
+    fn bits(stats: &[TokenStats]) -> Vec<[u32; 3]> {
+        stats
+            .iter()
+            .map(|s| [s.log_prob.to_bits(), s.entropy.to_bits(), s.log_sum_exp.to_bits()])
+            .collect()
+    }
+
+    fn column(stats: &[TokenStats], of: impl Fn(&TokenStats) -> f32) -> Vec<f32> {
+        stats.iter().map(of).collect()
+    }
+
+    #[test]
+    fn two_logits_by_hand() {
+        for kernels in every_level(1) {
+            let got = stats(&kernels, &[0.0, 3f32.ln() * 2.0], &[0.5], &[1])[0];
+            let entropy = -(0.75 * 0.75f32.ln() + 0.25 * 0.25f32.ln());
+            let got = [got.log_prob, got.entropy, got.log_sum_exp];
+            assert_close(&got, &[0.75f32.ln(), entropy, 4f32.ln()], 1e-6);
+        }
+    }
+
+    #[test]
+    fn every_level_agrees_with_the_definition() {
+        let mut random = Random::new(61);
+        for (rows, cols) in [(0, 5), (1, 1), (3, 15), (2, 16), (5, 17), (3, 2047), (2, 9001)] {
+            for scale in [1.0, 30.0] {
+                let logits = random.vec(rows * cols, scale);
+                let inv: Vec<f32> = (0..rows).map(|r| 0.5 + r as f32 * 0.4).collect();
+                let targets: Vec<u32> = (0..rows).map(|_| random.below(cols) as u32).collect();
+                let expected = stats(&reference(), &logits, &inv, &targets);
+                for kernels in every_level(2) {
+                    let got = stats(&kernels, &logits, &inv, &targets);
+                    for of in [
+                        |s: &TokenStats| s.log_prob,
+                        |s: &TokenStats| s.entropy,
+                        |s: &TokenStats| s.log_sum_exp,
+                    ] {
+                        assert_close(&column(&got, of), &column(&expected, of), 2e-6);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn masked_logits_count_for_nothing() {
+        let mut random = Random::new(62);
+        let cols = 3 * VOCAB_CHUNK + 5;
+        let mut logits = random.vec(cols, 4.0);
+        // The first and the third chunk wholly, every other logit of the second.
+        for (v, logit) in logits.iter_mut().enumerate() {
+            if v / VOCAB_CHUNK != 1 && v < 3 * VOCAB_CHUNK || v % 2 == 1 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        let kept: Vec<f32> = logits.iter().copied().filter(|x| x.is_finite()).collect();
+        let target = logits.iter().position(|x| x.is_finite()).expect("some are kept") as u32;
+        let expected = stats(&reference(), &kept, &[0.9], &[0])[0];
+        for kernels in every_level(2) {
+            let got = stats(&kernels, &logits, &[0.9], &[target])[0];
+            assert_close(
+                &[got.entropy, got.log_prob],
+                &[expected.entropy, expected.log_prob],
+                1e-6,
+            );
+            let masked = stats(&kernels, &logits, &[0.9], &[0])[0];
+            assert_eq!(masked.log_prob, f32::NEG_INFINITY);
+        }
+    }
+
+    #[test]
+    fn not_a_number_spreads() {
+        for kernels in every_level(1) {
+            for others in [0.5, f32::NEG_INFINITY] {
+                let mut logits = vec![others; VOCAB_CHUNK + 40];
+                logits[33] = f32::NAN;
+                logits[VOCAB_CHUNK + 1] = 0.25;
+                let got = stats(&kernels, &logits, &[1.0], &[0])[0];
+                assert!(got.entropy.is_nan() && got.log_sum_exp.is_nan() && got.log_prob.is_nan());
+            }
+        }
+    }
+
+    #[test]
+    fn neither_neighbours_nor_threads_change_a_bit() {
+        let mut random = Random::new(63);
+        let (rows, cols) = (7, 10_007);
+        let logits = random.vec(rows * cols, 9.0);
+        let inv = vec![0.8; rows];
+        let targets: Vec<u32> = (0..rows).map(|_| random.below(cols) as u32).collect();
+        for (one, three) in every_level(1).zip(every_level(3)) {
+            let all = stats(&one, &logits, &inv, &targets);
+            assert_eq!(bits(&stats(&three, &logits, &inv, &targets)), bits(&all));
+            for row in 0..rows {
+                let part = &logits[row * cols..][..cols];
+                let alone = stats(&three, part, &inv[..1], &targets[row..=row]);
+                assert_eq!(bits(&alone), bits(&all[row..=row]));
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "target 4, vocabulary has 4")]
+    fn a_target_beyond_the_vocabulary_is_refused() {
+        stats(&reference(), &[0.0; 4], &[1.0], &[4]);
+    }
+}

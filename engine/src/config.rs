@@ -1,0 +1,92 @@
+//! How an engine is set up; resolved once, never changed afterwards.
+
+use kernels::{Dtype, Level};
+use scheduler::PrefixCache;
+
+use crate::error::{Error, Result};
+
+/// Settings of an engine. The default is the vetted one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EngineConfig {
+    /// Longest sequence, prompt and output together, in tokens; `None` for the model's own, up to 8192.
+    pub max_model_len: Option<usize>,
+    /// Sequences that run at once; 1 to 65,536.
+    pub max_num_seqs: usize,
+    /// Rows of one step, in tokens; 1 to 1,048,576.
+    pub max_num_batched_tokens: usize,
+    /// Tokens of a KV block; a multiple of 16.
+    pub block_size: usize,
+    /// Bytes for the KV cache; `None` plans from free memory.
+    pub kv_cache_memory_bytes: Option<u64>,
+    /// Whether prompts reuse blocks of earlier ones.
+    pub prefix_cache: PrefixCache,
+    /// Compute threads; `None` for all cores.
+    pub threads: Option<usize>,
+    /// Kernels to use; `None` for the fastest this processor has.
+    pub level: Option<Level>,
+    /// Format of weights, products and KV cache; `None` for bf16.
+    pub dtype: Option<Dtype>,
+    /// Key of the random streams of requests without a seed of their own.
+    pub seed: u64,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            max_model_len: None,
+            max_num_seqs: 256,
+            max_num_batched_tokens: 2048,
+            block_size: 16,
+            kv_cache_memory_bytes: None,
+            prefix_cache: PrefixCache::On,
+            threads: None,
+            level: None,
+            dtype: None,
+            seed: 0,
+        }
+    }
+}
+
+impl EngineConfig {
+    /// The format in use.
+    pub fn resolved_dtype(&self) -> Dtype {
+        self.dtype.unwrap_or(Dtype::Bf16)
+    }
+
+    /// The number of compute threads in use.
+    pub fn resolved_threads(&self) -> usize {
+        self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+    }
+
+    /// The kernels in use.
+    pub fn resolved_level(&self) -> Level {
+        self.level.unwrap_or_else(Level::detect)
+    }
+
+    /// Checks every value against its range.
+    ///
+    /// # Errors
+    /// `ErrorKind::Config`, naming the setting, its value and its limit.
+    pub fn validate(&self) -> Result<()> {
+        limit("max_num_seqs", self.max_num_seqs, 1, 65_536)?;
+        limit("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)?;
+        limit("block_size", self.block_size, 16, 1024)?;
+        if !self.block_size.is_multiple_of(16) {
+            let size = self.block_size;
+            return Err(Error::config(format!("block_size is {size}, limit is a multiple of 16")));
+        }
+        limit("threads", self.resolved_threads(), 1, 1024)?;
+        let level = self.resolved_level();
+        if !level.available() {
+            return Err(Error::unsupported(format!("this processor has no {level} kernels")));
+        }
+        Ok(())
+    }
+}
+
+fn limit(name: &str, value: usize, low: usize, high: usize) -> Result<()> {
+    if (low..=high).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::config(format!("{name} is {value}, limit is {low} to {high}")))
+}

@@ -1,0 +1,177 @@
+//! The forward pass of the decoder (Llama: arXiv 2302.13971; Qwen2: 2407.10671; Qwen3: 2505.09388).
+//!
+//! ```text
+//! x = embed(ids)
+//! for each layer:  x += W_o attention(rope(norm?(W_q n)), rope(norm?(W_k n)), W_v n),  n = rms_norm(x)
+//!                  x += W_down (silu(W_gate m) * W_up m),                              m = rms_norm(x)
+//! logits = W_head rms_norm(x)
+//! ```
+
+use kernels::{AttnSeq, Attention, Dtype, Kernels, KvCache, Operand, RopeTable, Write};
+
+use super::tape::{Keep, LayerTape, Tape};
+use super::weights::{LayerWeights, Weights};
+use crate::model::ModelConfig;
+
+/// The rows of one forward pass; `M` of them.
+pub struct Batch<'a> {
+    /// `[M]` token ids.
+    pub tokens: &'a [u32],
+    /// `[M]` positions in their sequences.
+    pub positions: &'a [u32],
+    /// `[M]` where key and value of a row are kept: block x block size + offset.
+    pub slots: &'a [u32],
+    /// The sequences that the rows belong to, in order of rows.
+    pub seqs: &'a [AttnSeq<'a>],
+}
+
+/// Which layer of the cache a layer of the model writes and reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvLayers {
+    /// Its own: later passes go on from it.
+    Own,
+    /// Layer 0, overwritten by the next layer: all positions are in this very pass.
+    Shared,
+}
+
+/// The rows that enter the head; `R` of them. Buffers that are used again.
+pub struct HeadInput {
+    /// `[R, H]`: the residual stream before the final norm.
+    pub gathered: Vec<f32>,
+    /// `[R, H]`: after it.
+    normed: Vec<f32>,
+    /// `[R, H]`: rounded to the compute format.
+    pub operand: Operand,
+}
+
+impl HeadInput {
+    /// Empty buffers.
+    pub fn new(dtype: Dtype) -> Self {
+        Self { gathered: Vec::new(), normed: Vec::new(), operand: Operand::new(dtype) }
+    }
+}
+
+/// A model: its shape, its weights and its rotary table.
+pub struct Decoder {
+    /// The shape.
+    pub config: ModelConfig,
+    /// The weights.
+    pub weights: Weights,
+    pub(super) rope: RopeTable,
+    pub(super) scale: f32,
+}
+
+impl Decoder {
+    /// A decoder for positions below `max_positions`.
+    pub fn new(config: ModelConfig, weights: Weights, max_positions: usize) -> Self {
+        let rope = RopeTable::new(config.head_dim, max_positions, &config.inv_freq(), 1.0);
+        let scale = 1.0 / (config.head_dim as f32).sqrt();
+        Self { config, weights, rope, scale }
+    }
+
+    /// Width of all query heads.
+    pub(super) fn q_width(&self) -> usize {
+        self.config.heads * self.config.head_dim
+    }
+
+    /// Width of all key heads, and of all value heads.
+    pub(super) fn kv_width(&self) -> usize {
+        self.config.kv_heads * self.config.head_dim
+    }
+
+    /// Runs the layers over `batch`, writing its keys and values into `kv`; the residual stream after
+    /// the last layer is [`Tape::output`].
+    ///
+    /// # Panics
+    /// When slices disagree in length or a token, position or slot is out of range.
+    pub fn forward(
+        &self,
+        kernels: &Kernels,
+        batch: &Batch<'_>,
+        kv: (&mut KvCache, KvLayers),
+        tape: &mut Tape,
+    ) {
+        let (kv, kv_layers) = kv;
+        tape.resize(&self.config, batch.tokens.len());
+        kernels.embed(&self.weights.embed, batch.tokens, &mut tape.x);
+        for (l, weights) in self.weights.layers.iter().enumerate() {
+            let kept = match tape.keep() {
+                Keep::OneLayer => 0,
+                Keep::AllLayers => l,
+            };
+            let kv_layer = match kv_layers {
+                KvLayers::Own => l,
+                KvLayers::Shared => 0,
+            };
+            let Tape { layers, x, norm, act, operand, attn, .. } = tape;
+            let layer = &mut layers[kept];
+            layer.x.copy_from_slice(x);
+            kernels.rms_norm(x, &weights.attn_norm, self.config.rms_eps, norm);
+            kernels.operand(norm, self.config.hidden_size, operand);
+            self.project_qkv(kernels, weights, operand, batch.positions, layer);
+            kernels.kv_write(kv, kv_layer, &layer.k, &layer.v, batch.slots);
+            let task = Attention {
+                layer: kv_layer,
+                q: &layer.q,
+                seqs: batch.seqs,
+                heads: self.config.heads,
+                scale: self.scale,
+            };
+            kernels.attention(kv, task, &mut layer.attn, attn);
+            kernels.operand(&layer.attn, self.q_width(), operand);
+            kernels.matmul(operand, &weights.o, 0..weights.o.rows(), None, Write::Add, x);
+            layer.mid.copy_from_slice(x);
+            kernels.rms_norm(x, &weights.mlp_norm, self.config.rms_eps, norm);
+            kernels.operand(norm, self.config.hidden_size, operand);
+            let wide = 0..weights.gate_up.rows();
+            kernels.matmul(operand, &weights.gate_up, wide, None, Write::Set, &mut layer.gate_up);
+            kernels.swiglu(&layer.gate_up, self.config.intermediate_size, act);
+            kernels.operand(act, self.config.intermediate_size, operand);
+            kernels.matmul(operand, &weights.down, 0..weights.down.rows(), None, Write::Add, x);
+        }
+    }
+
+    /// Queries, keys and values of the normed rows in `operand`, rotated to their positions.
+    fn project_qkv(
+        &self,
+        kernels: &Kernels,
+        weights: &LayerWeights,
+        operand: &Operand,
+        positions: &[u32],
+        layer: &mut LayerTape,
+    ) {
+        let (q, kv) = (self.q_width(), self.kv_width());
+        let bias = |rows: std::ops::Range<usize>| weights.qkv_bias.as_ref().map(|b| &b[rows]);
+        let mut project = |rows: std::ops::Range<usize>, out: &mut [f32]| {
+            kernels.matmul(operand, &weights.qkv, rows.clone(), bias(rows), Write::Set, out);
+        };
+        match &weights.qk_norm {
+            None => {
+                project(0..q, &mut layer.q);
+                project(q..q + kv, &mut layer.k);
+            }
+            Some((q_norm, k_norm)) => {
+                project(0..q, &mut layer.q_in);
+                project(q..q + kv, &mut layer.k_in);
+                kernels.rms_norm(&layer.q_in, q_norm, self.config.rms_eps, &mut layer.q);
+                kernels.rms_norm(&layer.k_in, k_norm, self.config.rms_eps, &mut layer.k);
+            }
+        }
+        project(q + kv..q + 2 * kv, &mut layer.v);
+        kernels.rope(&mut layer.q, self.config.heads, positions, &self.rope);
+        kernels.rope(&mut layer.k, self.config.kv_heads, positions, &self.rope);
+    }
+
+    /// Norms and rounds the rows `rows` of a pass for the head.
+    pub fn head_input(&self, kernels: &Kernels, tape: &Tape, rows: &[usize], out: &mut HeadInput) {
+        let hidden = self.config.hidden_size;
+        out.gathered.clear();
+        for row in rows {
+            out.gathered.extend_from_slice(&tape.x[row * hidden..(row + 1) * hidden]);
+        }
+        out.normed.resize(out.gathered.len(), 0.0);
+        let eps = self.config.rms_eps;
+        kernels.rms_norm(&out.gathered, &self.weights.norm, eps, &mut out.normed);
+        kernels.operand(&out.normed, hidden, &mut out.operand);
+    }
+}

@@ -1,0 +1,578 @@
+//! The synchronous engine: requests in, events out, one step at a time.
+//!
+//! `plan` (scheduler) -> forward over ragged slices -> logits -> sample -> `commit`. No threads of its
+//! own besides the kernels', no channels, no clock: see [`crate::Service`] for concurrent callers.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use kernels::{Dtype, Kernels, TokenStats};
+use scheduler::{NewSequence, PrefixCache, Scheduler, SeqId, Slice, WeightsVersion};
+
+use crate::config::EngineConfig;
+use crate::decoder::{Decoder, Weights};
+use crate::error::{Error, Result};
+use crate::memory::{LOGIT_ROWS, MemoryPlan};
+use crate::model::{GenerationDefaults, ModelConfig, ModelSource};
+use crate::random;
+use crate::request::{
+    Event, FinishReason, Request, RequestId, SamplingParams, Token, token_in_vocabulary,
+};
+use crate::load::load_text;
+use crate::runner::Runner;
+use crate::sampler::{self, RowContext};
+use crate::sequence::Sample;
+use crate::text::{ChatTemplate, Tokenizer};
+use crate::update::WeightsUpdate;
+
+/// Log-probabilities of given tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Score {
+    /// `[T - 1]`: log-probability in nats of token `i + 1` given the tokens up to `i`.
+    pub logprobs: Vec<f32>,
+    /// `[T]`: entropy in nats of the distribution after each token.
+    pub entropy: Vec<f32>,
+}
+
+/// An engine: one model, its KV memory, and the requests it works on.
+pub struct Engine {
+    runner: Runner,
+    scheduler: Scheduler,
+    plan: MemoryPlan,
+    config: EngineConfig,
+    tokenizer: Option<Arc<Tokenizer>>,
+    chat_template: Option<Arc<ChatTemplate>>,
+    defaults: GenerationDefaults,
+    /// Tokens that end a text.
+    eos: Vec<u32>,
+    samples: HashMap<SeqId, Sample>,
+    sequences: HashMap<RequestId, Vec<SeqId>>,
+    next_request: u64,
+    /// Events that wait for the next step: ends of aborted samples.
+    pending: Vec<Event>,
+    slices: Vec<Slice>,
+}
+
+/// A slice's last row, from which its sequence's next token is drawn.
+struct SampleRow {
+    seq: SeqId,
+    row: usize,
+}
+
+/// What was drawn for one sequence.
+struct Drawn {
+    token: u32,
+    logprob: f32,
+    raw_logprob: f32,
+    top: Vec<(u32, f32)>,
+}
+
+impl Engine {
+    /// Loads a model and reserves its memory.
+    ///
+    /// # Errors
+    /// `ErrorKind::Model` for files that are missing, damaged or of an unknown kind;
+    /// `ErrorKind::Request` for a setting out of range.
+    pub fn load(source: &ModelSource, config: &EngineConfig) -> Result<Self> {
+        config.validate()?;
+        let plan = MemoryPlan::new(source.config(), config)?;
+        let level = config.resolved_level();
+        let kernels = Kernels::new(level, config.resolved_threads())
+            .ok_or_else(|| Error::unsupported(format!("this processor has no {level} kernels")))?;
+        let weights = Weights::load(source, config.resolved_dtype())?;
+        let decoder = Decoder::new(source.config().clone(), weights, plan.max_model_len);
+        let scheduler = Scheduler::new(scheduler::Config {
+            block_size: config.block_size,
+            num_blocks: plan.kv_blocks,
+            // A row of a step belongs to one sequence, so more than rows cannot run.
+            max_num_seqs: config.max_num_seqs.min(config.max_num_batched_tokens),
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            max_model_len: plan.max_model_len,
+            prefix_cache: config.prefix_cache,
+        })
+        .map_err(|e| Error::request(e.to_string()))?;
+        let (tokenizer, chat_template) = load_text(source)?;
+        Ok(Self {
+            runner: Runner::new(kernels, decoder, &plan),
+            scheduler,
+            plan,
+            config: config.clone(),
+            tokenizer: tokenizer.map(Arc::new),
+            chat_template: chat_template.map(Arc::new),
+            defaults: source.generation().clone(),
+            eos: source.eos().to_vec(),
+            samples: HashMap::new(),
+            sequences: HashMap::new(),
+            next_request: 0,
+            pending: Vec::new(),
+            slices: Vec::new(),
+        })
+    }
+
+    /// The model's shape.
+    pub fn model(&self) -> &ModelConfig {
+        &self.runner.decoder.config
+    }
+
+    /// The tokenizer, if the model came with one.
+    pub fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
+        self.tokenizer.as_ref()
+    }
+
+    /// The chat template, if the model came with one.
+    pub fn chat_template(&self) -> Option<&Arc<ChatTemplate>> {
+        self.chat_template.as_ref()
+    }
+
+    /// The sampling settings that the model's makers suggest.
+    pub fn generation_defaults(&self) -> &GenerationDefaults {
+        &self.defaults
+    }
+
+    /// Tokens that end a text.
+    pub fn eos(&self) -> &[u32] {
+        &self.eos
+    }
+
+    /// Longest sequence, prompt and output together, in tokens.
+    pub fn max_model_len(&self) -> usize {
+        self.plan.max_model_len
+    }
+
+    /// How often the weights have changed.
+    pub fn version(&self) -> WeightsVersion {
+        self.scheduler.version()
+    }
+
+    /// Blocks, cache hits and preemptions so far.
+    pub fn stats(&self) -> scheduler::Stats {
+        self.scheduler.stats()
+    }
+
+    /// Sequences that run and that wait.
+    pub fn load_counts(&self) -> (usize, usize) {
+        (self.scheduler.running(), self.scheduler.waiting())
+    }
+
+    /// What was reserved.
+    pub fn memory_plan(&self) -> &MemoryPlan {
+        &self.plan
+    }
+
+    /// Format of weights, products and KV cache.
+    pub fn dtype(&self) -> Dtype {
+        self.runner.decoder.weights.dtype()
+    }
+
+    /// The kernels in use.
+    pub fn kernels(&self) -> &Kernels {
+        &self.runner.kernels
+    }
+
+    /// The model.
+    pub fn decoder(&self) -> &Decoder {
+        &self.runner.decoder
+    }
+
+    /// Takes in a request; its samples begin with the next step.
+    ///
+    /// # Errors
+    /// `ErrorKind::Request` when the prompt or a parameter is out of range; nothing is changed then.
+    pub fn add(&mut self, request: Request) -> Result<RequestId> {
+        self.validate(&request)?;
+        let id = RequestId(self.next_request);
+        let seed =
+            request.params.seed.unwrap_or_else(|| random::hash(&[self.config.seed, id.0, 1]));
+        let room = self.plan.max_model_len - request.prompt.len();
+        let max_new = request.params.max_tokens.unwrap_or(room).min(room);
+        let params = Arc::new(request.params.clone());
+        let mut sequences = Vec::with_capacity(params.n);
+        for index in 0..params.n {
+            let added = self.scheduler.add(NewSequence {
+                prompt: request.prompt.clone(),
+                max_total_tokens: request.prompt.len() + max_new,
+                salt: request.cache_salt,
+                prefix_cache: PrefixCache::On,
+            });
+            let seq = match added {
+                Ok(seq) => seq,
+                Err(error) => {
+                    self.drop_sequences(&sequences);
+                    return Err(Error::request(error.to_string()));
+                }
+            };
+            sequences.push(seq);
+            let eos = &self.eos;
+            let key = (id, index, seed);
+            match Sample::new(key, &request, &params, eos, self.tokenizer.as_ref()) {
+                Ok(sample) => self.samples.insert(seq, sample),
+                Err(error) => {
+                    self.drop_sequences(&sequences);
+                    return Err(error);
+                }
+            };
+        }
+        self.next_request += 1;
+        self.sequences.insert(id, sequences);
+        Ok(id)
+    }
+
+    fn validate(&self, request: &Request) -> Result<()> {
+        let vocab_size = self.model().vocab_size;
+        request.params.validate(vocab_size)?;
+        let (len, limit) = (request.prompt.len(), self.plan.max_model_len);
+        if len == 0 {
+            return Err(Error::request("prompt has 0 tokens, limit is at least 1"));
+        }
+        if len >= limit {
+            return Err(Error::request(format!(
+                "prompt has {len} tokens, limit is {} (context of {limit} less one to generate)",
+                limit - 1
+            )));
+        }
+        if !request.params.stop.is_empty() && self.tokenizer.is_none() {
+            return Err(Error::request("stop strings need a tokenizer, the model has none"));
+        }
+        request.prompt.iter().try_for_each(|t| token_in_vocabulary("prompt", *t, vocab_size))
+    }
+
+    fn drop_sequences(&mut self, sequences: &[SeqId]) {
+        for seq in sequences {
+            self.scheduler.abort(*seq);
+            self.samples.remove(seq);
+        }
+    }
+
+    /// Ends a request; the next step reports the end of each of its samples. False if it is unknown or
+    /// over already.
+    pub fn abort(&mut self, id: RequestId) -> bool {
+        let Some(sequences) = self.sequences.remove(&id) else { return false };
+        for seq in sequences {
+            let cached = self.scheduler.cached_tokens(seq);
+            self.scheduler.abort(seq);
+            if let Some(mut sample) = self.samples.remove(&seq) {
+                let mut finished = sample.finished(FinishReason::Abort, cached);
+                // An aborted answer may end in half a character; nobody is waiting for it.
+                finished.text = sample.flush().unwrap_or_default();
+                self.pending.push(Event::Finished(finished));
+            }
+        }
+        true
+    }
+
+    /// Whether a step would do something.
+    pub fn has_work(&self) -> bool {
+        !self.pending.is_empty() || !self.scheduler.is_idle()
+    }
+
+    /// Runs one batch and returns what came of it, in the order of the batch.
+    ///
+    /// A sample whose numbers are not finite ends with `FinishReason::Abort` and an error; the others
+    /// go on.
+    ///
+    /// # Errors
+    /// Only for a fault of the engine itself.
+    pub fn step(&mut self) -> Result<Vec<Event>> {
+        let mut events = std::mem::take(&mut self.pending);
+        if !self.plan_slices()? {
+            return Ok(events);
+        }
+        self.runner.forward(&self.scheduler, &self.slices);
+        let mut rows = Vec::with_capacity(self.slices.len());
+        let mut end = 0;
+        for slice in &self.slices {
+            end += slice.len;
+            if slice.samples {
+                rows.push(SampleRow { seq: slice.seq, row: end - 1 });
+            }
+        }
+        let mut sampled = Vec::with_capacity(rows.len());
+        for rows in rows.chunks(LOGIT_ROWS) {
+            for (row, drawn) in rows.iter().zip(self.draw(rows)) {
+                match drawn {
+                    Some(drawn) => {
+                        let out = (&mut sampled, &mut events);
+                        if let Err(error) = self.take_token(row.seq, drawn, out) {
+                            self.fail(row.seq, error.to_string(), &mut events);
+                        }
+                    }
+                    None => {
+                        let why = "the model's logits are not finite numbers".to_owned();
+                        self.fail(row.seq, why, &mut events);
+                    }
+                }
+            }
+        }
+        self.scheduler.commit(&sampled).map_err(|e| Error::internal(e.to_string()))?;
+        for (seq, _) in &sampled {
+            if !self.samples.contains_key(seq) {
+                self.scheduler.finish(*seq);
+            }
+        }
+        Ok(events)
+    }
+
+    /// Plans the next batch into `slices`; false when there is nothing to run.
+    fn plan_slices(&mut self) -> Result<bool> {
+        self.slices.clear();
+        let plan = self.scheduler.plan().map_err(|e| Error::internal(e.to_string()))?;
+        self.slices.extend_from_slice(&plan.slices);
+        Ok(!self.slices.is_empty())
+    }
+
+    /// Draws a token for each row; `None` where the logits are not numbers.
+    fn draw(&mut self, rows: &[SampleRow]) -> Vec<Option<Drawn>> {
+        let vocab = self.model().vocab_size;
+        let row_indices: Vec<usize> = rows.iter().map(|row| row.row).collect();
+        let samples: Vec<(&Sample, &[u32])> = rows
+            .iter()
+            .map(|row| (&self.samples[&row.seq], self.scheduler.tokens(row.seq)))
+            .collect();
+        let (kernels, logits) = self.runner.logits(&row_indices);
+        let raw = stats(kernels, logits, vec![1.0; rows.len()]);
+        let (scaled, plain) = draw_plain(kernels, logits, &samples);
+        let mut scratch = Vec::new();
+        let rows = logits.chunks_exact(vocab).zip(&samples).enumerate();
+        rows.map(|(i, (logits, (sample, tokens)))| {
+            if !raw[i].log_sum_exp.is_finite() {
+                return None;
+            }
+            let params = &sample.params;
+            let generated = tokens.len() - sample.prompt_len;
+            let banned = sample.banned(generated);
+            let (token, logprob) = if params.is_plain() && banned.is_empty() {
+                let (token, inv_t) = (plain[i], inv_temperature(params));
+                (token, logits[token as usize] * inv_t - scaled[i].log_sum_exp)
+            } else {
+                scratch.clear();
+                scratch.extend_from_slice(logits);
+                let draw = sampler::draw(
+                    &mut scratch,
+                    &RowContext {
+                        params,
+                        tokens,
+                        prompt_len: sample.prompt_len,
+                        banned,
+                        uniform: uniform(sample, tokens.len()),
+                    },
+                )?;
+                (draw.token, draw.logprob)
+            };
+            let raw_logprob = logits[token as usize] * 1.0 - raw[i].log_sum_exp;
+            let top = params
+                .logprobs
+                .map(|k| sampler::top_logprobs(logits, raw[i].log_sum_exp, k))
+                .unwrap_or_default();
+            Some(Drawn { token, logprob, raw_logprob, top })
+        })
+        .collect()
+    }
+
+    /// Hands a drawn token to its sample and reports it, and the sample's end if it is one.
+    fn take_token(
+        &mut self,
+        seq: SeqId,
+        drawn: Drawn,
+        (sampled, events): (&mut Vec<(SeqId, u32)>, &mut Vec<Event>),
+    ) -> Result<()> {
+        let total = self.scheduler.tokens(seq).len() + 1;
+        let cached_tokens = self.scheduler.cached_tokens(seq);
+        let version = self.scheduler.version();
+        let sample = self.samples.get_mut(&seq).expect("a planned sequence has a sample");
+        let generated = total - sample.prompt_len;
+        let max_new = sample.params.max_tokens.unwrap_or(usize::MAX);
+        let room = (max_new - generated).min(self.plan.max_model_len - total);
+        let step = sample.push(drawn.token, generated, room)?;
+        sampled.push((seq, drawn.token));
+        events.push(Event::Token(Token {
+            request: sample.request,
+            sample: sample.index,
+            token: drawn.token,
+            text: step.text,
+            logprob: drawn.logprob,
+            raw_logprob: drawn.raw_logprob,
+            top: drawn.top,
+            version,
+        }));
+        if let Some((reason, stop_reason)) = step.end {
+            let mut finished = sample.finished(reason, cached_tokens);
+            finished.stop_reason = stop_reason;
+            events.push(Event::Finished(finished));
+            self.forget(seq);
+        }
+        Ok(())
+    }
+
+    /// Ends a sample that cannot go on.
+    fn fail(&mut self, seq: SeqId, why: String, events: &mut Vec<Event>) {
+        let cached_tokens = self.scheduler.cached_tokens(seq);
+        if let Some(sample) = self.samples.get(&seq) {
+            let mut finished = sample.finished(FinishReason::Abort, cached_tokens);
+            finished.error = Some(why);
+            events.push(Event::Finished(finished));
+        }
+        self.forget(seq);
+        self.scheduler.abort(seq);
+    }
+
+    /// Forgets an ended sample, and its request with its last one.
+    fn forget(&mut self, seq: SeqId) {
+        let Some(sample) = self.samples.remove(&seq) else { return };
+        if let Some(rest) = self.sequences.get_mut(&sample.request) {
+            rest.retain(|other| *other != seq);
+            if rest.is_empty() {
+                self.sequences.remove(&sample.request);
+            }
+        }
+    }
+
+    /// Log-probabilities of `sequences` under `temperature`, by the path of rollouts: in chunks over
+    /// paged KV, nothing taken from the prefix cache.
+    ///
+    /// # Errors
+    /// `ErrorKind::Busy` while requests run; `ErrorKind::Request` for an empty or too long sequence or
+    /// an unknown token; `ErrorKind::Numeric` when the model gives no finite numbers.
+    pub fn score(&mut self, sequences: &[Vec<u32>], temperature: f32) -> Result<Vec<Score>> {
+        if self.has_work() {
+            return Err(Error::busy("scoring needs an engine without running requests"));
+        }
+        self.check_scored(sequences, temperature)?;
+        let mut scores = Vec::with_capacity(sequences.len());
+        let mut index = HashMap::new();
+        for tokens in sequences {
+            match self.add_scored(tokens) {
+                Ok(seq) => index.insert(seq, scores.len()),
+                Err(error) => {
+                    index.keys().for_each(|seq| {
+                        self.scheduler.abort(*seq);
+                    });
+                    return Err(error);
+                }
+            };
+            scores.push(Score { logprobs: Vec::new(), entropy: Vec::new() });
+        }
+        while self.plan_slices()? {
+            self.runner.forward(&self.scheduler, &self.slices);
+            self.score_slices(&index, temperature.recip(), &mut scores);
+            self.scheduler.commit(&[]).map_err(|e| Error::internal(e.to_string()))?;
+            for slice in &self.slices {
+                if slice.start + slice.len == self.scheduler.tokens(slice.seq).len() {
+                    self.scheduler.finish(slice.seq);
+                }
+            }
+        }
+        match scores.iter().flat_map(|s| &s.entropy).all(|e| e.is_finite()) {
+            true => Ok(scores),
+            false => Err(Error::numeric("the model's log-probabilities are not finite numbers")),
+        }
+    }
+
+    /// Checks what is to be scored: the temperature, and every sequence's length and tokens.
+    ///
+    /// # Errors
+    /// `ErrorKind::Request`, naming the value and its limit.
+    pub fn check_scored(&self, sequences: &[Vec<u32>], temperature: f32) -> Result<()> {
+        if !(temperature.is_finite() && temperature > 0.0) {
+            return Err(Error::request(format!("temperature is {temperature}, limit is above 0")));
+        }
+        let (limit, vocab_size) = (self.plan.max_model_len, self.model().vocab_size);
+        for tokens in sequences {
+            let len = tokens.len();
+            if len == 0 || len > limit {
+                return Err(Error::request(format!("text has {len} tokens, limit is 1 to {limit}")));
+            }
+            tokens.iter().try_for_each(|t| token_in_vocabulary("text", *t, vocab_size))?;
+        }
+        Ok(())
+    }
+
+    fn add_scored(&mut self, tokens: &[u32]) -> Result<SeqId> {
+        self.scheduler
+            .add(NewSequence {
+                prompt: tokens.to_vec(),
+                max_total_tokens: tokens.len(),
+                salt: 0,
+                prefix_cache: PrefixCache::Off,
+            })
+            .map_err(|e| Error::request(e.to_string()))
+    }
+
+    fn score_slices(
+        &mut self,
+        index: &HashMap<SeqId, usize>,
+        inv_temperature: f32,
+        scores: &mut [Score],
+    ) {
+        let rows: Vec<usize> = (0..self.slices.iter().map(|slice| slice.len).sum()).collect();
+        let mut targets = Vec::with_capacity(rows.len());
+        for slice in &self.slices {
+            let tokens = self.scheduler.tokens(slice.seq);
+            let next = slice.start + 1..slice.start + slice.len + 1;
+            // The last token has no successor; its target is not reported.
+            targets.extend(next.map(|i| tokens.get(i).copied().unwrap_or(0)));
+        }
+        let mut stats = self.runner.head_stats(&rows, &targets, inv_temperature).into_iter();
+        for slice in &self.slices {
+            let len = self.scheduler.tokens(slice.seq).len();
+            let score = &mut scores[index[&slice.seq]];
+            // A preempted sequence comes again from its beginning.
+            score.entropy.truncate(slice.start);
+            score.logprobs.truncate(slice.start);
+            for (i, stat) in (slice.start..slice.start + slice.len).zip(&mut stats) {
+                score.entropy.push(stat.entropy);
+                if i + 1 < len {
+                    score.logprobs.push(stat.log_prob);
+                }
+            }
+        }
+    }
+
+    /// Exclusive access to the weights; ends, with the version one higher, when the value is dropped.
+    ///
+    /// # Errors
+    /// `ErrorKind::Busy` while requests wait or run.
+    pub fn begin_update(&mut self) -> Result<WeightsUpdate<'_>> {
+        self.scheduler.begin_update().map_err(|e| Error::busy(e.to_string()))?;
+        let Runner { kernels, decoder, .. } = &mut self.runner;
+        Ok(WeightsUpdate { decoder, kernels, scheduler: &mut self.scheduler })
+    }
+}
+
+/// One over the temperature that log-probabilities are taken at.
+fn inv_temperature(params: &SamplingParams) -> f32 {
+    if params.temperature == 0.0 { 1.0 } else { 1.0 / params.temperature }
+}
+
+/// The draw of the token at `position` of this sample.
+fn uniform(sample: &Sample, position: usize) -> f64 {
+    random::uniform(&[sample.seed, sample.index as u64, position as u64])
+}
+
+fn stats(kernels: &Kernels, logits: &[f32], inv_temperature: Vec<f32>) -> Vec<TokenStats> {
+    let mut stats = vec![TokenStats::default(); inv_temperature.len()];
+    kernels.softmax_stats(logits, &inv_temperature, None, &mut stats);
+    stats
+}
+
+/// For every row its statistics at its temperature and the token drawn from them (or the most likely
+/// one at temperature 0); rows that need more than that are drawn again elsewhere.
+fn draw_plain(
+    kernels: &Kernels,
+    logits: &[f32],
+    samples: &[(&Sample, &[u32])],
+) -> (Vec<TokenStats>, Vec<u32>) {
+    let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
+    let uniforms: Vec<f64> = samples.iter().map(|(s, tokens)| uniform(s, tokens.len())).collect();
+    let mut tokens = vec![0; samples.len()];
+    kernels.sample(logits, &inv_t, &uniforms, &mut tokens);
+    if samples.iter().any(|(s, _)| s.params.temperature == 0.0) {
+        let mut greedy = vec![0; samples.len()];
+        kernels.argmax(logits, &mut greedy);
+        for (i, (sample, _)) in samples.iter().enumerate() {
+            if sample.params.temperature == 0.0 {
+                tokens[i] = greedy[i];
+            }
+        }
+    }
+    (stats(kernels, logits, inv_t), tokens)
+}

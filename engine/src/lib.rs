@@ -1,0 +1,38 @@
+//! Generates: models, KV memory, sampling, text, and the engine around them.
+//!
+//! [`Engine`] is synchronous, [`Service`] puts it on a thread for concurrent callers. Weights are read
+//! by rollouts and by training from the same memory and change only inside a [`WeightsUpdate`].
+//!
+//! Leaves out rewards and losses (`trainer`), HTTP (`server`) and every kind of printing.
+#![forbid(unsafe_code)]
+
+mod config;
+pub mod decoder;
+mod engine;
+pub mod error;
+mod load;
+mod memory;
+pub mod model;
+pub mod random;
+mod request;
+mod runner;
+mod sampler;
+mod sequence;
+mod service;
+pub mod text;
+mod update;
+
+pub use config::EngineConfig;
+pub use engine::{Engine, Score};
+pub use error::{Error, ErrorKind, Result};
+pub use kernels::{Dtype, Level};
+pub use memory::{MemoryPlan, available_memory_bytes, weights_bytes};
+pub use model::{GenerationDefaults, ModelConfig, ModelSource};
+pub use request::{
+    EosRule, Event, FinishReason, Finished, MAX_LOGPROBS, MAX_SAMPLES, Request, RequestId,
+    SamplingParams, StopReason, StopText, Token,
+};
+pub use scheduler::{PrefixCache, WeightsVersion};
+pub use service::{Sent, Service, Sink, Status};
+pub use text::{ChatTemplate, Message, Tokenizer};
+pub use update::WeightsUpdate;

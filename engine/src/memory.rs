@@ -1,0 +1,135 @@
+//! How much memory an engine takes, planned before anything is allocated.
+//!
+//! Counts what the engine itself reserves; the trainer adds its own part. Nothing here allocates.
+
+use std::fmt;
+
+use kernels::{Dtype, KvCache};
+
+use crate::config::EngineConfig;
+use crate::decoder::{Keep, Tape, param_specs};
+use crate::error::{Error, Result};
+use crate::model::ModelConfig;
+
+/// Rows of logits held at once.
+pub(crate) const LOGIT_ROWS: usize = 64;
+/// Share of the memory left after weights that a planned KV cache may take.
+const KV_SHARE: f64 = 0.5;
+/// Longest context taken from a model when nothing is asked for: more costs memory few need.
+const DEFAULT_MAX_MODEL_LEN: usize = 8192;
+
+/// What an engine will hold in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// The weights.
+    pub weights_bytes: u64,
+    /// The KV cache: `kv_blocks` blocks of `block_size` tokens.
+    pub kv_bytes: u64,
+    /// Blocks in it.
+    pub kv_blocks: usize,
+    /// Tokens a block holds.
+    pub block_size: usize,
+    /// Intermediate values of the largest step.
+    pub activation_bytes: u64,
+    /// Logits held at once.
+    pub logits_bytes: u64,
+    /// Longest sequence, prompt and output together.
+    pub max_model_len: usize,
+}
+
+impl MemoryPlan {
+    /// Plans for `model` under `config` on this machine.
+    ///
+    /// # Errors
+    /// When the KV cache cannot hold one sequence of the longest length, or a setting is out of range.
+    pub fn new(model: &ModelConfig, config: &EngineConfig) -> Result<Self> {
+        let dtype = config.resolved_dtype();
+        let weights_bytes = weights_bytes(model, dtype);
+        let block_bytes = KvCache::bytes_per_block(
+            dtype,
+            model.layers,
+            config.block_size,
+            model.kv_heads,
+            model.head_dim,
+        ) as u64;
+        let wanted_len = config
+            .max_model_len
+            .unwrap_or_else(|| model.max_context().min(DEFAULT_MAX_MODEL_LEN));
+        if wanted_len == 0 || wanted_len > model.max_context() {
+            return Err(Error::config(format!(
+                "max_model_len is {wanted_len}, limit is 1 to the model's {}",
+                model.max_context()
+            )));
+        }
+        let useful = (config.max_num_seqs as u64)
+            .saturating_mul(wanted_len.div_ceil(config.block_size) as u64)
+            .saturating_mul(block_bytes);
+        let kv_budget = config.kv_cache_memory_bytes.unwrap_or_else(|| {
+            let free = available_memory_bytes().unwrap_or(4 << 30);
+            let rest = free.saturating_sub(weights_bytes) as f64 * KV_SHARE;
+            (rest as u64).min(useful).max(block_bytes)
+        });
+        let kv_blocks = usize::try_from(kv_budget / block_bytes).unwrap_or(usize::MAX);
+        let room = kv_blocks.saturating_mul(config.block_size);
+        let max_model_len = match config.max_model_len {
+            Some(len) if len > room => {
+                return Err(Error::config(format!(
+                    "kv cache of {kv_budget} bytes holds {room} tokens, max_model_len is {len}"
+                )));
+            }
+            Some(len) => len,
+            None => wanted_len.min(room),
+        };
+        if max_model_len == 0 {
+            return Err(Error::config(format!(
+                "kv cache has {kv_budget} bytes, limit is at least {block_bytes} for one block"
+            )));
+        }
+        let rows = config.max_num_batched_tokens;
+        Ok(Self {
+            weights_bytes,
+            kv_bytes: kv_blocks as u64 * block_bytes,
+            kv_blocks,
+            block_size: config.block_size,
+            activation_bytes: Tape::bytes(model, Keep::OneLayer, rows),
+            logits_bytes: 4 * (LOGIT_ROWS.min(config.max_num_seqs) * model.vocab_size) as u64,
+            max_model_len,
+        })
+    }
+
+    /// All of it.
+    pub fn total_bytes(&self) -> u64 {
+        self.weights_bytes + self.kv_bytes + self.activation_bytes + self.logits_bytes
+    }
+}
+
+/// Bytes of a model's weights in `dtype`.
+pub fn weights_bytes(model: &ModelConfig, dtype: Dtype) -> u64 {
+    param_specs(model).iter().map(|spec| spec.len() as u64).sum::<u64>() * dtype.size_bytes() as u64
+}
+
+/// Memory that can be taken without swapping; `None` where the system does not say.
+pub fn available_memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        writeln!(f, "weights      {:>10.1} MiB", mib(self.weights_bytes))?;
+        writeln!(
+            f,
+            "kv cache     {:>10.1} MiB  {} blocks of {} tokens",
+            mib(self.kv_bytes),
+            self.kv_blocks,
+            self.block_size
+        )?;
+        writeln!(f, "activations  {:>10.1} MiB", mib(self.activation_bytes))?;
+        writeln!(f, "logits       {:>10.1} MiB", mib(self.logits_bytes))?;
+        writeln!(f, "total        {:>10.1} MiB", mib(self.total_bytes()))?;
+        write!(f, "longest sequence {} tokens", self.max_model_len)
+    }
+}

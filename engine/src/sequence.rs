@@ -1,0 +1,145 @@
+//! The engine's side of a running sample: its text, its stops, its place in its request.
+
+use std::sync::Arc;
+
+use crate::request::{
+    EosRule, FinishReason, Finished, Request, RequestId, SamplingParams, StopReason, StopText,
+};
+use crate::error::Result;
+use crate::text::{Detokenizer, SkipSpecial, StopMatcher, StopScan, Tokenizer};
+
+/// Prompt tokens that a detokenizer is shown, so that it knows what the answer joins on to.
+const CONTEXT_TOKENS: usize = 8;
+
+/// One sample of a request while it waits or runs.
+pub(crate) struct Sample {
+    pub(crate) request: RequestId,
+    pub(crate) index: usize,
+    pub(crate) params: Arc<SamplingParams>,
+    pub(crate) prompt_len: usize,
+    pub(crate) seed: u64,
+    /// Tokens that end it and may not come before `min_tokens`.
+    ending: Vec<u32>,
+    text: Option<SampleText>,
+}
+
+struct SampleText {
+    detokenizer: Detokenizer,
+    stops: StopMatcher,
+}
+
+/// What a new token does to its sample.
+pub(crate) struct Step {
+    /// Text that may be shown.
+    pub(crate) text: String,
+    /// Set when the sample is over.
+    pub(crate) end: Option<(FinishReason, Option<StopReason>)>,
+}
+
+impl Sample {
+    pub(crate) fn new(
+        (request_id, index, seed): (RequestId, usize, u64),
+        request: &Request,
+        params: &Arc<SamplingParams>,
+        eos: &[u32],
+        tokenizer: Option<&Arc<Tokenizer>>,
+    ) -> Result<Self> {
+        let mut ending = params.stop_token_ids.clone();
+        if params.eos == EosRule::Stop {
+            ending.extend_from_slice(eos);
+        }
+        let text = match tokenizer {
+            None => None,
+            Some(tokenizer) => {
+                let tail = &request.prompt[request.prompt.len().saturating_sub(CONTEXT_TOKENS)..];
+                let tokenizer = Arc::clone(tokenizer);
+                Some(SampleText {
+                    detokenizer: Detokenizer::after_prompt(tokenizer, SkipSpecial::Yes, tail),
+                    stops: StopMatcher::new(params.stop.clone())?,
+                })
+            }
+        };
+        Ok(Self {
+            request: request_id,
+            index,
+            params: Arc::clone(params),
+            prompt_len: request.prompt.len(),
+            seed,
+            ending,
+            text,
+        })
+    }
+
+    /// Tokens that may not be drawn as the `generated`-th token.
+    pub(crate) fn banned(&self, generated: usize) -> &[u32] {
+        if generated < self.params.min_tokens { &self.ending } else { &[] }
+    }
+
+    /// Takes in `token`, the sample's `generated`-th (from 1), after which `room` more may follow.
+    ///
+    /// # Errors
+    /// When the tokenizer's own rules fail on these tokens.
+    pub(crate) fn push(&mut self, token: u32, generated: usize, room: usize) -> Result<Step> {
+        if self.ending.contains(&token) {
+            let listed = self.params.stop_token_ids.contains(&token);
+            let end = Some((FinishReason::Stop, listed.then_some(StopReason::Token(token))));
+            return Ok(Step { text: self.flush()?, end });
+        }
+        let mut step = self.push_text(token, generated)?;
+        if step.end.is_none() && room == 0 {
+            step.text.push_str(&self.flush()?);
+            step.end = Some((FinishReason::Length, None));
+        }
+        Ok(step)
+    }
+
+    fn push_text(&mut self, token: u32, generated: usize) -> Result<Step> {
+        let Some(text) = &mut self.text else {
+            return Ok(Step { text: String::new(), end: None });
+        };
+        let delta = text.detokenizer.push(token)?;
+        if generated < self.params.min_tokens {
+            // Too early to stop: what could end it is part of the answer.
+            return Ok(Step { text: delta.to_owned(), end: None });
+        }
+        Ok(match text.stops.push(delta) {
+            StopScan::None { text } | StopScan::Hold { text, .. } => Step { text, end: None },
+            StopScan::Found { index, text_before } => {
+                let stop = self.params.stop[index].clone();
+                let shown = match self.params.stop_text {
+                    StopText::Include => text_before + &stop,
+                    StopText::Exclude => text_before,
+                };
+                let end = Some((FinishReason::Stop, Some(StopReason::Text(stop))));
+                Step { text: shown, end }
+            }
+        })
+    }
+
+    /// Text that was held back, when nothing can follow any more.
+    ///
+    /// # Errors
+    /// When the tokenizer's own rules fail on these tokens.
+    pub(crate) fn flush(&mut self) -> Result<String> {
+        let Some(text) = &mut self.text else { return Ok(String::new()) };
+        let rest = text.detokenizer.finish()?;
+        Ok(match text.stops.push(&rest) {
+            StopScan::None { text } => text,
+            StopScan::Hold { text: shown, .. } => shown + &text.stops.finish(),
+            StopScan::Found { text_before, .. } => text_before,
+        })
+    }
+
+    /// The event that says this sample has ended.
+    pub(crate) fn finished(&self, reason: FinishReason, cached_tokens: usize) -> Finished {
+        Finished {
+            request: self.request,
+            sample: self.index,
+            reason,
+            stop_reason: None,
+            text: String::new(),
+            cached_tokens,
+            error: None,
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! The promise of the engine: the log-probability of a sampled token is the one that training computes,
+//! bit for bit, whatever else ran beside it.
+//!
+//! Runs on a tiny random model always, and on SmolLM2 in bf16 when `models/` has it.
+
+use std::path::{Path, PathBuf};
+
+use engine::{
+    Dtype, Engine, EngineConfig, EosRule, Event, Level, ModelSource, PrefixCache, Request,
+    SamplingParams,
+};
+use trainer::score_train_path;
+
+/// One way of running the same requests.
+#[derive(Clone, Debug)]
+struct Setup {
+    name: &'static str,
+    config: EngineConfig,
+    reversed: bool,
+}
+
+fn setups(base: &EngineConfig, small_kv_bytes: u64) -> Vec<Setup> {
+    let setup = |name, config| Setup { name, config, reversed: false };
+    vec![
+        setup("one at a time", EngineConfig { max_num_seqs: 1, ..base.clone() }),
+        setup("five at a time", EngineConfig { max_num_seqs: 5, ..base.clone() }),
+        setup("one thread", EngineConfig { threads: Some(1), ..base.clone() }),
+        setup("chunks of 7", EngineConfig { max_num_batched_tokens: 7, ..base.clone() }),
+        setup("chunks of 100", EngineConfig { max_num_batched_tokens: 100, ..base.clone() }),
+        setup("no prefix cache", EngineConfig { prefix_cache: PrefixCache::Off, ..base.clone() }),
+        setup("blocks of 32", EngineConfig { block_size: 32, ..base.clone() }),
+        setup(
+            "little memory",
+            EngineConfig { kv_cache_memory_bytes: Some(small_kv_bytes), ..base.clone() },
+        ),
+        Setup { name: "reversed", config: base.clone(), reversed: true },
+    ]
+}
+
+/// A sampled sequence: its tokens with the prompt, and the log-probabilities of the sampled ones.
+#[derive(Clone, Debug, PartialEq)]
+struct Sampled {
+    tokens: Vec<u32>,
+    logprob_bits: Vec<u32>,
+}
+
+/// 16 prompts of different lengths, some sharing a beginning, 4 samples each.
+fn requests(vocab_size: u32, new_tokens: usize) -> Vec<Request> {
+    (0..16u64)
+        .map(|i| {
+            let shared = (0..20).map(|k| engine::random::hash(&[1, k]));
+            let own = (0..3 + i * 5).map(|k| engine::random::hash(&[2, i, k]));
+            let prompt = if i % 3 == 0 { own.collect() } else { shared.chain(own).collect::<Vec<_>>() };
+            let prompt = prompt.iter().map(|h| (h % u64::from(vocab_size)) as u32).collect();
+            let params = SamplingParams {
+                n: 4,
+                max_tokens: Some(new_tokens),
+                eos: EosRule::Ignore,
+                seed: Some(1000 + i),
+                temperature: if i % 2 == 0 { 1.0 } else { 0.7 },
+                ..SamplingParams::default()
+            };
+            Request::new(prompt, params)
+        })
+        .collect()
+}
+
+fn sample(source: &ModelSource, setup: &Setup, requests: &[Request]) -> (Vec<Sampled>, Engine) {
+    let mut engine = Engine::load(source, &setup.config).unwrap();
+    let mut order: Vec<usize> = (0..requests.len()).collect();
+    if setup.reversed {
+        order.reverse();
+    }
+    let mut sampled: Vec<Sampled> = requests
+        .iter()
+        .flat_map(|r| vec![Sampled { tokens: r.prompt.clone(), logprob_bits: vec![] }; r.params.n])
+        .collect();
+    let mut index = std::collections::HashMap::new();
+    for i in order {
+        index.insert(engine.add(requests[i].clone()).unwrap(), i);
+    }
+    while engine.has_work() {
+        for event in engine.step().unwrap() {
+            if let Event::Token(token) = event {
+                let sequence = &mut sampled[index[&token.request] * 4 + token.sample];
+                sequence.tokens.push(token.token);
+                sequence.logprob_bits.push(token.logprob.to_bits());
+            }
+        }
+    }
+    (sampled, engine)
+}
+
+fn assert_train_path_agrees(engine: &Engine, sampled: &[Sampled], requests: &[Request]) {
+    for (i, request) in requests.iter().enumerate() {
+        let group = &sampled[4 * i..4 * i + 4];
+        let tokens: Vec<Vec<u32>> = group.iter().map(|s| s.tokens.clone()).collect();
+        let scores = score_train_path(engine, &tokens, request.params.temperature).unwrap();
+        for (sequence, score) in group.iter().zip(&scores) {
+            let bits: Vec<u32> =
+                score.logprobs[request.prompt.len() - 1..].iter().map(|x| x.to_bits()).collect();
+            assert_eq!(bits, sequence.logprob_bits, "request {i}: training and rollout differ");
+        }
+    }
+}
+
+fn check(source: &ModelSource, base: &EngineConfig, small_kv_bytes: u64, new_tokens: usize) {
+    let requests = requests(source.config().vocab_size as u32, new_tokens);
+    let all = Setup { name: "all at once", config: base.clone(), reversed: false };
+    let (want, engine) = sample(source, &all, &requests);
+    assert_eq!(want.len(), 64);
+    assert!(want.iter().all(|s| s.logprob_bits.len() == new_tokens));
+    assert_train_path_agrees(&engine, &want, &requests);
+    assert!(engine.stats().hit_tokens > 0, "no prompt was taken from the prefix cache");
+    for setup in setups(base, small_kv_bytes) {
+        let (got, engine) = sample(source, &setup, &requests);
+        let same = got == want;
+        assert!(same, "{}: tokens or log-probabilities differ", setup.name);
+        if setup.name == "little memory" {
+            assert!(engine.stats().preemptions > 0, "nothing was preempted");
+        }
+        if setup.name == "one thread" {
+            assert_train_path_agrees(&engine, &got, &requests);
+        }
+    }
+}
+
+fn level() -> Option<Level> {
+    std::env::var("ENGINE_CPU").ok().map(|name| Level::parse(&name).unwrap())
+}
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+#[test]
+fn rollout_and_training_agree_on_tiny_models() {
+    for (model, dtype) in [("tiny-qwen2", Dtype::Bf16), ("tiny-qwen3", Dtype::F32)] {
+        let folder = workspace().join("tests/data/golden/models").join(model);
+        let source = ModelSource::open(&folder).unwrap();
+        let base = EngineConfig {
+            dtype: Some(dtype),
+            level: level(),
+            threads: Some(2),
+            max_model_len: Some(160),
+            kv_cache_memory_bytes: Some(16 << 20),
+            ..EngineConfig::default()
+        };
+        // 2 x 3 layers x 2 heads x 16 = 192 numbers a token: room for about four long sequences.
+        let token_bytes = 192 * dtype.size_bytes() as u64;
+        check(&source, &base, 640 * token_bytes, 24);
+    }
+}
+
+#[test]
+fn rollout_and_training_agree_on_smollm2() {
+    let models =
+        std::env::var_os("ENGINE_MODELS_DIR").map_or(workspace().join("models"), PathBuf::from);
+    let path = models.join("smollm2-135m.gguf");
+    if !path.exists() {
+        println!("left out: {} is missing; scripts/fetch-models.sh gets it", path.display());
+        return;
+    }
+    let source = ModelSource::open(&path).unwrap();
+    let base = EngineConfig {
+        dtype: Some(Dtype::Bf16),
+        level: level(),
+        threads: Some(2),
+        max_model_len: Some(256),
+        kv_cache_memory_bytes: Some(1 << 30),
+        ..EngineConfig::default()
+    };
+    // 2 x 30 layers x 3 heads x 64 numbers of 2 bytes a token.
+    check(&source, &base, 700 * 23_040, 32);
+}

@@ -1,0 +1,297 @@
+//! Whole-model golden tests: log-probabilities, greedy text, gradients and five optimizer steps of tiny
+//! random models, against what transformers computed in f32 (`tests/data/golden/models/README.md`).
+
+use std::path::{Path, PathBuf};
+
+use engine::decoder::{Gradients, Keep, param_specs};
+use engine::{Dtype, Engine, EngineConfig, EosRule, Event, Level, ModelSource, Request, SamplingParams};
+use kernels::AdamW;
+use serde_json::Value;
+use trainer::{Learner, LossGradient, Optimizer, Packed, clip_scale, global_norm};
+
+const MODELS: [&str; 4] = ["tiny-llama", "tiny-llama3-rope", "tiny-qwen2", "tiny-qwen3"];
+
+/// How far a compute format may be from the f32 reference.
+struct Tolerance {
+    logprob: f32,
+    gradient: f64,
+    /// `None`: not compared.
+    steps: Option<f64>,
+}
+
+fn tolerance(dtype: Dtype) -> Tolerance {
+    match dtype {
+        Dtype::F32 => Tolerance { logprob: 1e-4, gradient: 1e-4, steps: Some(1e-4) },
+        Dtype::Bf16 => Tolerance { logprob: 5e-2, gradient: 3e-2, steps: None },
+    }
+}
+
+fn folder(model: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/golden/models").join(model)
+}
+
+fn reference(model: &str) -> Value {
+    let text = std::fs::read_to_string(folder(model).join("reference.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+/// The level that `ENGINE_CPU` names, or the fastest.
+fn level() -> Level {
+    std::env::var("ENGINE_CPU").map_or_else(|_| Level::detect(), |n| Level::parse(&n).unwrap())
+}
+
+fn load(model: &str, dtype: Dtype) -> Engine {
+    let source = ModelSource::open(&folder(model)).unwrap();
+    let config = EngineConfig {
+        dtype: Some(dtype),
+        level: Some(level()),
+        threads: Some(2),
+        kv_cache_memory_bytes: Some(8 << 20),
+        max_model_len: Some(512),
+        ..EngineConfig::default()
+    };
+    Engine::load(&source, &config).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+fn floats(value: &Value) -> Vec<f32> {
+    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect()
+}
+
+#[track_caller]
+fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
+    assert_eq!(got.len(), want.len(), "{what}: lengths");
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        assert!((g - w).abs() <= tolerance, "{what}[{i}]: {g}, reference {w}");
+    }
+}
+
+fn log_probabilities(dtype: Dtype) {
+    for model in MODELS {
+        let mut engine = load(model, dtype);
+        let reference = reference(model);
+        let cases = reference["cases"].as_array().unwrap();
+        let inputs: Vec<Vec<u32>> = cases.iter().map(|case| ids(&case["input_ids"])).collect();
+        let scores = engine.score(&inputs, 1.0).unwrap();
+        for (i, (case, score)) in cases.iter().zip(&scores).enumerate() {
+            let limit = tolerance(dtype).logprob;
+            let want = floats(&case["next_token_logprobs"]);
+            assert_close(&format!("{model} case {i} logprobs"), &score.logprobs, &want, limit);
+            let want = floats(&case["entropy"]);
+            assert_close(&format!("{model} case {i} entropy"), &score.entropy, &want, limit);
+        }
+    }
+}
+
+#[test]
+fn log_probabilities_in_f32() {
+    log_probabilities(Dtype::F32);
+}
+
+#[test]
+fn log_probabilities_in_bf16() {
+    log_probabilities(Dtype::Bf16);
+}
+
+#[test]
+fn greedy_continuations_are_equal_in_f32() {
+    for model in MODELS {
+        let mut engine = load(model, Dtype::F32);
+        let greedy = &reference(model)["greedy"];
+        let want = ids(&greedy["continuation"]);
+        let params = SamplingParams {
+            temperature: 0.0,
+            max_tokens: Some(want.len()),
+            eos: EosRule::Ignore,
+            ..SamplingParams::default()
+        };
+        engine.add(Request::new(ids(&greedy["prompt"]), params)).unwrap();
+        let mut got = Vec::new();
+        while engine.has_work() {
+            for event in engine.step().unwrap() {
+                if let Event::Token(token) = event {
+                    got.push(token.token);
+                }
+            }
+        }
+        assert_eq!(got, want, "{model}");
+    }
+}
+
+/// The reference's loss: token-mean of max(-A r, -A clamp(r, 0.8, 1.28)); its value and derivatives.
+fn policy_loss(new: &[f32], old: &[f32], advantages: &[f32]) -> (f64, Vec<f32>) {
+    let n = new.len() as f64;
+    let mut loss = 0.0;
+    let mut derivatives = Vec::with_capacity(new.len());
+    for ((new, old), a) in new.iter().zip(old).zip(advantages) {
+        let (ratio, a) = (f64::from(new - old).exp(), f64::from(*a));
+        let (plain, clipped) = (-a * ratio, -a * ratio.clamp(0.8, 1.28));
+        loss += plain.max(clipped) / n;
+        derivatives.push(if plain >= clipped { (-a * ratio / n) as f32 } else { 0.0 });
+    }
+    (loss, derivatives)
+}
+
+/// The reference's policy step, ready to run.
+struct PolicyStep {
+    sequences: Vec<Vec<u32>>,
+    prompt_len: usize,
+    old: Vec<f32>,
+    advantages: Vec<f32>,
+}
+
+impl PolicyStep {
+    fn new(value: &Value) -> Self {
+        let sequences: Vec<Vec<u32>> =
+            value["sequences"].as_array().unwrap().iter().map(ids).collect();
+        let prompt_len = value["prompt_len"].as_u64().unwrap() as usize;
+        let per_sequence = floats(&value["advantages"]);
+        let old = value["old_logprobs"].as_array().unwrap().iter().flat_map(floats).collect();
+        let advantages = sequences
+            .iter()
+            .zip(&per_sequence)
+            .flat_map(|(s, a)| vec![*a; s.len() - prompt_len])
+            .collect();
+        Self { sequences, prompt_len, old, advantages }
+    }
+
+    fn packed(&self) -> Vec<Packed<'_>> {
+        let prompt_len = self.prompt_len;
+        self.sequences.iter().map(|tokens| Packed { tokens, prompt_len }).collect()
+    }
+
+    /// Loss and gradients at the engine's present weights.
+    fn run(&self, engine: &Engine, learner: &mut Learner, grads: &mut Gradients) -> f64 {
+        let (decoder, kernels) = (engine.decoder(), engine.kernels());
+        let stats = learner.forward(decoder, kernels, &self.packed(), 1.0);
+        let new: Vec<f32> = stats.iter().map(|s| s.log_prob).collect();
+        let (loss, dlogp) = policy_loss(&new, &self.old, &self.advantages);
+        let gradient =
+            LossGradient { stats: &stats, inv_temperature: 1.0, dlogp: &dlogp, dentropy: None };
+        grads.clear();
+        learner.backward(decoder, kernels, &gradient, grads);
+        loss
+    }
+}
+
+/// Norm of the difference over norm of the reference, per named tensor.
+fn worst_tensor(
+    model: &str,
+    file: &str,
+    engine: &Engine,
+    values: &[Vec<f32>],
+) -> (f64, String) {
+    let source = ReferenceTensors::open(&folder(model).join(file));
+    let mut worst = (0.0, String::new());
+    for (spec, values) in param_specs(engine.model()).iter().zip(values) {
+        for (name, range) in &spec.tensors {
+            let width = if spec.rows == 1 { 1 } else { spec.cols };
+            let got = &values[range.start * width..range.end * width];
+            let want = source.tensor(name);
+            assert_eq!(got.len(), want.len(), "{model} {name}");
+            let square = |x: f64| x * x;
+            let difference: f64 =
+                got.iter().zip(&want).map(|(g, w)| square(f64::from(g - w))).sum::<f64>();
+            let norm: f64 = want.iter().map(|w| square(f64::from(*w))).sum::<f64>();
+            let relative = difference.sqrt() / norm.sqrt().max(1e-12);
+            if relative > worst.0 {
+                worst = (relative, name.clone());
+            }
+        }
+    }
+    worst
+}
+
+/// f32 tensors of a safetensors file, read without the engine's own reader.
+struct ReferenceTensors {
+    header: Value,
+    data: Vec<u8>,
+}
+
+impl ReferenceTensors {
+    fn open(path: &Path) -> Self {
+        let bytes = std::fs::read(path).unwrap();
+        let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header = serde_json::from_slice(&bytes[8..8 + len]).unwrap();
+        Self { header, data: bytes[8 + len..].to_vec() }
+    }
+
+    fn tensor(&self, name: &str) -> Vec<f32> {
+        let entry = &self.header[name];
+        assert_eq!(entry["dtype"], "F32", "{name}");
+        let offset = |i: usize| entry["data_offsets"][i].as_u64().unwrap() as usize;
+        let bytes = &self.data[offset(0)..offset(1)];
+        bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+}
+
+fn gradients(dtype: Dtype) {
+    for model in MODELS {
+        let engine = load(model, dtype);
+        let reference = &reference(model)["policy_step"];
+        let step = PolicyStep::new(reference);
+        let mut learner = Learner::new(engine.decoder(), Keep::AllLayers);
+        let mut grads = Gradients::new(engine.model(), dtype);
+        step.run(&engine, &mut learner, &mut grads);
+        let (worst, name) = worst_tensor(model, "grads.safetensors", &engine, grads.sums());
+        println!("{model} {dtype:?}: worst gradient {worst:.2e} in {name}");
+        assert!(worst <= tolerance(dtype).gradient, "{model} {name}: {worst}");
+        let norm = global_norm(engine.kernels(), &grads);
+        let want = reference["grad_norm"].as_f64().unwrap();
+        assert!((norm / want - 1.0).abs() <= tolerance(dtype).gradient, "{model}: norm {norm}");
+    }
+}
+
+#[test]
+fn policy_gradients_in_f32() {
+    gradients(Dtype::F32);
+}
+
+#[test]
+fn policy_gradients_in_bf16() {
+    gradients(Dtype::Bf16);
+}
+
+#[test]
+fn five_optimizer_steps_in_f32() {
+    let limit = tolerance(Dtype::F32).steps.unwrap();
+    for model in MODELS {
+        let mut engine = load(model, Dtype::F32);
+        let reference = &reference(model)["policy_step"];
+        let step = PolicyStep::new(reference);
+        let losses = floats(&reference["losses"]);
+        let norms = floats(&reference["grad_norms"]);
+        let mut learner = Learner::new(engine.decoder(), Keep::AllLayers);
+        let mut grads = Gradients::new(engine.model(), Dtype::F32);
+        let mut update = engine.begin_update().unwrap();
+        let mut optimizer = Optimizer::new(update.decoder().0);
+        drop(update);
+        for i in 0..5 {
+            let loss = step.run(&engine, &mut learner, &mut grads);
+            assert!((loss - f64::from(losses[i])).abs() <= limit, "{model} loss {i}: {loss}");
+            let norm = global_norm(engine.kernels(), &grads);
+            assert!((norm / f64::from(norms[i]) - 1.0).abs() <= limit, "{model} norm {i}: {norm}");
+            let settings = AdamW {
+                lr: 1e-4,
+                beta1: 0.9,
+                beta2: 0.999,
+                eps: 1e-8,
+                weight_decay: 0.01,
+                step: 0,
+                grad_scale: clip_scale(norm, 1.0),
+            };
+            let mut update = engine.begin_update().unwrap();
+            let (decoder, kernels) = update.decoder();
+            optimizer.apply(decoder, kernels, &grads, &settings);
+        }
+        let loss = step.run(&engine, &mut learner, &mut grads);
+        assert!((loss - f64::from(losses[5])).abs() <= limit, "{model} loss 5: {loss}");
+        let file = "params_after_5_steps.safetensors";
+        let (worst, name) = worst_tensor(model, file, &engine, optimizer.masters());
+        assert!(worst <= limit, "{model} {name}: {worst}");
+        assert_eq!(engine.version().0, 6, "each update is a version");
+    }
+}
