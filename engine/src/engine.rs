@@ -329,43 +329,48 @@ impl Engine {
             .map(|row| (&self.samples[&row.seq], self.scheduler.tokens(row.seq)))
             .collect();
         let (kernels, logits) = self.runner.logits(&row_indices);
-        let raw = stats(kernels, logits, vec![1.0; rows.len()]);
-        let (scaled, plain) = draw_plain(kernels, logits, &samples);
+        let mut tokens = draw_plain(kernels, logits, &samples);
+        // Log-probabilities of the rows whose distribution was truncated or penalised.
+        let mut changed = vec![None; rows.len()];
         let mut scratch = Vec::new();
-        let rows = logits.chunks_exact(vocab).zip(&samples).enumerate();
-        rows.map(|(i, (logits, (sample, tokens)))| {
-            if !raw[i].log_sum_exp.is_finite() {
-                return None;
+        for (i, (sample, known)) in samples.iter().enumerate() {
+            let banned = sample.banned(known.len() - sample.prompt_len);
+            if sample.params.is_plain() && banned.is_empty() {
+                continue;
             }
-            let params = &sample.params;
-            let generated = tokens.len() - sample.prompt_len;
-            let banned = sample.banned(generated);
-            let (token, logprob) = if params.is_plain() && banned.is_empty() {
-                let (token, inv_t) = (plain[i], inv_temperature(params));
-                (token, logits[token as usize] * inv_t - scaled[i].log_sum_exp)
-            } else {
-                scratch.clear();
-                scratch.extend_from_slice(logits);
-                let draw = sampler::draw(
-                    &mut scratch,
-                    &RowContext {
-                        params,
-                        tokens,
-                        prompt_len: sample.prompt_len,
-                        banned,
-                        uniform: uniform(sample, tokens.len()),
-                    },
-                )?;
-                (draw.token, draw.logprob)
+            scratch.clear();
+            scratch.extend_from_slice(&logits[i * vocab..(i + 1) * vocab]);
+            let context = RowContext {
+                params: &sample.params,
+                tokens: known,
+                prompt_len: sample.prompt_len,
+                banned,
+                uniform: uniform(sample, known.len()),
             };
-            let raw_logprob = logits[token as usize] * 1.0 - raw[i].log_sum_exp;
-            let top = params
-                .logprobs
-                .map(|k| sampler::top_logprobs(logits, raw[i].log_sum_exp, k))
-                .unwrap_or_default();
-            Some(Drawn { token, logprob, raw_logprob, top })
-        })
-        .collect()
+            if let Some(draw) = sampler::draw(&mut scratch, &context) {
+                tokens[i] = draw.token;
+                changed[i] = Some(draw.logprob);
+            }
+        }
+        let raw = stats(kernels, logits, &vec![1.0; rows.len()], &tokens);
+        let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
+        let scaled = match inv_t.iter().all(|t| *t == 1.0) {
+            true => raw.clone(),
+            false => stats(kernels, logits, &inv_t, &tokens),
+        };
+        let drawn = |i: usize| {
+            let row = &logits[i * vocab..(i + 1) * vocab];
+            let top = samples[i].0.params.logprobs;
+            raw[i].log_sum_exp.is_finite().then(|| Drawn {
+                token: tokens[i],
+                logprob: changed[i].unwrap_or(scaled[i].log_prob),
+                raw_logprob: raw[i].log_prob,
+                top: top.map_or_else(Vec::new, |k| {
+                    sampler::top_logprobs(row, raw[i].log_sum_exp, k)
+                }),
+            })
+        };
+        (0..rows.len()).map(drawn).collect()
     }
 
     /// Hands a drawn token to its sample and reports it, and the sample's end if it is one.
@@ -548,31 +553,34 @@ fn uniform(sample: &Sample, position: usize) -> f64 {
     random::uniform(&[sample.seed, sample.index as u64, position as u64])
 }
 
-fn stats(kernels: &Kernels, logits: &[f32], inv_temperature: Vec<f32>) -> Vec<TokenStats> {
-    let mut stats = vec![TokenStats::default(); inv_temperature.len()];
-    kernels.softmax_stats(logits, &inv_temperature, None, &mut stats);
+/// Statistics of each row of logits, with `tokens` as targets.
+fn stats(
+    kernels: &Kernels,
+    logits: &[f32],
+    inv_temperature: &[f32],
+    tokens: &[u32],
+) -> Vec<TokenStats> {
+    let mut stats = vec![TokenStats::default(); tokens.len()];
+    kernels.softmax_stats(logits, inv_temperature, Some(tokens), &mut stats);
     stats
 }
 
-/// For every row its statistics at its temperature and the token drawn from them (or the most likely
-/// one at temperature 0); rows that need more than that are drawn again elsewhere.
-fn draw_plain(
-    kernels: &Kernels,
-    logits: &[f32],
-    samples: &[(&Sample, &[u32])],
-) -> (Vec<TokenStats>, Vec<u32>) {
+/// For every row the token drawn from its softmax at its temperature, or the most likely one at
+/// temperature 0; rows that need more than that are drawn again.
+fn draw_plain(kernels: &Kernels, logits: &[f32], samples: &[(&Sample, &[u32])]) -> Vec<u32> {
     let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
     let uniforms: Vec<f64> = samples.iter().map(|(s, tokens)| uniform(s, tokens.len())).collect();
     let mut tokens = vec![0; samples.len()];
     kernels.sample(logits, &inv_t, &uniforms, &mut tokens);
-    if samples.iter().any(|(s, _)| s.params.temperature == 0.0) {
+    let is_greedy = |sample: &Sample| sample.params.temperature == 0.0;
+    if samples.iter().any(|(s, _)| is_greedy(s)) {
         let mut greedy = vec![0; samples.len()];
         kernels.argmax(logits, &mut greedy);
         for (i, (sample, _)) in samples.iter().enumerate() {
-            if sample.params.temperature == 0.0 {
+            if is_greedy(sample) {
                 tokens[i] = greedy[i];
             }
         }
     }
-    (stats(kernels, logits, inv_t), tokens)
+    tokens
 }

@@ -1,1 +1,416 @@
-//! Placeholder.
+//! The paged cache of keys and values: one allocation, made once, cut into blocks of positions.
+//!
+//! A slot is `block * block_size + offset`; which sequence owns which block is the scheduler's
+//! business and not known here. Nothing is ever cleared: readers look only at positions that their
+//! sequence has written.
+//!
+//! Everything is kept in 32-bit words, one f32 or two bf16 each (the even element in the lower half);
+//! `w` is the words of one head. Layout: `[layer][block][kv head]`, and for each of those first the
+//! keys, then the values of the block's positions. Keys lie in tiles of [`TILE`] positions,
+//! transposed: `[pos / 16][w][16]`, so that one 64-byte line holds one word of 16 positions and is the
+//! operand of one multiplication with a broadcast word of a query. Values lie row by row: `[pos][w]`.
+//! Every tile starts on a 64-byte line.
+
+use crate::disjoint::Disjoint;
+use crate::gemm::convert::{element, pair, per_word};
+use crate::{Dtype, Kernels};
+
+/// Positions in one tile of keys: the lanes of a 512-bit register.
+pub(crate) const TILE: usize = 16;
+
+/// The largest head size.
+pub(crate) const MAX_HEAD_DIM: usize = 256;
+
+/// Below this many rows a write is not worth waking the other threads.
+const SERIAL_ROWS: usize = 128;
+
+/// Words of a huge page, where the cache begins if it is larger than that.
+const HUGE_PAGE_WORDS: usize = (2 << 20) / 4;
+
+/// Keys and values of all layers, in blocks of positions.
+///
+/// ```
+/// use kernels::{Dtype, Kernels, KvCache, Level};
+/// let kernels = Kernels::new(Level::detect(), 1).unwrap();
+/// let mut kv = KvCache::new(Dtype::Bf16, 1, 4, 16, 1, 16);
+/// kernels.kv_write(&mut kv, 0, &[1.0; 16], &[2.0; 16], &[35]);
+/// assert_eq!(kv.key(0, 35, 0)[3], 1.0);
+/// assert_eq!(kv.value(0, 35, 0)[3], 2.0);
+/// ```
+pub struct KvCache {
+    shape: Shape,
+    /// The cache begins at `lead`.
+    words: Vec<u32>,
+    lead: usize,
+}
+
+/// Where things lie; see the layout above.
+#[derive(Clone, Copy)]
+struct Shape {
+    dtype: Dtype,
+    layers: usize,
+    num_blocks: usize,
+    block_size: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl KvCache {
+    /// A cache of `num_blocks` blocks of `block_size` positions in each of `layers` layers, all zero.
+    ///
+    /// The system hands out the memory when it is first written to.
+    ///
+    /// # Panics
+    /// When `block_size` is no positive multiple of 16, or `head_dim` no multiple of 16 from 16 to 256.
+    pub fn new(
+        dtype: Dtype,
+        layers: usize,
+        num_blocks: usize,
+        block_size: usize,
+        kv_heads: usize,
+        head_dim: usize,
+    ) -> Self {
+        assert!(
+            block_size > 0 && block_size.is_multiple_of(TILE),
+            "block size is {block_size}, must be a multiple of {TILE}"
+        );
+        check_head_dim(head_dim);
+        let bytes = Self::bytes_per_block(dtype, layers, block_size, kv_heads, head_dim);
+        let (words, lead) = zeroed(num_blocks * bytes / 4);
+        let shape = Shape { dtype, layers, num_blocks, block_size, kv_heads, head_dim };
+        Self { shape, words, lead }
+    }
+
+    /// Bytes of one block in all layers: keys and values.
+    pub const fn bytes_per_block(
+        dtype: Dtype,
+        layers: usize,
+        block_size: usize,
+        kv_heads: usize,
+        head_dim: usize,
+    ) -> usize {
+        layers * kv_heads * 2 * block_size * head_dim * dtype.size_bytes()
+    }
+
+    /// Bytes of all blocks.
+    pub fn bytes(&self) -> usize {
+        let Shape { dtype, layers, num_blocks, block_size, kv_heads, head_dim } = self.shape;
+        num_blocks * Self::bytes_per_block(dtype, layers, block_size, kv_heads, head_dim)
+    }
+
+    /// The storage format.
+    pub fn dtype(&self) -> Dtype {
+        self.shape.dtype
+    }
+
+    /// Layers.
+    pub fn layers(&self) -> usize {
+        self.shape.layers
+    }
+
+    /// Blocks in each layer.
+    pub fn num_blocks(&self) -> usize {
+        self.shape.num_blocks
+    }
+
+    /// Positions in a block.
+    pub fn block_size(&self) -> usize {
+        self.shape.block_size
+    }
+
+    /// Heads of keys and values.
+    pub fn kv_heads(&self) -> usize {
+        self.shape.kv_heads
+    }
+
+    /// Elements of one head.
+    pub fn head_dim(&self) -> usize {
+        self.shape.head_dim
+    }
+
+    /// The key at `slot` of one head, as stored. For tests and tools; slow.
+    ///
+    /// # Panics
+    /// When layer, slot or head do not exist.
+    pub fn key(&self, layer: usize, slot: u32, head: usize) -> Vec<f32> {
+        let (start, lane) = self.shape.key_tile(layer, slot, head);
+        let word = |w| self.words()[start + w * TILE + lane];
+        (0..self.head_dim()).map(|i| element(self.dtype(), word, i)).collect()
+    }
+
+    /// The value at `slot` of one head, as stored. For tests and tools; slow.
+    ///
+    /// # Panics
+    /// When layer, slot or head do not exist.
+    pub fn value(&self, layer: usize, slot: u32, head: usize) -> Vec<f32> {
+        let start = self.shape.value_row(layer, slot, head);
+        let word = |w| self.words()[start + w];
+        (0..self.head_dim()).map(|i| element(self.dtype(), word, i)).collect()
+    }
+
+    /// Copies a block in all layers: keys and values of every position.
+    ///
+    /// # Panics
+    /// When one of the blocks does not exist.
+    pub fn copy_block(&mut self, from: u32, to: u32) {
+        let len = self.kv_heads() * 2 * self.values_after();
+        for layer in 0..self.layers() {
+            let source = self.keys_start(layer, from as usize, 0);
+            let target = self.keys_start(layer, to as usize, 0);
+            self.words[self.lead..].copy_within(source..source + len, target);
+        }
+    }
+
+    /// All words, the first one on a 64-byte line.
+    pub(crate) fn words(&self) -> &[u32] {
+        &self.words[self.lead..]
+    }
+
+    /// Words of one head of one position.
+    pub(crate) fn head_words(&self) -> usize {
+        self.shape.head_words()
+    }
+
+    /// Where the keys of one head in one block begin.
+    pub(crate) fn keys_start(&self, layer: usize, block: usize, head: usize) -> usize {
+        self.shape.keys_start(layer, block, head)
+    }
+
+    /// How far behind a block's keys its values begin.
+    pub(crate) fn values_after(&self) -> usize {
+        self.shape.values_after()
+    }
+}
+
+impl Shape {
+    fn head_words(self) -> usize {
+        self.head_dim / per_word(self.dtype)
+    }
+
+    fn values_after(self) -> usize {
+        self.block_size * self.head_words()
+    }
+
+    fn keys_start(self, layer: usize, block: usize, head: usize) -> usize {
+        assert!(layer < self.layers, "layer {layer}, the cache has {}", self.layers);
+        assert!(block < self.num_blocks, "block {block}, the cache has {}", self.num_blocks);
+        assert!(head < self.kv_heads, "kv head {head}, the cache has {}", self.kv_heads);
+        ((layer * self.num_blocks + block) * self.kv_heads + head) * 2 * self.values_after()
+    }
+
+    /// Where the tile with the key of a slot begins, and the lane of the key.
+    fn key_tile(self, layer: usize, slot: u32, head: usize) -> (usize, usize) {
+        let (block, offset) = (slot as usize / self.block_size, slot as usize % self.block_size);
+        let start = self.keys_start(layer, block, head);
+        (start + offset / TILE * TILE * self.head_words(), offset % TILE)
+    }
+
+    /// Where the value of a slot begins.
+    fn value_row(self, layer: usize, slot: u32, head: usize) -> usize {
+        let (block, offset) = (slot as usize / self.block_size, slot as usize % self.block_size);
+        self.keys_start(layer, block, head) + self.values_after() + offset * self.head_words()
+    }
+}
+
+impl Kernels {
+    /// Stores keys and values of rows at their slots (`block * block_size + offset`), rounded to the
+    /// cache's format (to nearest even).
+    ///
+    /// `k` and `v` are `[rows, kv_heads * head_dim]`. A slot that appears twice keeps the later row.
+    ///
+    /// # Panics
+    /// When a slice has the wrong length or a layer or slot does not exist.
+    pub fn kv_write(&self, kv: &mut KvCache, layer: usize, k: &[f32], v: &[f32], slots: &[u32]) {
+        let len = slots.len() * kv.kv_heads() * kv.head_dim();
+        assert!(k.len() == len, "{} elements of k, {} rows need {len}", k.len(), slots.len());
+        assert!(v.len() == len, "{} elements of v, {} rows need {len}", v.len(), slots.len());
+        let write = Write { shape: kv.shape, layer, slots };
+        let cache = Disjoint::new(&mut kv.words[kv.lead..]);
+        // No two tasks touch the same words, even where slots repeat.
+        let task = |i: usize| match i % 2 {
+            0 => write.keys(i / 2, k, &cache),
+            _ => write.values(i / 2, v, &cache),
+        };
+        let tasks = 2 * kv.shape.kv_heads;
+        if slots.len() < SERIAL_ROWS {
+            (0..tasks).for_each(task);
+        } else {
+            self.pool().run(tasks, &task);
+        }
+    }
+}
+
+/// A call of `kv_write`.
+struct Write<'a> {
+    shape: Shape,
+    layer: usize,
+    slots: &'a [u32],
+}
+
+impl Write<'_> {
+    fn keys(&self, head: usize, k: &[f32], cache: &Disjoint<'_, u32>) {
+        let (d, words) = (self.shape.head_dim, self.shape.head_words());
+        let mut rounded = [0; MAX_HEAD_DIM];
+        for (row, &slot) in self.slots.iter().enumerate() {
+            let (start, lane) = self.shape.key_tile(self.layer, slot, head);
+            // SAFETY: only this task writes keys of this head.
+            let tile = unsafe { cache.part(start, start + TILE * words) };
+            let source = &k[(row * self.shape.kv_heads + head) * d..][..d];
+            round_words(self.shape.dtype, source, &mut rounded[..words]);
+            write_key(&rounded[..words], lane, tile);
+        }
+    }
+
+    fn values(&self, head: usize, v: &[f32], cache: &Disjoint<'_, u32>) {
+        let (d, words) = (self.shape.head_dim, self.shape.head_words());
+        for (row, &slot) in self.slots.iter().enumerate() {
+            let start = self.shape.value_row(self.layer, slot, head);
+            // SAFETY: only this task writes values of this head.
+            let target = unsafe { cache.part(start, start + words) };
+            let source = &v[(row * self.shape.kv_heads + head) * d..][..d];
+            round_words(self.shape.dtype, source, target);
+        }
+    }
+}
+
+/// Rounds elements into words.
+pub(crate) fn round_words(dtype: Dtype, elements: &[f32], words: &mut [u32]) {
+    match dtype {
+        Dtype::F32 => words.iter_mut().zip(elements).for_each(|(w, x)| *w = x.to_bits()),
+        Dtype::Bf16 => words
+            .iter_mut()
+            .zip(elements.chunks_exact(2))
+            .for_each(|(word, x)| *word = pair(x[0], x[1])),
+    }
+}
+
+/// Puts the words of a key into lane `lane` of a tile.
+pub(crate) fn write_key(key: &[u32], lane: usize, tile: &mut [u32]) {
+    tile.chunks_exact_mut(TILE).zip(key).for_each(|(line, &word)| line[lane] = word);
+}
+
+/// Panics unless the kernels can work with heads of this size.
+pub(crate) fn check_head_dim(head_dim: usize) {
+    assert!(
+        (TILE..=MAX_HEAD_DIM).contains(&head_dim) && head_dim.is_multiple_of(TILE),
+        "head size is {head_dim}, must be a multiple of {TILE} up to {MAX_HEAD_DIM}"
+    );
+}
+
+/// `len` words that the system zeroes when they are first touched, from the returned index on:
+/// a 64-byte line, and for large caches the start of a huge page.
+fn zeroed(len: usize) -> (Vec<u32>, usize) {
+    let align = if len >= HUGE_PAGE_WORDS { HUGE_PAGE_WORDS } else { TILE };
+    let words = vec![0; len + align];
+    let lead = words.as_ptr().align_offset(4 * align).min(align);
+    if len >= HUGE_PAGE_WORDS {
+        ask_for_huge_pages(&words[lead..]);
+    }
+    (words, lead)
+}
+
+/// Advises the system to back the words by huge pages; a refusal changes nothing.
+#[cfg(all(target_os = "linux", not(miri)))]
+fn ask_for_huge_pages(words: &[u32]) {
+    use std::ffi::{c_int, c_void};
+    const MADV_HUGEPAGE: c_int = 14;
+    unsafe extern "C" {
+        fn madvise(address: *mut c_void, bytes: usize, advice: c_int) -> c_int;
+    }
+    let address = words.as_ptr().cast_mut().cast();
+    // SAFETY: advice about memory that the caller holds; its content is not touched.
+    let _refused = unsafe { madvise(address, size_of_val(words), MADV_HUGEPAGE) };
+}
+
+#[cfg(any(not(target_os = "linux"), miri))]
+fn ask_for_huge_pages(_words: &[u32]) {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Level;
+
+    /// Numbers that differ in every bit that bf16 drops.
+    fn numbers(len: usize, seed: u32) -> Vec<f32> {
+        (0..len as u32).map(|i| ((i ^ seed).wrapping_mul(2_654_435_761) as f32) / 4e9).collect()
+    }
+
+    fn stored(dtype: Dtype, x: &[f32]) -> Vec<f32> {
+        match dtype {
+            Dtype::F32 => x.to_vec(),
+            Dtype::Bf16 => x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect(),
+        }
+    }
+
+    #[test]
+    fn rows_come_back_rounded_from_their_slots() {
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            for (threads, rows) in [(1, 5), (3, 200)] {
+                let kernels = Kernels::new(Level::Portable, threads).unwrap();
+                let (heads, d) = (3, 48);
+                let mut kv = KvCache::new(dtype, 2, 9, 32, heads, d);
+                let slots: Vec<u32> = (0..rows).map(|i| (i * 37 + 5) % (9 * 32)).collect();
+                let k = numbers(slots.len() * heads * d, 1);
+                let v = numbers(slots.len() * heads * d, 2);
+                kernels.kv_write(&mut kv, 1, &k, &v, &slots);
+                for (row, &slot) in slots.iter().enumerate() {
+                    for head in 0..heads {
+                        let part = (row * heads + head) * d..(row * heads + head + 1) * d;
+                        assert_eq!(kv.key(1, slot, head), stored(dtype, &k[part.clone()]));
+                        assert_eq!(kv.value(1, slot, head), stored(dtype, &v[part]));
+                    }
+                }
+                let used: std::collections::HashSet<u32> = slots.into_iter().collect();
+                for slot in (0..9 * 32).filter(|slot| !used.contains(slot)) {
+                    assert_eq!(kv.key(1, slot, 0), vec![0.0; d]);
+                }
+                assert!((0..9 * 32).all(|slot| kv.value(0, slot, 2) == vec![0.0; d]));
+            }
+        }
+    }
+
+    #[test]
+    fn a_repeated_slot_keeps_the_later_row() {
+        let kernels = Kernels::new(Level::Portable, 2).unwrap();
+        let mut kv = KvCache::new(Dtype::Bf16, 1, 1, 16, 1, 16);
+        let k: Vec<f32> = (0..200 * 16).map(|i| (i / 16) as f32).collect();
+        kernels.kv_write(&mut kv, 0, &k, &k, &[7; 200]);
+        assert_eq!(kv.key(0, 7, 0), vec![199.0; 16]);
+        assert_eq!(kv.value(0, 7, 0), vec![199.0; 16]);
+    }
+
+    #[test]
+    fn a_block_is_copied_in_every_layer() {
+        let kernels = Kernels::new(Level::Portable, 1).unwrap();
+        let mut kv = KvCache::new(Dtype::F32, 2, 3, 16, 2, 16);
+        for layer in 0..2 {
+            let k = numbers(32, layer as u32);
+            kernels.kv_write(&mut kv, layer, &k, &numbers(32, 9), &[16 + 3]);
+        }
+        kv.copy_block(1, 2);
+        for layer in 0..2 {
+            assert_eq!(kv.key(layer, 32 + 3, 1), numbers(32, layer as u32)[16..]);
+            assert_eq!(kv.value(layer, 32 + 3, 0), numbers(32, 9)[..16]);
+            assert_eq!(kv.value(layer, 3, 0), vec![0.0; 16]);
+        }
+    }
+
+    #[test]
+    fn sizes_add_up_and_large_caches_start_on_huge_pages() {
+        assert_eq!(KvCache::bytes_per_block(Dtype::Bf16, 30, 16, 3, 64), 30 * 3 * 2 * 16 * 64 * 2);
+        let kv = KvCache::new(Dtype::F32, 2, 100, 16, 3, 64);
+        assert_eq!(kv.bytes(), 100 * 2 * 3 * 2 * 16 * 64 * 4);
+        assert!(kv.words().len() * 4 >= kv.bytes());
+        assert_eq!(kv.words().as_ptr() as usize % (2 << 20), 0);
+        let kv = KvCache::new(Dtype::Bf16, 1, 1, 16, 1, 16);
+        assert_eq!(kv.words().as_ptr() as usize % 64, 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "block 4, the cache has 4")]
+    fn a_slot_outside_the_cache_is_refused() {
+        let kernels = Kernels::new(Level::Portable, 1).unwrap();
+        let mut kv = KvCache::new(Dtype::F32, 1, 4, 16, 1, 16);
+        kernels.kv_write(&mut kv, 0, &[0.0; 16], &[0.0; 16], &[64]);
+    }
+}

@@ -27,10 +27,12 @@ mod swiglu;
 mod testing;
 
 pub use adamw::AdamW;
+pub use attention::{AttnBackward, AttnScratch, AttnSeq, Attention};
 pub use cpu::{Level, features};
 pub use dtype::Dtype;
 pub use gemm::{Operand, Scratch, Write};
 pub use head::{HeadBackward, HeadScratch};
+pub use kv::KvCache;
 pub use matrix::Matrix;
 pub use norm::RmsNormBackward;
 pub use pool::ThreadPool;

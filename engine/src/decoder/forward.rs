@@ -142,7 +142,7 @@ impl Decoder {
     ) {
         let (q, kv) = (self.q_width(), self.kv_width());
         let bias = |rows: std::ops::Range<usize>| weights.qkv_bias.as_ref().map(|b| &b[rows]);
-        let mut project = |rows: std::ops::Range<usize>, out: &mut [f32]| {
+        let project = |rows: std::ops::Range<usize>, out: &mut [f32]| {
             kernels.matmul(operand, &weights.qkv, rows.clone(), bias(rows), Write::Set, out);
         };
         match &weights.qk_norm {

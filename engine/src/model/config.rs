@@ -164,9 +164,8 @@ impl ModelConfig {
     ///
     /// Sliding windows are not implemented; up to the width of the window they change nothing.
     pub fn max_context(&self) -> usize {
-        self.sliding_window.map_or(self.max_position_embeddings, |window| {
-            window.min(self.max_position_embeddings)
-        })
+        self.sliding_window
+            .map_or(self.max_position_embeddings, |window| window.min(self.max_position_embeddings))
     }
 
     /// Rotation per position of each of the `head_dim / 2` pairs, see [`RopeConfig::inv_freq`].
@@ -254,7 +253,10 @@ impl ModelConfig {
             return Err(Error::model(message));
         }
         if !self.head_dim.is_multiple_of(16) {
-            return Err(Error::model(format!("head_dim {} is not a multiple of 16", self.head_dim)));
+            return Err(Error::model(format!(
+                "head_dim {} is not a multiple of 16",
+                self.head_dim
+            )));
         }
         if !(self.rms_eps >= 0.0 && self.rms_eps < 1.0) {
             return Err(Error::model(format!("rms_norm_eps {} is not in 0..1", self.rms_eps)));
@@ -278,7 +280,8 @@ impl ModelConfig {
                 sane("low_freq_factor", *low)?;
                 sane("high_freq_factor", *high)?;
                 if high <= low {
-                    let message = format!("high_freq_factor {high} is not above low_freq_factor {low}");
+                    let message =
+                        format!("high_freq_factor {high} is not above low_freq_factor {low}");
                     return Err(Error::model(message));
                 }
                 within("original_max_position_embeddings", *original_max_position, 1..=1 << 28)
@@ -294,7 +297,8 @@ impl ModelConfig {
     }
 
     fn validate_ids(&self) -> Result<()> {
-        let ids = self.bos.iter().chain(&self.eos).chain(&self.pad);
+        // Padding is never fed to the model, so a padding id may be anything.
+        let ids = self.bos.iter().chain(&self.eos);
         match ids.copied().find(|id| *id as usize >= self.vocab_size) {
             None => Ok(()),
             Some(id) => Err(Error::model(format!(
@@ -330,3 +334,6 @@ fn within(name: &str, value: usize, range: std::ops::RangeInclusive<usize>) -> R
     let (low, high) = range.into_inner();
     Err(Error::model(format!("{name} is {value}, must be {low} to {high}")))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,510 @@
+//! The products in AVX-512, with bf16 dot products where the processor has them.
+//!
+//! ```text
+//! scores:  R rows x P tiles of accumulators (R * P <= 24), lanes = positions
+//!     for each word w of a head: for each tile load 64 bytes of keys; for each row broadcast word w
+//!     of the query; accumulate the R * P products
+//! mix:     R rows x D vectors of 16 elements (R * D <= 24), lanes = elements
+//!     for each position j, ascending: load (and widen) D vectors of the value; for each row
+//!     broadcast p_rj; accumulate. Positions that not all rows see: the same, masked by row
+//! mix_transposed:  4 positions x D vectors, lanes = elements; loop over rows
+//! ```
+//! An accumulator is one output's whole chain, so neither R, P nor D can be seen in the results.
+
+use super::tiles::{MAX_ROWS, Panel, Products, ScoresOut, Weights};
+use crate::Dtype;
+use crate::cpu::{Avx512, Avx512Bf16};
+use crate::gemm::convert::{per_word, round_bf16};
+use crate::kv::{MAX_HEAD_DIM, TILE};
+use std::arch::x86_64::*;
+
+/// Most rows and vectors of one `mix`.
+const MIX_ROWS: usize = 6;
+const MIX_VECTORS: usize = 4;
+/// Positions of one `mix_transposed`.
+const POSITIONS: usize = 4;
+
+/// The proof that these products may be used.
+///
+/// The packed operand of R rows is `[w][R]` words where dot products exist, else `[d][R]` f32.
+#[derive(Clone, Copy)]
+pub(super) struct Fast {
+    dot: Option<Avx512Bf16>,
+}
+
+/// How a word of a query meets a line of keys.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Multiply {
+    /// bf16 pairs, both products in one instruction.
+    Dot,
+    /// bf16 pairs widened to f32, even elements first.
+    Widened,
+    /// f32.
+    Single,
+}
+
+impl Fast {
+    pub(super) fn new(token: Avx512) -> Self {
+        Self { dot: token.bf16() }
+    }
+
+    /// As on a processor that has AVX-512 but not its bf16 part.
+    #[cfg(test)]
+    pub(super) fn without_dot(_token: Avx512) -> Self {
+        Self { dot: None }
+    }
+
+    fn multiply(self, dtype: Dtype) -> Multiply {
+        match (dtype, self.dot) {
+            (Dtype::F32, _) => Multiply::Single,
+            (Dtype::Bf16, Some(_)) => Multiply::Dot,
+            (Dtype::Bf16, None) => Multiply::Widened,
+        }
+    }
+
+    /// All tiles for R rows: P at a time, then the rest by halves.
+    fn score_rows<const R: usize, const P: usize>(self, task: &mut ScoreTask<'_>) {
+        let tiles = task.keys.tiles.len();
+        let mut first = 0;
+        while first + P <= tiles {
+            self.score_tiles::<R, P>(task, first);
+            first += P;
+        }
+        while first < tiles {
+            match tiles - first {
+                4.. if P > 4 => {
+                    self.score_tiles::<R, 4>(task, first);
+                    first += 4;
+                }
+                2.. if P > 2 => {
+                    self.score_tiles::<R, 2>(task, first);
+                    first += 2;
+                }
+                _ => {
+                    self.score_tiles::<R, 1>(task, first);
+                    first += 1;
+                }
+            }
+        }
+    }
+
+    fn score_tiles<const R: usize, const P: usize>(self, task: &mut ScoreTask<'_>, first: usize) {
+        let keys = std::array::from_fn(|p| task.keys.tile(first + p).as_ptr());
+        let ahead = std::array::from_fn(|p| task.keys.tile_ahead(first + p));
+        let words = task.keys.head_words;
+        let out = &mut task.out.to[first * TILE..];
+        assert!(out.len() >= (R - 1) * task.out.stride + P * TILE);
+        let to = out.as_mut_ptr();
+        let at = ScoreAt { keys, ahead, words, to, stride: task.out.stride };
+        let (x, scale) = (task.x, task.scale);
+        match self.multiply(task.keys.dtype) {
+            Multiply::Dot => {
+                assert!(x.len() >= words * R);
+                // SAFETY: `multiply` saw the token of the dot product; tiles, x and out are checked.
+                unsafe { score_dot::<R, P>(x, scale, at) }
+            }
+            Multiply::Widened => {
+                assert!(x.len() >= 2 * words * R);
+                // SAFETY: `self` proves AVX-512; tiles, x and out are checked above.
+                unsafe { score_widened::<R, P>(x, scale, at) }
+            }
+            Multiply::Single => {
+                assert!(x.len() >= words * R);
+                // SAFETY: `self` proves AVX-512; tiles, x and out are checked above.
+                unsafe { score_single::<R, P>(x, scale, at) }
+            }
+        }
+    }
+}
+
+struct ScoreTask<'a> {
+    x: &'a [u32],
+    keys: Panel<'a>,
+    scale: f32,
+    out: ScoresOut<'a>,
+}
+
+/// P whole tiles of `words` lines, and room for P lines of output in each row.
+struct ScoreAt<const P: usize> {
+    keys: [*const u32; P],
+    ahead: [Option<*const u32>; P],
+    words: usize,
+    to: *mut f32,
+    stride: usize,
+}
+
+impl Products for Fast {
+    fn pack(self, dtype: Dtype, rows: &[f32], d: usize, out: &mut [u32]) {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { pack(self.multiply(dtype), rows, d, out) }
+    }
+
+    fn scores(self, x: &[u32], keys: Panel<'_>, scale: f32, out: ScoresOut<'_>) {
+        let rows = out.rows;
+        let task = &mut ScoreTask { x, keys, scale, out };
+        match rows {
+            1 => self.score_rows::<1, 8>(task),
+            2 => self.score_rows::<2, 8>(task),
+            3 => self.score_rows::<3, 8>(task),
+            4 => self.score_rows::<4, 4>(task),
+            5 => self.score_rows::<5, 4>(task),
+            6 => self.score_rows::<6, 4>(task),
+            7 => self.score_rows::<7, 2>(task),
+            8 => self.score_rows::<8, 2>(task),
+            9 => self.score_rows::<9, 2>(task),
+            10 => self.score_rows::<10, 2>(task),
+            11 => self.score_rows::<11, 2>(task),
+            12 => self.score_rows::<12, 2>(task),
+            n => unreachable!("{n} rows in a tile"),
+        }
+    }
+
+    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: &mut [f32]) {
+        let rows = p.lens.len();
+        assert!(rows <= MAX_ROWS);
+        let d = out.len() / rows;
+        let parts = rows.div_ceil(MIX_ROWS);
+        for part in 0..parts {
+            let (from, to) = (rows * part / parts, rows * (part + 1) / parts);
+            let p = Weights { rows: &p.rows[from * p.stride..], lens: &p.lens[from..to], ..p };
+            let out = &mut out[from * d..to * d];
+            split_vectors(d, |first, vectors| {
+                let task = &mut MixTask { p, values, d, first, out: &mut *out };
+                match vectors {
+                    1 => task.vectors::<1>(self),
+                    2 => task.vectors::<2>(self),
+                    3 => task.vectors::<3>(self),
+                    _ => task.vectors::<4>(self),
+                }
+            });
+        }
+    }
+
+    fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32]) {
+        let d = x.len() / p.lens.len();
+        let positions = p.lens.last().copied().unwrap_or(0).next_multiple_of(TILE);
+        assert!(out.len() >= positions * d);
+        assert!(p.rows.len() >= (p.lens.len() - 1) * p.stride + positions);
+        for position in (0..positions).step_by(POSITIONS) {
+            let first = p.lens.partition_point(|&len| len <= position);
+            let at =
+                OuterAt { p: &p.rows[position..], stride: p.stride, rows: first..p.lens.len(), d };
+            split_vectors(d, |column, vectors| {
+                let x = &x[column * TILE..];
+                let out = &mut out[position * d + column * TILE..];
+                let kernel = match vectors {
+                    1 => outer::<1>,
+                    2 => outer::<2>,
+                    3 => outer::<3>,
+                    _ => outer::<4>,
+                };
+                // SAFETY: `self` proves AVX-512; rows and positions are within p, x and out by the
+                // checks above, columns by the split of d.
+                unsafe { kernel(&at, x, out) };
+            });
+        }
+    }
+}
+
+/// Plain loops, compiled for AVX-512.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn pack(multiply: Multiply, rows: &[f32], d: usize, out: &mut [u32]) {
+    let count = rows.len() / d;
+    let mut half = [0u16; MAX_HEAD_DIM];
+    for (row, x) in rows.chunks_exact(d).enumerate() {
+        if multiply != Multiply::Single {
+            half.iter_mut().zip(x).for_each(|(half, &x)| *half = round_bf16(x) as u16);
+        }
+        let to = out.iter_mut().skip(row).step_by(count);
+        match multiply {
+            Multiply::Dot => to
+                .zip(half[..d].as_chunks::<2>().0)
+                .for_each(|(to, half)| *to = u32::from(half[0]) | u32::from(half[1]) << 16),
+            Multiply::Widened => {
+                to.zip(&half[..d]).for_each(|(to, &half)| *to = u32::from(half) << 16);
+            }
+            Multiply::Single => to.zip(x).for_each(|(to, x)| *to = x.to_bits()),
+        }
+    }
+}
+
+/// Cuts `d` elements into even parts of at most [`MIX_VECTORS`] vectors: first vector and number.
+#[inline(always)]
+fn split_vectors(d: usize, mut each: impl FnMut(usize, usize)) {
+    let vectors = d / TILE;
+    let parts = vectors.div_ceil(MIX_VECTORS);
+    for part in 0..parts {
+        let (from, to) = (vectors * part / parts, vectors * (part + 1) / parts);
+        each(from, to - from);
+    }
+}
+
+/// One product of `mix`: the vectors from `first` on of all rows.
+struct MixTask<'a> {
+    p: Weights<'a>,
+    values: Panel<'a>,
+    d: usize,
+    first: usize,
+    out: &'a mut [f32],
+}
+
+impl MixTask<'_> {
+    fn vectors<const D: usize>(&mut self, _proof: Fast) {
+        let last = self.p.lens[self.p.lens.len() - 1];
+        assert!(self.p.rows.len() >= (self.p.lens.len() - 1) * self.p.stride + last);
+        assert!(self.values.tiles.len() * TILE >= last && (self.first + D) * TILE <= self.d);
+        assert!(self.d == self.values.head_words * per_word(self.values.dtype));
+        let kernel = match self.values.dtype {
+            Dtype::F32 => Self::kernel::<D, 1>(self.p.lens.len()),
+            Dtype::Bf16 => Self::kernel::<D, 2>(self.p.lens.len()),
+        };
+        // SAFETY: the proof of AVX-512 is there; weights, tiles and columns are checked above.
+        unsafe { kernel(self) };
+    }
+
+    fn kernel<const D: usize, const E: usize>(rows: usize) -> unsafe fn(&mut MixTask<'_>) {
+        match rows {
+            1 => mix::<1, D, E>,
+            2 => mix::<2, D, E>,
+            3 => mix::<3, D, E>,
+            4 => mix::<4, D, E>,
+            5 => mix::<5, D, E>,
+            6 => mix::<6, D, E>,
+            n => unreachable!("{n} rows in a part"),
+        }
+    }
+}
+
+/// R rows times D vectors; E elements in a word.
+///
+/// # Safety
+/// AVX-512 exists, and weights and tiles reach as far as the last length.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask<'_>) {
+    let mut sums = [[_mm512_setzero_ps(); D]; R];
+    let Weights { rows, stride, lens } = task.p;
+    let (common, last) = (lens[0], lens[R - 1]);
+    let words = task.values.head_words;
+    for tile in 0..last.div_ceil(TILE) {
+        let base = tile * TILE;
+        let p = rows.as_ptr().wrapping_add(base);
+        let start = task.values.tile(tile).as_ptr().wrapping_add(task.first * TILE / E);
+        let here = TILE.min(last - base);
+        let all = here.min(common.saturating_sub(base));
+        if task.first == 0 {
+            let ahead = task.values.tile_ahead(tile);
+            (0..words).for_each(|line| fetch_line(ahead, line));
+        }
+        for j in 0..all {
+            // SAFETY: position j of the tile exists.
+            let v = unsafe { load_value::<D, E>(start.wrapping_add(j * words)) };
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: each row has weights up to the last length.
+                let p = unsafe { broadcast(p.wrapping_add(r * stride + j)) };
+                for (sum, &v) in sums.iter_mut().zip(&v) {
+                    *sum = _mm512_fmadd_ps(p, v, *sum);
+                }
+            }
+        }
+        for j in all..here {
+            // SAFETY: position j of the tile exists.
+            let v = unsafe { load_value::<D, E>(start.wrapping_add(j * words)) };
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let seen: __mmask16 = if lens[r] > base + j { !0 } else { 0 };
+                // SAFETY: each row has room for weights up to the last length.
+                let p = unsafe { broadcast(p.wrapping_add(r * stride + j)) };
+                for (sum, &v) in sums.iter_mut().zip(&v) {
+                    *sum = _mm512_mask3_fmadd_ps(p, v, *sum, seen);
+                }
+            }
+        }
+    }
+    for (r, sums) in sums.iter().enumerate() {
+        let out = &mut task.out[r * task.d + task.first * TILE..][..D * TILE];
+        for (out, &sum) in out.as_chunks_mut::<TILE>().0.iter_mut().zip(sums) {
+            // SAFETY: sixteen elements are there.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) };
+        }
+    }
+}
+
+/// Asks for one line of a tile.
+#[inline(always)]
+fn fetch_line(tile: Option<*const u32>, line: usize) {
+    if let Some(tile) = tile {
+        // SAFETY: a prefetch may be given any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(tile.wrapping_add(line * TILE).cast()) };
+    }
+}
+
+/// D vectors of a value; E elements in a word.
+///
+/// # Safety
+/// AVX-512 exists, and the D vectors do.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+#[inline]
+unsafe fn load_value<const D: usize, const E: usize>(at: *const u32) -> [__m512; D] {
+    let mut v = [_mm512_setzero_ps(); D];
+    for (c, v) in v.iter_mut().enumerate() {
+        let at = at.wrapping_add(c * TILE / E);
+        *v = if E == 1 {
+            // SAFETY: promised by the caller.
+            unsafe { _mm512_loadu_ps(at.cast()) }
+        } else {
+            // SAFETY: promised by the caller.
+            let half = unsafe { _mm256_loadu_si256(at.cast()) };
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)))
+        };
+    }
+    v
+}
+
+/// # Safety
+/// AVX-512 exists and `at` can be read.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+#[inline]
+unsafe fn broadcast(at: *const f32) -> __m512 {
+    // SAFETY: promised by the caller.
+    _mm512_set1_ps(unsafe { at.read() })
+}
+
+/// Some rows of weights from one position on.
+struct OuterAt<'a> {
+    p: &'a [f32],
+    stride: usize,
+    rows: std::ops::Range<usize>,
+    d: usize,
+}
+
+/// Adds to D vectors of [`POSITIONS`] positions; rows of `x` and of `out` are `d` apart.
+///
+/// # Safety
+/// AVX-512 exists, and rows, positions and vectors lie within the slices.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+unsafe fn outer<const D: usize>(at: &OuterAt<'_>, x: &[f32], out: &mut [f32]) {
+    let out = out.as_mut_ptr();
+    let mut sums = [[_mm512_setzero_ps(); D]; POSITIONS];
+    for (j, sums) in sums.iter_mut().enumerate() {
+        for (c, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: promised by the caller.
+            *sum = unsafe { _mm512_loadu_ps(out.wrapping_add(j * at.d + c * TILE)) };
+        }
+    }
+    for row in at.rows.clone() {
+        // SAFETY: promised by the caller.
+        let x = unsafe { load_value::<D, 1>(x.as_ptr().wrapping_add(row * at.d).cast()) };
+        for (j, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: promised by the caller.
+            let p = unsafe { broadcast(at.p.as_ptr().wrapping_add(row * at.stride + j)) };
+            for (sum, &x) in sums.iter_mut().zip(&x) {
+                *sum = _mm512_fmadd_ps(p, x, *sum);
+            }
+        }
+    }
+    for (j, sums) in sums.iter().enumerate() {
+        for (c, &sum) in sums.iter().enumerate() {
+            // SAFETY: promised by the caller.
+            unsafe { _mm512_storeu_ps(out.wrapping_add(j * at.d + c * TILE), sum) };
+        }
+    }
+}
+
+/// R rows, P tiles, by the given function that adds the products of one word.
+///
+/// # Safety
+/// The features exist; `x` and what `at` points to are as large as they say.
+macro_rules! score_kernel {
+    ($name:ident, $step:ident, $features:literal) => {
+        #[target_feature(enable = $features)]
+        unsafe fn $name<const R: usize, const P: usize>(x: &[u32], scale: f32, at: ScoreAt<P>) {
+            let mut sums = [[_mm512_setzero_ps(); P]; R];
+            for word in 0..at.words {
+                let mut keys = [_mm512_setzero_si512(); P];
+                for (keys, tile) in keys.iter_mut().zip(at.keys) {
+                    // SAFETY: the tile has this line.
+                    *keys = unsafe { _mm512_loadu_si512(tile.wrapping_add(word * TILE).cast()) };
+                }
+                if at.ahead[0].is_some() {
+                    at.ahead.iter().for_each(|tile| fetch_line(*tile, word));
+                }
+                // SAFETY: x has R rows of words.
+                unsafe { $step(x.as_ptr(), word, &keys, &mut sums) };
+            }
+            let scale = _mm512_set1_ps(scale);
+            for (r, sums) in sums.iter().enumerate() {
+                for (p, &sum) in sums.iter().enumerate() {
+                    let to = at.to.wrapping_add(r * at.stride + p * TILE);
+                    // SAFETY: there is room for P lines in each row.
+                    unsafe { _mm512_storeu_ps(to, _mm512_mul_ps(sum, scale)) };
+                }
+            }
+        }
+    };
+}
+
+score_kernel!(score_dot, step_dot, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16");
+score_kernel!(score_widened, step_widened, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma");
+score_kernel!(score_single, step_single, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma");
+
+/// # Safety
+/// AVX-512 with bf16 exists, and word `word` of the R rows of `x`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16")]
+#[inline]
+unsafe fn step_dot<const R: usize, const P: usize>(
+    x: *const u32,
+    word: usize,
+    keys: &[__m512i; P],
+    sums: &mut [[__m512; P]; R],
+) {
+    for (r, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: promised by the caller.
+        let x = unsafe { broadcast(x.wrapping_add(word * R + r).cast()) };
+        // SAFETY: both are 512 bits that may hold anything.
+        let x = unsafe { std::mem::transmute::<__m512, __m512bh>(x) };
+        for (sum, &key) in sums.iter_mut().zip(keys) {
+            // SAFETY: both are 512 bits that may hold anything.
+            let key = unsafe { std::mem::transmute::<__m512i, __m512bh>(key) };
+            *sum = _mm512_dpbf16_ps(*sum, key, x);
+        }
+    }
+}
+
+/// # Safety
+/// AVX-512 exists, and elements `2 * word` and the next of the R rows of `x`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+#[inline]
+unsafe fn step_widened<const R: usize, const P: usize>(
+    x: *const u32,
+    word: usize,
+    keys: &[__m512i; P],
+    sums: &mut [[__m512; P]; R],
+) {
+    let mut even = *keys;
+    even.iter_mut().for_each(|key| *key = _mm512_slli_epi32::<16>(*key));
+    // SAFETY: promised by the caller.
+    unsafe { step_single(x, 2 * word, &even, sums) };
+    let mut odd = *keys;
+    let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+    odd.iter_mut().for_each(|key| *key = _mm512_and_si512(*key, upper));
+    // SAFETY: promised by the caller.
+    unsafe { step_single(x, 2 * word + 1, &odd, sums) };
+}
+
+/// # Safety
+/// AVX-512 exists, and element `i` of the R rows of `x`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+#[inline]
+unsafe fn step_single<const R: usize, const P: usize>(
+    x: *const u32,
+    i: usize,
+    keys: &[__m512i; P],
+    sums: &mut [[__m512; P]; R],
+) {
+    for (r, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: promised by the caller.
+        let x = unsafe { broadcast(x.wrapping_add(i * R + r).cast()) };
+        for (sum, &key) in sums.iter_mut().zip(keys) {
+            *sum = _mm512_fmadd_ps(_mm512_castsi512_ps(key), x, *sum);
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! The backward pass over packed sequences.
+//!
+//! With P = softmax(scale Q K^T), recomputed, and D_r = dout_r . out_r:
+//!
+//! ```text
+//! dV = P^T dOut     dP = dOut V^T     dS = scale * P * (dP - D)     dQ = dS K     dK = dS^T Q
+//! ```
+//!
+//! One task is one (sequence, kv head): it owns its gradients, adds up its rows in ascending order
+//! and keeps P and dS of [`CHUNK_ROWS`] rows at a time. 10 d FLOP per (row, position).
+
+use super::tiles::{Ahead, Grow, MAX_ROWS, Panel, Products, ScoresOut, Softmax, Weights, stride};
+use super::{AttnScratch, Lane, check_groups};
+use crate::disjoint::Disjoint;
+use crate::gemm::convert::{per_word, round_bf16};
+use crate::kv::{MAX_HEAD_DIM, TILE, check_head_dim, round_words, write_key};
+use crate::simd::{Job, LANES, Simd};
+use crate::{Dtype, Kernels};
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Rows whose probabilities are held at once: several products' worth, so that a gradient of keys and
+/// values is loaded and stored once for all of them.
+const CHUNK_ROWS: usize = 4 * MAX_ROWS;
+
+/// What [`Kernels::attention_backward`] reads and writes.
+pub struct AttnBackward<'a> {
+    /// The format of the cache in the forward pass.
+    pub dtype: Dtype,
+    /// Queries as given to the forward pass, `[rows, heads * head_dim]`.
+    pub q: &'a [f32],
+    /// Keys as given to the cache, `[rows, kv_heads * head_dim]`.
+    pub k: &'a [f32],
+    /// Values as given to the cache, `[rows, kv_heads * head_dim]`.
+    pub v: &'a [f32],
+    /// The output of the forward pass, shaped as `q`.
+    pub out: &'a [f32],
+    /// The gradient of the output, shaped as `q`.
+    pub dout: &'a [f32],
+    /// The rows of each sequence, ascending, without overlap; each starts at position 0.
+    pub seqs: &'a [Range<usize>],
+    /// Query heads.
+    pub heads: usize,
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// Gradient of `q`: set.
+    pub dq: &'a mut [f32],
+    /// Gradient of `k`: set.
+    pub dk: &'a mut [f32],
+    /// Gradient of `v`: set.
+    pub dv: &'a mut [f32],
+}
+
+impl AttnBackward<'_> {
+    pub(super) fn check(&self) {
+        let Self { heads, kv_heads, head_dim, .. } = *self;
+        check_head_dim(head_dim);
+        check_groups(heads, kv_heads);
+        let (len, width) = (self.q.len(), heads * head_dim);
+        assert!(len.is_multiple_of(width), "{len} elements of q are no rows of {width}");
+        let kv_len = len / heads * kv_heads;
+        for (name, x) in [("out", self.out), ("dout", self.dout), ("dq", &*self.dq)] {
+            assert!(x.len() == len, "{} elements of {name}, q has {len}", x.len());
+        }
+        for (name, x) in [("k", self.k), ("v", self.v), ("dk", &*self.dk), ("dv", &*self.dv)] {
+            assert!(x.len() == kv_len, "{} elements of {name}, {kv_len} are needed", x.len());
+        }
+        let mut end = 0;
+        for seq in self.seqs {
+            assert!(seq.start >= end && seq.end >= seq.start, "rows {seq:?}, expected {end} on");
+            end = seq.end;
+        }
+        assert!(end * width <= len, "sequences end at row {end}, q has {}", len / width);
+    }
+}
+
+/// The buffers of one thread.
+#[derive(Default)]
+pub(super) struct Buffers {
+    key_tiles: Grow<u32>,
+    key_rows: Grow<u32>,
+    value_tiles: Grow<u32>,
+    q: Grow<f32>,
+    dout: Grow<f32>,
+    p: Grow<f32>,
+    ds: Grow<f32>,
+    dk: Grow<f32>,
+    dv: Grow<f32>,
+}
+
+/// The gradients, each part owned by one task.
+struct Gradients<'a> {
+    dq: Disjoint<'a, f32>,
+    dk: Disjoint<'a, f32>,
+    dv: Disjoint<'a, f32>,
+}
+
+/// What a task reads.
+struct Backward<'a, P> {
+    kernels: &'a Kernels,
+    products: P,
+    dtype: Dtype,
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    out: &'a [f32],
+    dout: &'a [f32],
+    heads: usize,
+    kv_heads: usize,
+    d: usize,
+    scale: f32,
+}
+
+pub(super) fn run<P: Products>(
+    kernels: &Kernels,
+    products: P,
+    task: AttnBackward<'_>,
+    scratch: &mut AttnScratch,
+) {
+    let AttnBackward { dtype, q, k, v, out, dout, heads, kv_heads, head_dim: d, scale, .. } = task;
+    let pass = Backward { kernels, products, dtype, q, k, v, out, dout, heads, kv_heads, d, scale };
+    let gradients = Gradients {
+        dq: Disjoint::new(task.dq),
+        dk: Disjoint::new(task.dk),
+        dv: Disjoint::new(task.dv),
+    };
+    let tasks = task.seqs.len() * kv_heads;
+    let threads = kernels.pool().threads().min(tasks);
+    let lanes = Disjoint::new(scratch.lanes(threads));
+    let next = AtomicUsize::new(0);
+    kernels.pool().run(threads, &|thread| {
+        // SAFETY: each thread number has its own lane.
+        let lane = unsafe { lanes.part(thread, thread + 1) };
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= tasks {
+                return;
+            }
+            pass.compute(&task.seqs[i / kv_heads], i % kv_heads, &mut lane[0], &gradients);
+        }
+    });
+}
+
+/// Rows of one (sequence, kv head), counted as token * group + head in group.
+struct Chunk<'a> {
+    seq: &'a Range<usize>,
+    kv_head: usize,
+    first: usize,
+    /// Positions that each row sees.
+    lens: &'a [usize],
+    stride: usize,
+}
+
+impl<P: Products> Backward<'_, P> {
+    fn compute(&self, seq: &Range<usize>, kv_head: usize, lane: &mut Lane, to: &Gradients<'_>) {
+        let group = self.heads / self.kv_heads;
+        let padded = seq.len().next_multiple_of(TILE);
+        self.round_keys_and_values(seq, kv_head, lane);
+        lane.backward.dk.zeros(padded * self.d);
+        lane.backward.dv.zeros(padded * self.d);
+        for first in (0..seq.len() * group).step_by(CHUNK_ROWS) {
+            let rows = CHUNK_ROWS.min(seq.len() * group - first);
+            let mut lens = [0; CHUNK_ROWS];
+            let lens = &mut lens[..rows];
+            lens.iter_mut().enumerate().for_each(|(row, len)| *len = (first + row) / group + 1);
+            let chunk = Chunk { seq, kv_head, first, lens, stride: stride(lens[rows - 1]) };
+            self.chunk(&chunk, lane, &to.dq);
+        }
+        let dk = lane.backward.dk.slice(padded * self.d);
+        let dv = lane.backward.dv.slice(padded * self.d);
+        for (token, (dk, dv)) in
+            seq.clone().zip(dk.chunks_exact(self.d).zip(dv.chunks_exact(self.d)))
+        {
+            let place = (token * self.kv_heads + kv_head) * self.d;
+            // SAFETY: sequences do not overlap, and each (sequence, kv head) is one task.
+            unsafe { to.dk.part(place, place + self.d) }.copy_from_slice(dk);
+            // SAFETY: as above.
+            unsafe { to.dv.part(place, place + self.d) }.copy_from_slice(dv);
+        }
+    }
+
+    /// Keys as tiles and as rows, values as tiles; the last tile is filled up with zeros.
+    fn round_keys_and_values(&self, seq: &Range<usize>, kv_head: usize, lane: &mut Lane) {
+        let words = self.d / per_word(self.dtype);
+        let tiles = seq.len().div_ceil(TILE);
+        lane.tiles.clear();
+        lane.tiles.extend((0..tiles).map(|tile| tile * TILE * words));
+        let key_tiles = lane.backward.key_tiles.zeros(tiles * TILE * words);
+        let key_rows = lane.backward.key_rows.zeros(tiles * TILE * words);
+        let value_tiles = lane.backward.value_tiles.zeros(tiles * TILE * words);
+        let mut value = [0; MAX_HEAD_DIM];
+        let value = &mut value[..words];
+        for (position, token) in seq.clone().enumerate() {
+            let place = (token * self.kv_heads + kv_head) * self.d;
+            let key = &mut key_rows[position * words..][..words];
+            round_words(self.dtype, &self.k[place..][..self.d], key);
+            round_words(self.dtype, &self.v[place..][..self.d], value);
+            let tile = position / TILE * TILE * words;
+            write_key(key, position % TILE, &mut key_tiles[tile..][..TILE * words]);
+            write_key(value, position % TILE, &mut value_tiles[tile..][..TILE * words]);
+        }
+    }
+
+    /// Where a row of a chunk lies in `q` and what is shaped like it.
+    fn place(&self, chunk: &Chunk<'_>, row: usize) -> usize {
+        let group = self.heads / self.kv_heads;
+        let row = chunk.first + row;
+        let head = chunk.kv_head * group + row % group;
+        ((chunk.seq.start + row / group) * self.heads + head) * self.d
+    }
+
+    fn chunk(&self, chunk: &Chunk<'_>, lane: &mut Lane, dq: &Disjoint<'_, f32>) {
+        let (d, rows, stride) = (self.d, chunk.lens.len(), chunk.stride);
+        let q = lane.backward.q.slice(rows * d);
+        let dout = lane.backward.dout.slice(rows * d);
+        let isa = self.kernels.isa;
+        for row in 0..rows {
+            let place = self.place(chunk, row);
+            let (x, out) = (&self.q[place..][..d], &mut q[row * d..][..d]);
+            isa.vectorize(RoundRow { dtype: self.dtype, x, out });
+            // Rounded before D too, so that dP - D is as exact as it is for the rounded gradient.
+            let (x, out) = (&self.dout[place..][..d], &mut dout[row * d..][..d]);
+            isa.vectorize(RoundRow { dtype: self.dtype, x, out });
+        }
+        let (mut first, mut rest) = (0, chunk.lens);
+        lane.backward.p.slice(rows * stride);
+        lane.backward.ds.slice(rows * stride);
+        while !rest.is_empty() {
+            let lens;
+            (lens, rest) = rest.split_at(MAX_ROWS.min(rest.len()));
+            self.score_gradients(chunk, first, lens, lane, dq);
+            first += lens.len();
+        }
+        let Buffers { q, dout, p, ds, dk, dv, .. } = &mut lane.backward;
+        let padded = chunk.seq.len().next_multiple_of(TILE);
+        let p = Weights { rows: p.slice(rows * stride), stride, lens: chunk.lens };
+        self.products.mix_transposed(p, dout.slice(rows * d), dv.slice(padded * d));
+        let ds = Weights { rows: ds.slice(rows * stride), stride, lens: chunk.lens };
+        self.products.mix_transposed(ds, q.slice(rows * d), dk.slice(padded * d));
+    }
+
+    /// P, dS and dQ of the chunk's rows from `first` on, as many as `lens`.
+    fn score_gradients(
+        &self,
+        chunk: &Chunk<'_>,
+        first: usize,
+        lens: &[usize],
+        lane: &mut Lane,
+        dq: &Disjoint<'_, f32>,
+    ) {
+        let (d, stride, rows) = (self.d, chunk.stride, lens.len());
+        let all = chunk.lens.len();
+        let tiles = &lane.tiles[..lens[rows - 1].div_ceil(TILE)];
+        let Buffers { key_tiles, key_rows, value_tiles, q, dout, p, ds, .. } = &mut lane.backward;
+        let head_words = d / per_word(self.dtype);
+        let words = lane.tiles.len() * TILE * head_words;
+        let ahead = Ahead::Nothing;
+        let panel = |words| Panel { dtype: self.dtype, words, tiles, shift: 0, head_words, ahead };
+        let part = first * d..(first + rows) * d;
+        let (q, dout) = (&q.slice(all * d)[part.clone()], &dout.slice(all * d)[part]);
+        let part = first * stride..(first + rows) * stride;
+        let p = &mut p.slice(all * stride)[part.clone()];
+        let ds = &mut ds.slice(all * stride)[part];
+
+        let packed = lane.packed.slice(rows * d);
+        self.products.pack(self.dtype, q, d, packed);
+        let to = ScoresOut { to: p, stride, rows };
+        self.products.scores(packed, panel(key_tiles.slice(words)), self.scale, to);
+        self.products.pack(self.dtype, dout, d, packed);
+        let to = ScoresOut { to: ds, stride, rows };
+        self.products.scores(packed, panel(value_tiles.slice(words)), 1.0, to);
+
+        let isa = self.kernels.isa;
+        let mut sums = [0.0; MAX_ROWS];
+        isa.vectorize(Softmax { scores: p, stride, lens, sums: &mut sums });
+        for (row, &len) in lens.iter().enumerate() {
+            let place = self.place(chunk, first + row);
+            let tiles = row * stride..row * stride + len.next_multiple_of(TILE);
+            isa.vectorize(RowGradient {
+                p: &mut p[tiles.clone()],
+                ds: &mut ds[tiles],
+                out: &self.out[place..][..d],
+                dout: &dout[row * d..][..d],
+                sum: sums[row],
+                scale: self.scale,
+            });
+        }
+
+        let mixed = lane.mixed.slice(rows * d);
+        self.products.mix(Weights { rows: ds, stride, lens }, panel(key_rows.slice(words)), mixed);
+        for (row, mixed) in mixed.chunks_exact(d).enumerate() {
+            let place = self.place(chunk, first + row);
+            // SAFETY: sequences do not overlap, and each row and head belongs to one task.
+            unsafe { dq.part(place, place + d) }.copy_from_slice(mixed);
+        }
+    }
+}
+
+/// Turns a row into what the given format holds of it.
+struct RoundRow<'a> {
+    dtype: Dtype,
+    x: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Job for RoundRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        match self.dtype {
+            Dtype::F32 => self.out.copy_from_slice(self.x),
+            Dtype::Bf16 => {
+                for (out, &x) in self.out.iter_mut().zip(self.x) {
+                    *out = f32::from_bits(round_bf16(x) << 16);
+                }
+            }
+        }
+    }
+}
+
+/// Divides `p` by its sum and turns `ds` from dP into scale * p * (dP - dout . out). Both are whole
+/// tiles; where `p` is 0 so is `ds`.
+struct RowGradient<'a> {
+    p: &'a mut [f32],
+    ds: &'a mut [f32],
+    out: &'a [f32],
+    dout: &'a [f32],
+    sum: f32,
+    scale: f32,
+}
+
+impl Job for RowGradient<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut delta = s.splat(0.0);
+        let (out, dout) = (self.out.as_chunks::<LANES>().0, self.dout.as_chunks::<LANES>().0);
+        for (a, b) in out.iter().zip(dout) {
+            delta = s.mul_add(s.load(a), s.load(b), delta);
+        }
+        let delta = s.splat(s.sum(delta));
+        let (factor, scale) = (s.splat(1.0 / self.sum), s.splat(self.scale));
+        let chunks = self.p.as_chunks_mut::<LANES>().0.iter_mut();
+        for (p, ds) in chunks.zip(self.ds.as_chunks_mut::<LANES>().0) {
+            let weight = s.mul(s.load(p), factor);
+            s.store(p, weight);
+            s.store(ds, s.weigh(s.mul(weight, scale), s.sub(s.load(ds), delta)));
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! The forward pass: work items shared out to the threads.
+
+use super::tiles::{Ahead, MAX_ROWS, Panel, Products, ScoresOut, Softmax, Weights, stride};
+use super::{Attention, AttnScratch, AttnSeq, Lane};
+use crate::Kernels;
+use crate::disjoint::Disjoint;
+use crate::kv::{KvCache, TILE};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Everything an item needs to know.
+struct Forward<'a, P> {
+    kernels: &'a Kernels,
+    products: P,
+    kv: &'a KvCache,
+    task: Attention<'a>,
+    /// Query heads that share a kv head.
+    group: usize,
+}
+
+/// Rows `first..first + rows` of a sequence and kv head, counted as token * group + head in group.
+struct Item<'a> {
+    seq: &'a AttnSeq<'a>,
+    kv_head: usize,
+    first: usize,
+    rows: usize,
+}
+
+/// All threads take items until none is left. Item numbers run through rows first, then kv heads,
+/// then sequences, so that neighbours find keys and values in the cache.
+pub(super) fn run<P: Products>(
+    kernels: &Kernels,
+    products: P,
+    (kv, task): (&KvCache, Attention<'_>),
+    out: &mut [f32],
+    scratch: &mut AttnScratch,
+) {
+    let pass = Forward { kernels, products, kv, task, group: task.heads / kv.kv_heads() };
+    let mut firsts = std::mem::take(&mut scratch.first_items);
+    firsts.clear();
+    let mut items = 0;
+    for seq in task.seqs {
+        firsts.push(items);
+        items += pass.chunks(seq) * kv.kv_heads();
+    }
+    let threads = kernels.pool().threads().min(items);
+    let lanes = Disjoint::new(scratch.lanes(threads));
+    let out = Disjoint::new(out);
+    let next = AtomicUsize::new(threads);
+    kernels.pool().run(threads, &|thread| {
+        // SAFETY: each thread number has its own lane.
+        let lane = unsafe { lanes.part(thread, thread + 1) };
+        let lane = &mut lane[0];
+        let mut next_tiles = std::mem::take(&mut lane.next_tiles);
+        let find = |number: usize, tiles: &mut Vec<usize>| {
+            // Sequences without rows have no items: the last of equals is meant.
+            let seq = firsts.partition_point(|&first| first <= number) - 1;
+            let item = pass.item(&task.seqs[seq], number - firsts[seq]);
+            pass.find_tiles(&item, tiles);
+            item
+        };
+        let mut item = Some(find(thread, &mut lane.tiles));
+        while let Some(current) = item {
+            // Taken ahead of time, to fetch its keys while the current one is finished.
+            next_tiles.clear();
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            item = (number < items).then(|| find(number, &mut next_tiles));
+            let ahead = match &item {
+                Some(next) if next.first == 0 => Ahead::Tiles(&next_tiles),
+                _ => Ahead::Nothing,
+            };
+            pass.compute(&current, lane, ahead, &out);
+            std::mem::swap(&mut lane.tiles, &mut next_tiles);
+        }
+        lane.next_tiles = next_tiles;
+    });
+    scratch.first_items = firsts;
+}
+
+impl<P: Products> Forward<'_, P> {
+    /// Items of one kv head of a sequence.
+    fn chunks(&self, seq: &AttnSeq<'_>) -> usize {
+        (seq.rows * self.group).div_ceil(MAX_ROWS)
+    }
+
+    fn item<'a>(&self, seq: &'a AttnSeq<'a>, number: usize) -> Item<'a> {
+        let chunks = self.chunks(seq);
+        let first = number % chunks * MAX_ROWS;
+        let rows = (seq.rows * self.group - first).min(MAX_ROWS);
+        Item { seq, kv_head: number / chunks, first, rows }
+    }
+
+    /// Where a row of an item lies in `q` and in the output.
+    fn place(&self, item: &Item<'_>, row: usize) -> usize {
+        let row = item.first + row;
+        let token = item.seq.first_row + row / self.group;
+        let head = item.kv_head * self.group + row % self.group;
+        (token * self.task.heads + head) * self.kv.head_dim()
+    }
+
+    /// Works on an item whose tiles are in `lane`; `ahead` are the keys to fetch meanwhile.
+    fn compute(&self, item: &Item<'_>, lane: &mut Lane, ahead: Ahead<'_>, out: &Disjoint<'_, f32>) {
+        let d = self.kv.head_dim();
+        let rows = item.rows;
+        let mut lens = [0; MAX_ROWS];
+        let lens = &mut lens[..rows];
+        for (row, len) in lens.iter_mut().enumerate() {
+            *len = item.seq.start + (item.first + row) / self.group + 1;
+        }
+        let positions = lens[rows - 1];
+        let keys = Panel {
+            dtype: self.kv.dtype(),
+            words: self.kv.words(),
+            tiles: &lane.tiles,
+            shift: 0,
+            head_words: self.kv.head_words(),
+            // Later items of this head find the values in the processor's cache.
+            ahead: match item.first {
+                0 => Ahead::Behind(self.kv.values_after()),
+                _ => Ahead::Nothing,
+            },
+        };
+        let values = Panel { shift: self.kv.values_after(), ahead, ..keys };
+
+        let q = lane.rows.slice(rows * d);
+        for (row, to) in q.chunks_exact_mut(d).enumerate() {
+            to.copy_from_slice(&self.task.q[self.place(item, row)..][..d]);
+        }
+        let packed = lane.packed.slice(rows * d);
+        self.products.pack(keys.dtype, q, d, packed);
+
+        let stride = stride(positions);
+        let scores = lane.scores.slice(rows * stride);
+        let to = ScoresOut { to: scores, stride, rows };
+        self.products.scores(packed, keys, self.task.scale, to);
+        let mut sums = [0.0; MAX_ROWS];
+        self.kernels.isa.vectorize(Softmax { scores, stride, lens, sums: &mut sums });
+        let mixed = lane.mixed.slice(rows * d);
+        self.products.mix(Weights { rows: scores, stride, lens }, values, mixed);
+        for (row, mixed) in mixed.chunks_exact(d).enumerate() {
+            let place = self.place(item, row);
+            // SAFETY: sequences do not overlap, and each row and head belongs to one item.
+            let out = unsafe { out.part(place, place + d) };
+            out.iter_mut().zip(mixed).for_each(|(out, x)| *out = x / sums[row]);
+        }
+    }
+
+    /// Where the tiles of the positions that an item sees begin.
+    fn find_tiles(&self, item: &Item<'_>, tiles: &mut Vec<usize>) {
+        let positions = item.seq.start + (item.first + item.rows - 1) / self.group + 1;
+        tiles.clear();
+        let tile_words = TILE * self.kv.head_words();
+        let per_block = self.kv.block_size() / TILE;
+        let mut left = positions.div_ceil(TILE);
+        for &block in item.seq.blocks {
+            let start = self.kv.keys_start(self.task.layer, block as usize, item.kv_head);
+            tiles.extend((0..per_block.min(left)).map(|i| start + i * tile_words));
+            left -= per_block.min(left);
+            if left == 0 {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Attention as it is defined: one row after the other, in f64, nothing saved.
+
+use super::{Attention, AttnBackward};
+use crate::Dtype;
+use crate::kv::KvCache;
+use half::bf16;
+
+/// A vector as the kernels see it after rounding.
+pub(super) fn rounded(dtype: Dtype, x: &[f32]) -> Vec<f64> {
+    let round = |&x: &f32| match dtype {
+        Dtype::F32 => f64::from(x),
+        Dtype::Bf16 => bf16::from_f32(x).to_f64(),
+    };
+    x.iter().map(round).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// The probabilities of the positions whose keys are given.
+fn probabilities(q: &[f64], keys: &[Vec<f64>], scale: f32) -> Vec<f64> {
+    let scores: Vec<f64> = keys.iter().map(|k| dot(q, k) * f64::from(scale)).collect();
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let exps: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+    let sum: f64 = exps.iter().sum();
+    exps.into_iter().map(|e| e / sum).collect()
+}
+
+pub(super) fn forward(kv: &KvCache, task: &Attention<'_>, out: &mut [f32]) {
+    let (d, group) = (kv.head_dim(), task.heads / kv.kv_heads());
+    for seq in task.seqs {
+        let slot = |j: usize| {
+            seq.blocks[j / kv.block_size()] * kv.block_size() as u32 + (j % kv.block_size()) as u32
+        };
+        for head in 0..task.heads {
+            let slots = 0..seq.start + seq.rows;
+            let read = |x: Vec<f32>| x.into_iter().map(f64::from).collect();
+            let keys: Vec<Vec<f64>> =
+                slots.clone().map(|j| read(kv.key(task.layer, slot(j), head / group))).collect();
+            let values: Vec<Vec<f64>> =
+                slots.map(|j| read(kv.value(task.layer, slot(j), head / group))).collect();
+            for row in 0..seq.rows {
+                let place = ((seq.first_row + row) * task.heads + head) * d;
+                let q = rounded(kv.dtype(), &task.q[place..place + d]);
+                let p = probabilities(&q, &keys[..=seq.start + row], task.scale);
+                for i in 0..d {
+                    let sum: f64 = p.iter().zip(&values).map(|(p, v)| p * v[i]).sum();
+                    out[place + i] = sum as f32;
+                }
+            }
+        }
+    }
+}
+
+pub(super) fn backward(task: AttnBackward<'_>) {
+    let AttnBackward { dtype, heads, kv_heads, .. } = task;
+    let (d, group) = (task.head_dim, heads / kv_heads);
+    for seq in task.seqs {
+        for kv_head in 0..kv_heads {
+            let place = |t: usize| ((seq.start + t) * kv_heads + kv_head) * d;
+            let of = |x: &[f32]| -> Vec<Vec<f64>> {
+                (0..seq.len()).map(|t| rounded(dtype, &x[place(t)..place(t) + d])).collect()
+            };
+            let (keys, values) = (of(task.k), of(task.v));
+            let mut dk = vec![vec![0.0; d]; seq.len()];
+            let mut dv = vec![vec![0.0; d]; seq.len()];
+            for row in 0..seq.len() * group {
+                let (t, head) = (row / group, kv_head * group + row % group);
+                let at = ((seq.start + t) * heads + head) * d;
+                let q = rounded(dtype, &task.q[at..at + d]);
+                let dout = rounded(Dtype::F32, &task.dout[at..at + d]);
+                let out = rounded(Dtype::F32, &task.out[at..at + d]);
+                let delta = dot(&dout, &out);
+                let mut dq = vec![0.0; d];
+                let p = probabilities(&q, &keys[..=t], task.scale);
+                for (j, p) in p.into_iter().enumerate() {
+                    let ds = p * (dot(&dout, &values[j]) - delta) * f64::from(task.scale);
+                    for i in 0..d {
+                        dq[i] += ds * keys[j][i];
+                        dk[j][i] += ds * q[i];
+                        dv[j][i] += p * dout[i];
+                    }
+                }
+                task.dq[at..at + d].iter_mut().zip(dq).for_each(|(to, x)| *to = x as f32);
+            }
+            for t in 0..seq.len() {
+                for i in 0..d {
+                    task.dk[place(t) + i] = dk[t][i] as f32;
+                    task.dv[place(t) + i] = dv[t][i] as f32;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The pieces both passes are made of: products of a few rows with tiles of 16 positions, and the
+//! softmax between them.
+
+use crate::Dtype;
+use crate::kv::TILE;
+use crate::simd::{Job, LANES, Simd};
+
+/// Most rows of one product: with two tiles of keys they fill 24 of 32 registers.
+pub(super) const MAX_ROWS: usize = 12;
+
+/// Keys or values of one head of one sequence.
+#[derive(Clone, Copy)]
+pub(super) struct Panel<'a> {
+    pub(super) dtype: Dtype,
+    pub(super) words: &'a [u32],
+    /// Where each tile of 16 positions begins, `shift` left out.
+    pub(super) tiles: &'a [usize],
+    pub(super) shift: usize,
+    /// Words of one position.
+    pub(super) head_words: usize,
+    /// What will be needed next; reaches no result.
+    pub(super) ahead: Ahead<'a>,
+}
+
+/// Memory to ask for while a product runs: one tile for each of its own.
+#[derive(Clone, Copy)]
+pub(super) enum Ahead<'a> {
+    /// Nothing: it is in the processor's cache already, or soon will be.
+    Nothing,
+    /// The tile that many words behind each of the product's own.
+    Behind(usize),
+    /// The tiles that begin there.
+    Tiles(&'a [usize]),
+}
+
+impl<'a> Panel<'a> {
+    /// The words of one tile.
+    pub(super) fn tile(&self, i: usize) -> &'a [u32] {
+        &self.words[self.tiles[i] + self.shift..][..TILE * self.head_words]
+    }
+
+    /// The tile to ask for while tile `i` is worked on; there need not be memory.
+    pub(super) fn tile_ahead(&self, i: usize) -> Option<*const u32> {
+        let start = match self.ahead {
+            Ahead::Nothing => None,
+            Ahead::Behind(words) => Some(self.tiles[i] + words),
+            Ahead::Tiles(tiles) => tiles.get(i).copied(),
+        };
+        start.map(|start| self.words.as_ptr().wrapping_add(start))
+    }
+}
+
+/// Up to [`MAX_ROWS`] rows of weights of positions, `stride` apart. Row r has `lens[r]` of them (in
+/// ascending order), followed by zeros up to a whole tile.
+#[derive(Clone, Copy)]
+pub(super) struct Weights<'a> {
+    pub(super) rows: &'a [f32],
+    pub(super) stride: usize,
+    pub(super) lens: &'a [usize],
+}
+
+/// The products. All sums are f32 chains in ascending order of what is summed over, one for each
+/// output, whatever the number of rows and tiles.
+pub(super) trait Products: Copy + Send + Sync {
+    /// Rounds rows of `d` elements into the left operand of `scores`; `out` has `rows.len()` words.
+    fn pack(self, dtype: Dtype, rows: &[f32], d: usize, out: &mut [u32]);
+
+    /// `out[r][j] = scale * (x_r . k_j)` for all positions of all tiles of `keys`, `lens.len()` rows.
+    fn scores(self, x: &[u32], keys: Panel<'_>, scale: f32, out: ScoresOut<'_>);
+
+    /// `out[r] = sum over j < lens[r] of p_rj v_j`; `out` is `[rows][d]`.
+    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: &mut [f32]);
+
+    /// `out[j] += sum over r with lens[r] > j of p_rj x_r`; `x` is `[rows][d]`, `out` `[positions][d]`
+    /// with whole tiles of positions. Any number of rows.
+    fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32]);
+}
+
+/// Where `scores` go: `rows` rows, `stride` apart.
+pub(super) struct ScoresOut<'a> {
+    pub(super) to: &'a mut [f32],
+    pub(super) stride: usize,
+    pub(super) rows: usize,
+}
+
+/// Distance of two rows of scores of that many positions; one tile more than needed, so that rows of
+/// a power of two do not meet in one set of the first-level cache.
+pub(super) fn stride(positions: usize) -> usize {
+    positions.next_multiple_of(TILE) + TILE
+}
+
+/// A buffer that only grows; its slices start on a 64-byte line.
+#[derive(Default)]
+pub(super) struct Grow<T>(Vec<T>);
+
+impl<T: Copy + Default> Grow<T> {
+    /// `len` elements with anything in them.
+    pub(super) fn slice(&mut self, len: usize) -> &mut [T] {
+        if self.0.len() < len + TILE {
+            self.0 = Vec::new();
+            self.0.resize(len + TILE, T::default());
+        }
+        let lead = self.0.as_ptr().align_offset(64).min(TILE);
+        &mut self.0[lead..lead + len]
+    }
+
+    /// `len` zeros.
+    pub(super) fn zeros(&mut self, len: usize) -> &mut [T] {
+        let slice = self.slice(len);
+        slice.fill(T::default());
+        slice
+    }
+}
+
+/// Turns scores into exp(score - maximum), in place, and gives the sums. Each row uses only its first
+/// `len` scores, and becomes zero from there to the end of the tile.
+pub(super) struct Softmax<'a> {
+    pub(super) scores: &'a mut [f32],
+    pub(super) stride: usize,
+    pub(super) lens: &'a [usize],
+    pub(super) sums: &'a mut [f32],
+}
+
+impl Job for Softmax<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let rows = self.scores.chunks_mut(self.stride).zip(self.lens);
+        for ((row, &len), sum) in rows.zip(self.sums) {
+            let (whole, tail) =
+                row[..len.next_multiple_of(LANES)].split_at_mut(len / LANES * LANES);
+            let tail_len = len % LANES;
+            let (whole, _) = whole.as_chunks_mut::<LANES>();
+            let mut max = s.load_tail(&tail[..tail_len], f32::NEG_INFINITY);
+            for chunk in whole.iter() {
+                max = s.max(s.load(chunk), max);
+            }
+            let max = s.splat(s.max_lane(max));
+            let mut total = s.splat(0.0);
+            for chunk in whole {
+                let p = s.exp(s.sub(s.load(chunk), max));
+                s.store(chunk, p);
+                total = s.add(total, p);
+            }
+            if tail_len > 0 {
+                let p = s.exp(s.sub(s.load_tail(&tail[..tail_len], f32::NEG_INFINITY), max));
+                total = s.add(total, p);
+                s.store_tail(&mut tail[..tail_len], p);
+                tail[tail_len..].fill(0.0);
+            }
+            *sum = s.sum(total);
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! Small models in every container, and damaged ones.
+
+use super::*;
+use crate::model::bytes::Bytes;
+use crate::model::gguf::tests::Builder;
+use crate::model::safetensors::Writer;
+use kernels::Dtype;
+
+/// A folder of one test, removed when dropped.
+pub(crate) struct Scratch {
+    pub(crate) path: PathBuf,
+}
+
+/// A fresh folder whose name starts with `name`.
+pub(crate) fn scratch(name: &str) -> Scratch {
+    let path = std::env::temp_dir().join(format!("engine-model-{name}-{}", std::process::id()));
+    std::fs::remove_dir_all(&path).ok();
+    std::fs::create_dir_all(&path).unwrap();
+    Scratch { path }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.path).ok();
+    }
+}
+
+const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 32,
+    "intermediate_size": 64, "max_position_embeddings": 128, "num_attention_heads": 2,
+    "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16, "rms_norm_eps": 1e-05,
+    "eos_token_id": 3, "vocab_size": 40}"#;
+
+/// The numbers of a weight: different for every weight, row and column, exact in bf16 products of f32.
+fn values(t: &TensorSpec) -> Vec<f32> {
+    let salt = t.name.bytes().fold(7u32, |h, b| h.wrapping_mul(31) ^ u32::from(b)) % 97;
+    (0..t.elements()).map(|i| i as f32 + salt as f32 / 128.0).collect()
+}
+
+fn write_weights(path: &Path, tensors: &[TensorSpec]) {
+    let mut writer = Writer::create(path, tensors, Dtype::F32).unwrap();
+    tensors.iter().for_each(|t| writer.append(&values(t)).unwrap());
+    writer.finish().unwrap();
+}
+
+fn directory(name: &str, config: &str, tensors: &[TensorSpec]) -> Scratch {
+    let dir = scratch(name);
+    std::fs::write(dir.path.join("config.json"), config).unwrap();
+    write_weights(&dir.path.join("model.safetensors"), tensors);
+    dir
+}
+
+fn tied() -> ModelConfig {
+    let config = ModelConfig::from_hf_json(CONFIG).unwrap();
+    ModelConfig { tied_embeddings: true, ..config }
+}
+
+/// The same model as a GGUF file, rows of query and key interleaved as the converter does for llama.
+fn gguf(architecture: &str) -> Builder {
+    let key = |k: &str| format!("{architecture}.{k}");
+    let mut config = tied();
+    config.architecture = Architecture::from_model_type(architecture).unwrap();
+    config.qkv_bias = config.architecture == Architecture::Qwen2;
+    config.qk_norm = config.architecture == Architecture::Qwen3;
+    let mut b = Builder::new()
+        .string("general.architecture", architecture)
+        .number(&key("block_count"), 2)
+        .number(&key("context_length"), 128)
+        .number(&key("embedding_length"), 32)
+        .number(&key("feed_forward_length"), 64)
+        .number(&key("attention.head_count"), 2)
+        .number(&key("attention.head_count_kv"), 1)
+        .float(&key("attention.layer_norm_rms_epsilon"), 1e-5)
+        .strings("tokenizer.ggml.tokens", &(0..40).map(|i| format!("t{i}")).collect::<Vec<_>>())
+        .string("tokenizer.chat_template", "{{ messages }}")
+        .number("tokenizer.ggml.eos_token_id", 3)
+        .number("tokenizer.ggml.eot_token_id", 5);
+    for t in config.tensors() {
+        let mut data = values(&t);
+        let rotated = t.name.contains("q_proj.weight") || t.name.contains("k_proj.weight");
+        if architecture == "llama" && rotated {
+            let plain = data.clone();
+            for row in 0..t.shape[0] {
+                // The converter: head, half, place becomes head, place, half.
+                let (head, half, place) = (row / 16, row % 16 / 8, row % 8);
+                let to = head * 16 + place * 2 + half;
+                data[to * 32..][..32].copy_from_slice(&plain[row * 32..][..32]);
+            }
+        }
+        let dims: Vec<u64> = t.shape.iter().rev().map(|n| *n as u64).collect();
+        b = b.f32(&config_gguf::gguf_name(&t.name).unwrap(), &dims, &data);
+    }
+    b
+}
+
+use crate::model::config::Architecture;
+
+fn from_gguf(bytes: Vec<u8>) -> Result<ModelSource> {
+    ModelSource::from_gguf(Gguf::from_bytes(Bytes::memory("test.gguf", bytes.into()))?)
+}
+
+fn assert_weights(source: &ModelSource) {
+    for t in source.config().tensors() {
+        let (rows, cols) = match t.shape[..] {
+            [rows, cols] => (rows, cols),
+            _ => (1, t.shape[0]),
+        };
+        let all = values(&t);
+        let mut out = vec![0.0; rows * cols];
+        source.read_rows(&t.name, 0..rows, &mut out).unwrap();
+        assert_eq!(out, all, "{}", t.name);
+        let some = rows / 3..rows - rows / 4;
+        let out = &mut out[..some.len() * cols];
+        source.read_rows(&t.name, some.clone(), out).unwrap();
+        assert_eq!(out, &all[some.start * cols..some.end * cols], "{}", t.name);
+    }
+}
+
+#[test]
+fn every_container_gives_the_same_weights() {
+    let dir = directory("source-dir", CONFIG, &tied().tensors());
+    let source = ModelSource::open(&dir.path).unwrap();
+    assert!(source.config().tied_embeddings && !source.has("lm_head.weight"));
+    assert_eq!(source.shape("model.norm.weight").unwrap(), [32]);
+    assert_eq!((source.hf_dir(), source.eos()), (Some(dir.path.as_path()), &[3][..]));
+    assert_weights(&source);
+    for architecture in ["llama", "qwen2", "qwen3"] {
+        let source = from_gguf(gguf(architecture).build()).unwrap();
+        assert!(source.config().tied_embeddings && source.gguf().is_some());
+        assert_eq!((source.eos(), source.config().rms_eps), (&[3, 5][..], 1e-5));
+        assert_eq!(source.chat_template().unwrap().as_deref(), Some("{{ messages }}"));
+        assert_weights(&source);
+    }
+    let weights = std::fs::read(dir.path.join("model.safetensors")).unwrap();
+    let memory = MemoryModel {
+        name: "builtin:test",
+        config_json: CONFIG,
+        tokenizer_json: "{}",
+        chat_template: None,
+        weights: weights.into(),
+    };
+    let source = ModelSource::from_memory(memory).unwrap();
+    assert_eq!(source.tokenizer_json().unwrap().as_deref(), Some("{}"));
+    assert_weights(&source);
+    std::fs::remove_file(dir.path.join("config.json")).unwrap();
+    std::fs::write(dir.path.join("only.gguf"), gguf("llama").build()).unwrap();
+    assert_weights(&ModelSource::open(&dir.path).unwrap());
+}
+
+#[test]
+fn missing_and_misshapen_weights_are_named_with_both_shapes() {
+    let opened = |name: &str, config: &str, tensors: &[TensorSpec]| {
+        ModelSource::open(&directory(name, config, tensors).path).unwrap_err().to_string()
+    };
+    let mut tensors = tied().tensors();
+    let q = tensors.iter_mut().find(|t| t.name.contains("1.self_attn.q_proj")).unwrap();
+    q.shape = vec![16, 32];
+    let error = opened("source-shape", CONFIG, &tensors);
+    let expected =
+        "\"model.layers.1.self_attn.q_proj.weight\" has shape [16, 32], expected [32, 32]";
+    assert!(error.contains(expected), "{error}");
+    tensors.retain(|t| !t.name.contains("1.self_attn.q_proj"));
+    let error = opened("source-missing", CONFIG, &tensors);
+    assert!(error.contains("q_proj.weight\" is missing, expected shape [32, 32]"), "{error}");
+    let untied = CONFIG.replacen('{', "{\"tie_word_embeddings\": false,", 1);
+    let error = opened("source-untied", &untied, &tied().tensors());
+    assert!(error.contains("\"lm_head.weight\" is missing"), "{error}");
+    let empty = scratch("source-empty");
+    let error = ModelSource::open(&empty.path).unwrap_err().to_string();
+    assert!(error.contains("neither config.json nor a gguf file"), "{error}");
+    let error = ModelSource::open(&empty.path.join("no")).unwrap_err().to_string();
+    assert!(error.ends_with("no such file or directory"), "{error}");
+}
+
+#[test]
+fn experts_and_unknown_architectures_are_refused() {
+    let error = from_gguf(gguf("llama").number("llama.expert_count", 8).build()).unwrap_err();
+    assert!(error.to_string().contains("mixture of experts"), "{error}");
+    let other = Builder::new().string("general.architecture", "gemma").build();
+    let error = from_gguf(other).unwrap_err().to_string();
+    assert!(error.contains("\"gemma\", supported are llama, mistral"), "{error}");
+    let biased = gguf("llama").f32("blk.0.attn_q.bias", &[32], &[0.0; 32]).build();
+    let error = from_gguf(biased).unwrap_err().to_string();
+    assert!(error.contains("blk.0.attn_q.bias"), "{error}");
+}
+
+#[test]
+fn rope_factors_in_a_gguf_file_are_used() {
+    let factors: Vec<f32> = (0..8).map(|i| 1.0 + i as f32).collect();
+    let source = from_gguf(gguf("llama").f32("rope_freqs.weight", &[8], &factors).build()).unwrap();
+    let plain = tied().inv_freq();
+    let scaled = source.config().inv_freq();
+    assert_eq!((scaled[0], scaled[7]), (plain[0], plain[7] / 8.0));
+    let short = gguf("llama").f32("rope_freqs.weight", &[4], &factors[..4]).build();
+    let error = from_gguf(short).unwrap_err().to_string();
+    assert!(error.contains("4 rope factors, expected 8"), "{error}");
+}
+
+#[test]
+fn chat_templates_come_from_the_right_file() {
+    let dir = directory("source-template", CONFIG, &tied().tensors());
+    let template = || ModelSource::open(&dir.path).unwrap().chat_template().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(dir.path.join(name), text).unwrap();
+    assert_eq!(template(), None);
+    write("tokenizer_config.json", r#"{"chat_template": "one"}"#);
+    assert_eq!(template().as_deref(), Some("one"));
+    let list = r#"{"chat_template": [{"name": "tool_use", "template": "t"},
+        {"name": "default", "template": "d"}]}"#;
+    write("tokenizer_config.json", list);
+    assert_eq!(template().as_deref(), Some("d"));
+    write("chat_template.jinja", "file");
+    assert_eq!(template().as_deref(), Some("file"));
+    write("generation_config.json", r#"{"eos_token_id": [4, 5], "top_k": 20}"#);
+    let source = ModelSource::open(&dir.path).unwrap();
+    assert_eq!((source.eos(), source.generation().top_k), (&[4, 5][..], Some(20)));
+}
+
+/// Opens damaged bytes and reads everything: an error or numbers, never a panic.
+fn survives(bytes: Vec<u8>, open: fn(Vec<u8>) -> Result<ModelSource>) -> bool {
+    let Ok(source) = open(bytes) else { return false };
+    for t in source.config().tensors() {
+        let mut out = vec![0.0; t.elements() as usize];
+        let rows = if t.shape.len() == 2 { t.shape[0] } else { 1 };
+        source.read_rows(&t.name, 0..rows, &mut out).expect("checked when it was opened");
+    }
+    true
+}
+
+fn from_safetensors(weights: Vec<u8>) -> Result<ModelSource> {
+    ModelSource::from_memory(MemoryModel {
+        name: "test",
+        config_json: CONFIG,
+        tokenizer_json: "",
+        chat_template: None,
+        weights: weights.into(),
+    })
+}
+
+#[test]
+fn cut_and_flipped_files_never_panic() {
+    let dir = directory("source-fuzz", CONFIG, &tied().tensors());
+    let safetensors = std::fs::read(dir.path.join("model.safetensors")).unwrap();
+    type Open = fn(Vec<u8>) -> Result<ModelSource>;
+    let header = u64::from_le_bytes(safetensors[..8].try_into().unwrap()) as usize + 8;
+    let gguf = gguf("llama").build();
+    let cases: [(Vec<u8>, Open, usize); 2] =
+        [(safetensors, from_safetensors, header), (gguf, from_gguf, 2600)];
+    for (bytes, open, header) in cases {
+        assert!(survives(bytes.clone(), open));
+        for part in 0..50 {
+            assert!(!survives(bytes[..bytes.len() * part / 50].to_vec(), open), "{part}/50");
+        }
+        let (mut state, mut valid) = (0x5eed_u64, 0);
+        println!("seed {state:#x}");
+        for _ in 0..3000 {
+            let mut damaged = bytes.clone();
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let (at, bit) = ((state >> 33) as usize % header, state >> 20 & 7);
+            damaged[at] ^= 1 << bit;
+            valid += usize::from(survives(damaged, open));
+        }
+        assert!((1..3000).contains(&valid), "{valid} of 3000 damaged files were valid");
+    }
+}

@@ -1,0 +1,267 @@
+//! Finds stop strings in text that arrives in pieces.
+//!
+//! The match that is complete first wins; of those complete at the same byte the longest, so that
+//! no part of a stop string is ever shown. The result therefore does not depend on how the text was
+//! cut into pieces. Each stop string keeps the length of its prefix matched so far (Knuth, Morris
+//! and Pratt 1977): O(1) amortised per byte and stop string. Matching is by bytes; no case folding,
+//! no normalisation.
+
+use crate::error::{Error, Result};
+
+/// Most stop strings of one request.
+pub const MAX_STOP_STRINGS: usize = 64;
+/// Most bytes of one stop string.
+pub const MAX_STOP_BYTES: usize = 1024;
+
+/// What a piece of text led to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StopScan {
+    /// Nothing is held back.
+    None {
+        /// Text to show: all that had been held back, and this piece.
+        text: String,
+    },
+    /// The end of the text may be the beginning of a stop string.
+    Hold {
+        /// Text to show, without what is held back.
+        text: String,
+        /// Bytes held back.
+        held_bytes: usize,
+    },
+    /// A stop string is complete; what follows it is dropped.
+    Found {
+        /// Which stop string.
+        index: usize,
+        /// Text to show that stands before it.
+        text_before: String,
+    },
+}
+
+/// Watches a stream of text for stop strings.
+#[derive(Clone, Debug)]
+pub struct StopMatcher {
+    patterns: Vec<Pattern>,
+    held: String,
+    found: Option<usize>,
+}
+
+impl StopMatcher {
+    /// A matcher for these stop strings; with none it passes everything on.
+    ///
+    /// ```
+    /// use engine::text::{StopMatcher, StopScan};
+    /// let mut stop = StopMatcher::new(vec!["END".into()])?;
+    /// assert_eq!(stop.push("a E"), StopScan::Hold { text: "a ".into(), held_bytes: 1 });
+    /// assert_eq!(stop.push("NDz"), StopScan::Found { index: 0, text_before: String::new() });
+    /// # Ok::<(), engine::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// When there are more than [`MAX_STOP_STRINGS`], or one is empty or longer than
+    /// [`MAX_STOP_BYTES`].
+    pub fn new(stop: Vec<String>) -> Result<Self> {
+        if stop.len() > MAX_STOP_STRINGS {
+            let count = stop.len();
+            return Err(Error::request(format!(
+                "stop has {count} strings, limit is {MAX_STOP_STRINGS}"
+            )));
+        }
+        for (index, text) in stop.iter().enumerate() {
+            if text.is_empty() {
+                return Err(Error::request(format!("stop string {index} is empty")));
+            }
+            if text.len() > MAX_STOP_BYTES {
+                let bytes = text.len();
+                return Err(Error::request(format!(
+                    "stop string {index} has {bytes} bytes, limit is {MAX_STOP_BYTES}"
+                )));
+            }
+        }
+        let patterns = stop.into_iter().map(Pattern::new).collect();
+        Ok(Self { patterns, held: String::new(), found: None })
+    }
+
+    /// The stop string with this index.
+    pub fn stop_string(&self, index: usize) -> Option<&str> {
+        self.patterns.get(index).map(|pattern| pattern.text.as_str())
+    }
+
+    /// Takes the next piece of text. After a match every further call reports the same match with
+    /// no text.
+    pub fn push(&mut self, delta: &str) -> StopScan {
+        if let Some(index) = self.found {
+            return StopScan::Found { index, text_before: String::new() };
+        }
+        let base = self.held.len();
+        self.held.push_str(delta);
+        for (position, byte) in delta.bytes().enumerate() {
+            let Some(index) = self.advance(byte) else { continue };
+            let start = base + position + 1 - self.patterns[index].text.len();
+            self.held.truncate(start);
+            self.found = Some(index);
+            return StopScan::Found { index, text_before: std::mem::take(&mut self.held) };
+        }
+        let held_bytes = self.patterns.iter().map(|pattern| pattern.matched).max().unwrap_or(0);
+        // A stop string begins with a character, so what is held back does too.
+        let tail = self.held.split_off(self.held.len() - held_bytes);
+        let text = std::mem::replace(&mut self.held, tail);
+        if held_bytes == 0 { StopScan::None { text } } else { StopScan::Hold { text, held_bytes } }
+    }
+
+    /// The text is over: gives back what was held, which was no stop string after all.
+    pub fn finish(&mut self) -> String {
+        for pattern in &mut self.patterns {
+            pattern.matched = 0;
+        }
+        std::mem::take(&mut self.held)
+    }
+
+    /// Moves every pattern on by one byte; the longest that is complete, if any.
+    fn advance(&mut self, byte: u8) -> Option<usize> {
+        let mut best: Option<usize> = None;
+        for index in 0..self.patterns.len() {
+            let complete = self.patterns[index].advance(byte);
+            let length = self.patterns[index].text.len();
+            if complete && best.is_none_or(|best| length > self.patterns[best].text.len()) {
+                best = Some(index);
+            }
+        }
+        best
+    }
+}
+
+/// One stop string and how much of it the end of the text matches.
+#[derive(Clone, Debug)]
+struct Pattern {
+    text: String,
+    /// `border[i]`: length of the longest proper prefix of `text[..=i]` that is also its suffix.
+    border: Vec<usize>,
+    matched: usize,
+}
+
+impl Pattern {
+    fn new(text: String) -> Self {
+        let bytes = text.as_bytes();
+        let mut border = vec![0; bytes.len()];
+        let mut length = 0;
+        for i in 1..bytes.len() {
+            while length > 0 && bytes[i] != bytes[length] {
+                length = border[length - 1];
+            }
+            length += usize::from(bytes[i] == bytes[length]);
+            border[i] = length;
+        }
+        Self { text, border, matched: 0 }
+    }
+
+    /// True when this byte completes the stop string; matching ends there.
+    fn advance(&mut self, byte: u8) -> bool {
+        let bytes = self.text.as_bytes();
+        while self.matched > 0 && bytes[self.matched] != byte {
+            self.matched = self.border[self.matched - 1];
+        }
+        self.matched += usize::from(bytes[self.matched] == byte);
+        self.matched == bytes.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matcher(stop: &[&str]) -> StopMatcher {
+        StopMatcher::new(stop.iter().map(|text| (*text).to_owned()).collect()).unwrap()
+    }
+
+    /// What a reader sees and which stop string ended it, fed in the given pieces.
+    fn run(stop: &[&str], pieces: &[String]) -> (String, Option<usize>) {
+        let mut matcher = matcher(stop);
+        let mut shown = String::new();
+        for piece in pieces {
+            match matcher.push(piece) {
+                StopScan::None { text } | StopScan::Hold { text, .. } => shown.push_str(&text),
+                StopScan::Found { index, text_before } => {
+                    return (shown + &text_before, Some(index));
+                }
+            }
+        }
+        (shown + &matcher.finish(), None)
+    }
+
+    /// The definition, by trying every end and every stop string.
+    fn naive(stop: &[&str], text: &str) -> (String, Option<usize>) {
+        for end in 0..=text.len() {
+            let mut best: Option<usize> = None;
+            for (index, pattern) in stop.iter().enumerate() {
+                let complete = text.as_bytes()[..end].ends_with(pattern.as_bytes());
+                if complete && best.is_none_or(|best| pattern.len() > stop[best].len()) {
+                    best = Some(index);
+                }
+            }
+            if let Some(index) = best {
+                return (text[..end - stop[index].len()].to_owned(), Some(index));
+            }
+        }
+        (text.to_owned(), None)
+    }
+
+    #[test]
+    fn holds_what_may_become_a_stop_string() {
+        let mut matcher = matcher(&["\n\nUser:", "</s>"]);
+        assert_eq!(
+            matcher.push("Hi\n"),
+            StopScan::Hold { text: "Hi".into(), held_bytes: 1 },
+            "one newline may begin the stop string"
+        );
+        assert_eq!(matcher.push("\n"), StopScan::Hold { text: String::new(), held_bytes: 2 });
+        assert_eq!(matcher.push("Us"), StopScan::Hold { text: String::new(), held_bytes: 4 });
+        assert_eq!(matcher.push("es"), StopScan::None { text: "\n\nUses".into() });
+        assert_eq!(
+            matcher.push(" <</s> more"),
+            StopScan::Found { index: 1, text_before: " <".into() }
+        );
+        assert_eq!(matcher.push("later"), StopScan::Found { index: 1, text_before: String::new() });
+        assert_eq!(matcher.stop_string(1), Some("</s>"));
+    }
+
+    #[test]
+    fn finish_returns_held_text() {
+        let mut matcher = matcher(&["🙂🙂"]);
+        assert_eq!(matcher.push("a🙂"), StopScan::Hold { text: "a".into(), held_bytes: 4 });
+        assert_eq!(matcher.finish(), "🙂");
+        assert_eq!(matcher.finish(), "");
+    }
+
+    #[test]
+    fn agrees_with_the_definition_however_the_text_is_cut() {
+        let sets: [&[&str]; 6] =
+            [&["ab", "b"], &["aab"], &["abab", "ba"], &["é", "aé"], &["aaa", "aa"], &[]];
+        let mut seed = 7_u64;
+        for round in 0..4000 {
+            let stop = sets[round % sets.len()];
+            let mut text = String::new();
+            let mut pieces = vec![String::new()];
+            for _ in 0..12 {
+                seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                let draw = (seed >> 33) as usize;
+                let letter = ['a', 'b', 'é', 'è'][[0, 0, 0, 1, 1, 1, 2, 3][draw % 8]];
+                text.push(letter);
+                if (draw >> 8).is_multiple_of(2) {
+                    pieces.push(String::new());
+                }
+                pieces.last_mut().unwrap().push(letter);
+            }
+            assert_eq!(run(stop, &pieces), naive(stop, &text), "round {round}: {pieces:?}");
+        }
+    }
+
+    #[test]
+    fn limits_are_named() {
+        let error = StopMatcher::new(vec![String::new()]).unwrap_err();
+        assert_eq!(error.to_string(), "stop string 0 is empty");
+        let error = StopMatcher::new(vec!["x".repeat(2000)]).unwrap_err();
+        assert_eq!(error.to_string(), "stop string 0 has 2000 bytes, limit is 1024");
+        let error = StopMatcher::new(vec!["x".to_owned(); 65]).unwrap_err();
+        assert_eq!(error.to_string(), "stop has 65 strings, limit is 64");
+    }
+}

@@ -1,0 +1,147 @@
+//! Saves that succeed, fail, are interrupted, and are damaged afterwards.
+
+use super::*;
+use crate::error::ErrorKind;
+use crate::testing::TestDir;
+
+fn state(step: u64) -> TrainState {
+    TrainState {
+        format: 1,
+        step,
+        optimizer_step: 8 * step,
+        seed: 1,
+        data_seed: 2,
+        cursor: Cursor { epoch: 1, position: 5 },
+        data_hash: "d".into(),
+        config_hash: "c".into(),
+        weights_version: step,
+        program_version: "0.1.0".into(),
+    }
+}
+
+fn save(store: &CheckpointStore, step: u64) -> Checkpoint {
+    let writer = store.begin(step).unwrap();
+    writer.file("model.safetensors", |out| out.write_all(&[step as u8; 5000])).unwrap();
+    writer.state(&state(step)).unwrap();
+    fs::write(writer.path().join("config.json"), "{}").unwrap();
+    writer.publish().unwrap()
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    entries(dir).unwrap().into_iter().map(|(name, _)| name).collect()
+}
+
+#[test]
+fn a_published_checkpoint_is_whole_latest_and_the_oldest_goes() {
+    let dir = TestDir::new("checkpoint");
+    let store = CheckpointStore::open(dir.path(), 2).unwrap();
+    assert_eq!(store.find_latest().unwrap(), Found::default());
+    for step in [5, 10, 100] {
+        let checkpoint = save(&store, step);
+        assert_eq!(store.find_latest().unwrap().checkpoint, Some(checkpoint.clone()));
+        assert_eq!(TrainState::read(&checkpoint.path).unwrap(), state(step));
+    }
+    assert_eq!(names(&dir.path().join("checkpoints")), ["step_10", "step_100"]);
+    let latest = fs::read_to_string(dir.path().join("latest")).unwrap();
+    assert_eq!(latest, "checkpoints/step_100\n");
+    let files = names(&dir.path().join("checkpoints/step_100"));
+    assert_eq!(files, ["MANIFEST.sha256", "config.json", "model.safetensors", "trainer"]);
+}
+
+#[test]
+fn a_step_can_be_saved_again() {
+    let dir = TestDir::new("again");
+    let store = CheckpointStore::open(dir.path(), 0).unwrap();
+    save(&store, 3);
+    save(&store, 3);
+    assert_eq!(names(&dir.path().join("checkpoints")), ["step_3"]);
+    assert_eq!(store.find_latest().unwrap().checkpoint.unwrap().step, 3);
+}
+
+/// The moment between the two renames of a save in place of an older one.
+#[test]
+fn an_interrupted_replacement_keeps_the_old_checkpoint() {
+    let dir = TestDir::new("replace");
+    let store = CheckpointStore::open(dir.path(), 0).unwrap();
+    let saved = save(&store, 3);
+    fs::rename(&saved.path, saved.path.with_file_name(".tmp-old-step_3")).unwrap();
+    let store = CheckpointStore::open(dir.path(), 0).unwrap();
+    assert_eq!(store.find_latest().unwrap().checkpoint, Some(saved));
+}
+
+#[test]
+fn a_full_disk_names_the_file_and_leaves_no_trace() {
+    let dir = TestDir::new("full");
+    let store = CheckpointStore::open(dir.path(), 1).unwrap();
+    save(&store, 1);
+    let writer = store.begin(2).unwrap();
+    writer.file("config.json", |out| out.write_all(b"{}")).unwrap();
+    let e = writer
+        .file("model.safetensors", |out| {
+            out.write_all(&[0; 100])?;
+            Err(io::Error::from(io::ErrorKind::StorageFull))
+        })
+        .unwrap_err();
+    assert!(matches!(e.kind(), ErrorKind::Io { .. }));
+    assert!(e.to_string().contains("checkpoints/step_2/model.safetensors: "), "{e}");
+    drop(writer);
+    assert_eq!(names(&dir.path().join("checkpoints")), ["step_1"]);
+    assert_eq!(store.find_latest().unwrap().checkpoint.unwrap().step, 1);
+    assert!(store.begin(2).unwrap().publish().is_err(), "a checkpoint without files");
+}
+
+#[test]
+fn what_an_interrupted_save_left_is_removed_at_the_next_start() {
+    let dir = TestDir::new("stray");
+    let store = CheckpointStore::open(dir.path(), 1).unwrap();
+    let writer = store.begin(2).unwrap();
+    writer.file("model.safetensors", |out| out.write_all(&[0; 100])).unwrap();
+    // As a killed process would: the writer is never dropped.
+    std::mem::forget(writer);
+    assert_eq!(names(&dir.path().join("checkpoints")).len(), 1);
+    assert_eq!(store.find_latest().unwrap().checkpoint, None);
+    let store = CheckpointStore::open(dir.path(), 1).unwrap();
+    assert_eq!(names(&dir.path().join("checkpoints")).len(), 0);
+    save(&store, 2);
+}
+
+#[test]
+fn damage_of_any_kind_is_noticed_and_an_older_checkpoint_found() {
+    type Damage = fn(&Path);
+    let damages: [(Damage, &str); 5] = [
+        (|c| fs::write(c.join("config.json"), "[]").unwrap(), "config.json is not the file"),
+        (|c| fs::remove_file(c.join("trainer/state.json")).unwrap(), "state.json"),
+        (|c| fs::remove_file(c.join(MANIFEST)).unwrap(), "MANIFEST.sha256 cannot be read"),
+        (|c| fs::write(c.join(MANIFEST), "").unwrap(), "cut short"),
+        (|c| fs::write(c.join(MANIFEST), "00  ../../x\n").unwrap(), "has the line"),
+    ];
+    for (index, (damage, message)) in damages.into_iter().enumerate() {
+        let dir = TestDir::new(&format!("damage-{index}"));
+        let store = CheckpointStore::open(dir.path(), 0).unwrap();
+        save(&store, 9);
+        let newest = save(&store, 10);
+        damage(&newest.path);
+        let found = find_latest(dir.path()).unwrap();
+        assert_eq!(found.checkpoint.unwrap().step, 9);
+        assert_eq!(found.skipped.len(), 1);
+        assert!(found.skipped[0].contains(message), "{:?}", found.skipped);
+    }
+}
+
+#[test]
+fn latest_decides_and_is_not_needed() {
+    let dir = TestDir::new("latest");
+    let store = CheckpointStore::open(dir.path(), 0).unwrap();
+    save(&store, 1);
+    save(&store, 2);
+    let step = || find_latest(dir.path()).unwrap().checkpoint.unwrap().step;
+    fs::write(dir.path().join("latest"), "checkpoints/step_1\n").unwrap();
+    assert_eq!(step(), 1);
+    for nonsense in ["", "checkpoints", "checkpoints/step_7", "é"] {
+        fs::write(dir.path().join("latest"), nonsense).unwrap();
+        assert_eq!(step(), 2);
+    }
+    fs::remove_file(dir.path().join("latest")).unwrap();
+    assert_eq!(step(), 2);
+    assert_eq!(find_latest(&dir.path().join("none")).unwrap(), Found::default());
+}

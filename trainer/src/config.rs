@@ -1,0 +1,383 @@
+//! The configuration of a run: sections, keys and their defaults.
+//!
+//! A configuration is resolved once, from a preset (the method), a file and overrides, and never
+//! changed after: [`RlConfig::resolve`]. Keys are verl's where verl has one; an unknown key is an
+//! error that names the nearest. [`RlConfig::to_toml`] writes every key with its value; read back, it
+//! gives the same configuration. Leaves out what the engine needs to run a model (memory, threads).
+
+mod layers;
+mod presets;
+mod sft;
+mod validate;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::agg::AggMode;
+use crate::error::Result;
+use crate::kl::KlEstimator;
+use crate::loss::{Clip, ClipCov, ClipRange, KlCov, LOG_RATIO_CLAMP, PolicyLoss};
+use crate::schedule::{LrShape, Schedule};
+
+pub use presets::Method;
+pub use sft::{SftConfig, SftDataConfig, SftModelConfig, SftTrainerConfig};
+
+/// Everything that decides how a reinforcement learning run goes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RlConfig {
+    /// What is trained.
+    pub model: ModelConfig,
+    /// On which tasks.
+    pub data: DataConfig,
+    /// How responses are sampled.
+    pub rollout: RolloutConfig,
+    /// What is optimised.
+    pub algorithm: AlgorithmConfig,
+    /// By which optimizer.
+    pub optimizer: OptimizerConfig,
+    /// How responses are judged.
+    pub reward: RewardConfig,
+    /// How long, what is saved and reported.
+    pub trainer: TrainerConfig,
+}
+
+/// `[model]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// A model folder, a GGUF file, a hub id or `builtin:arith` (default).
+    pub path: String,
+}
+
+/// `[data]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// JSON lines files, or `builtin:arith` (default).
+    pub train_files: Vec<String>,
+    /// The same, for validation; default `builtin:arith`, from operands training never sees.
+    pub val_files: Vec<String>,
+    /// Prompts a step; default 32 (the paper: 256).
+    pub train_batch_size: usize,
+    /// Longest prompt, in tokens; default 512 (the paper: 2048).
+    pub max_prompt_length: usize,
+    /// Longest response, in tokens; default 256 (the paper: 8192).
+    pub max_response_length: usize,
+    /// How prompts become text; default `chat`.
+    pub prompt_template: PromptTemplate,
+    /// Whether each epoch has a new order; default true.
+    pub shuffle: bool,
+    /// Seed of that order; default 1, as in verl.
+    pub seed: u64,
+}
+
+/// How a row's prompt becomes the text a model sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PromptTemplate {
+    /// The model's chat template.
+    Chat,
+    /// The text template of R1-Zero, around the last message.
+    R1Zero,
+    /// The text as it is; messages joined.
+    Raw,
+}
+
+/// `[rollout]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RolloutConfig {
+    /// Responses a prompt, at least 1; default 8.
+    pub n: usize,
+    /// Above 0; log-probs and entropy are of logits over this; default 1.
+    pub temperature: f64,
+    /// In (0, 1]; default 1.
+    pub top_p: f64,
+    /// At least 1, or -1 for no limit (default).
+    pub top_k: i64,
+    /// Texts that end a response; default none.
+    pub stop: Vec<String>,
+}
+
+/// `[algorithm]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AlgorithmConfig {
+    /// The preset this section started from.
+    pub method: Method,
+    /// Default `grpo`.
+    pub adv_estimator: AdvEstimator,
+    /// Default by method: `vanilla`, `clip_cov` or `kl_cov`.
+    pub loss_mode: LossMode,
+    /// Whether GRPO divides by the group's standard deviation; default true.
+    pub norm_adv_by_std_in_grpo: bool,
+    /// Default `token-mean`.
+    pub loss_agg_mode: AggMode,
+    /// Prompts an optimizer update; 0 or left out: an eighth of `data.train_batch_size`, at least 1.
+    #[serde(default)]
+    pub mini_batch_size: usize,
+    /// Passes over a step's responses; default 1.
+    pub ppo_epochs: usize,
+    /// At least 0; default 0.2, under `clip_cov` 1.
+    pub clip_ratio_low: f64,
+    /// At least 0; default 0.2, under `clip_higher` 0.28, under `clip_cov` 1.
+    pub clip_ratio_high: f64,
+    /// Dual clip of `vanilla`, above 1; default 3, as in verl.
+    pub clip_ratio_c: f64,
+    /// Share of tokens that Clip-Cov drops, in [0, 1]; default 2e-4.
+    pub clip_cov_ratio: f64,
+    /// Candidates of Clip-Cov have a covariance above this; default 1.
+    pub clip_cov_lb: f64,
+    /// And below this; default 5.
+    pub clip_cov_ub: f64,
+    /// Share of tokens that KL-Cov penalises, in [0, 1]; default 2e-3 (the paper's 7B; 32B: 2e-4).
+    pub kl_cov_ratio: f64,
+    /// Their penalty; default 1, as in the paper (verl: 0.1).
+    pub ppo_kl_coef: f64,
+    /// Over which tokens covariances, counts and ranks are taken; default `minibatch`.
+    pub cov_scope: CovScope,
+    /// Weight of the entropy bonus; default 0.
+    pub entropy_coeff: f64,
+    /// Whether divergence from a reference policy is part of the loss; default false.
+    pub use_kl_loss: bool,
+    /// Its weight; default 1e-3.
+    pub kl_loss_coef: f64,
+    /// Its estimator; default `k3`.
+    pub kl_loss_type: KlEstimator,
+    /// Whether groups of equal rewards are sampled anew; default false.
+    pub filter_groups: bool,
+    /// Penalty on long responses.
+    pub overlong_buffer: OverlongConfig,
+}
+
+/// Advantage estimators.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AdvEstimator {
+    /// Group-relative.
+    Grpo,
+}
+
+/// Policy losses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossMode {
+    /// PPO's clip with dual clip.
+    Vanilla,
+    /// Clip-Cov.
+    ClipCov,
+    /// KL-Cov.
+    KlCov,
+}
+
+/// The scope of covariances.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CovScope {
+    /// All tokens of an update: the result does not depend on how it is cut.
+    Minibatch,
+    /// The tokens of a micro-batch, as the reference code has it.
+    Microbatch,
+}
+
+/// `[algorithm.overlong_buffer]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OverlongConfig {
+    /// Default false.
+    pub enable: bool,
+    /// Tokens before the longest response in which the penalty grows; default 64.
+    pub len: usize,
+    /// The penalty at the longest response; default 1.
+    pub penalty_factor: f64,
+}
+
+/// `[optimizer]`: AdamW.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerConfig {
+    /// Learning rate; default 1e-5, for models up to a billion parameters (the paper: 5e-7 at 7B).
+    pub lr: f64,
+    /// `constant` (default) or `cosine`.
+    pub lr_schedule: LrShape,
+    /// Steps over which the rate rises; default 0.
+    pub lr_warmup_steps: u64,
+    /// Each in [0, 1); default 0.9, 0.999.
+    pub betas: [f64; 2],
+    /// Above 0; default 1e-8.
+    pub eps: f64,
+    /// Decoupled, at least 0; default 0.
+    pub weight_decay: f64,
+    /// Global norm gradients are scaled down to, above 0 (`inf`: never); default 1.
+    pub grad_clip: f64,
+}
+
+/// `[reward]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RewardConfig {
+    /// `auto` (by data source, default), `math_dapo` or `exact`.
+    pub function: String,
+    /// Limit for one reward, in seconds; default 10. Built-in rules need none.
+    pub timeout_s: f64,
+    /// What a failed reward does; default `zero`.
+    pub on_error: OnError,
+}
+
+/// What happens when a reward function fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnError {
+    /// The response gets 0, and the failure is counted.
+    Zero,
+    /// The run ends.
+    Fail,
+}
+
+/// `[trainer]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainerConfig {
+    /// Steps of the run; default 50.
+    pub total_steps: u64,
+    /// Steps between checkpoints; 0 (default): only after the last.
+    pub save_freq: u64,
+    /// Steps between validations; 0: none after the start; default 10.
+    pub test_freq: u64,
+    /// Whether to validate before the first step; default true.
+    pub val_before_train: bool,
+    /// Tokens a forward and backward pass holds at once; a longer response passes alone; default 4096.
+    pub max_tokens_per_microbatch: usize,
+    /// Whether activations are computed again in the backward pass, to save memory; default false.
+    pub recompute: bool,
+    /// Checkpoints kept; 0: all; default 2.
+    pub keep_checkpoints: usize,
+    /// The folder of the run; default `runs/METHOD`.
+    pub output: String,
+    /// Among `console` and `jsonl`; default both.
+    pub trackers: Vec<String>,
+    /// Seed of sampling and of Clip-Cov's choice; default 0.
+    pub seed: u64,
+}
+
+impl RlConfig {
+    /// Resolves a configuration: the preset of the method, then the text of a TOML file, then
+    /// overrides of dotted keys. The method is the given one, or else the one in the overrides, the
+    /// file, or `grpo`. Values of overrides are TOML; a bare word is text, a list may be written
+    /// with commas.
+    ///
+    /// # Errors
+    /// If a key or method is unknown, a value is of the wrong type or outside its limits, or the
+    /// given method contradicts an override.
+    ///
+    /// ```
+    /// use trainer::config::RlConfig;
+    /// let set = [("algorithm.kl_cov_ratio".to_owned(), "0.02".to_owned())];
+    /// let config = RlConfig::resolve(Some("kl_cov"), Some("[rollout]\nn = 4"), &set)?;
+    /// assert_eq!((config.rollout.n, config.algorithm.kl_cov_ratio), (4, 0.02));
+    /// assert_eq!(RlConfig::resolve(None, Some(&config.to_toml()), &[])?, config);
+    /// let set = [("algorithm.kl_cov_ration".to_owned(), "1".to_owned())];
+    /// let error = RlConfig::resolve(None, None, &set).unwrap_err();
+    /// assert_eq!(
+    ///     error.to_string(),
+    ///     "unknown key algorithm.kl_cov_ration, did you mean algorithm.kl_cov_ratio?"
+    /// );
+    /// # Ok::<(), trainer::error::Error>(())
+    /// ```
+    pub fn resolve(
+        method: Option<&str>,
+        file: Option<&str>,
+        overrides: &[(String, String)],
+    ) -> Result<Self> {
+        let layers = layers::Layers::new(file, overrides)?;
+        let method = presets::choose(method, &layers)?;
+        let mut config: Self = layers.resolve(&Self::preset(method))?;
+        config.algorithm.method = method;
+        if config.algorithm.mini_batch_size == 0 {
+            config.algorithm.mini_batch_size = (config.data.train_batch_size / 8).max(1);
+        }
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Every key with its value, as TOML.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("the sections hold only what TOML can say")
+    }
+
+    /// SHA-256 of [`Self::to_toml`], in hex.
+    pub fn hash(&self) -> String {
+        format!("{:x}", Sha256::digest(self.to_toml()))
+    }
+
+    /// Optimizer updates a step makes.
+    pub fn updates_per_step(&self) -> usize {
+        let batches = self.data.train_batch_size.div_ceil(self.algorithm.mini_batch_size);
+        batches * self.algorithm.ppo_epochs
+    }
+
+    /// Settings that are legal and probably not meant, one line each.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut out = Vec::new();
+        let a = &self.algorithm;
+        if self.updates_per_step() == 1 && a.loss_mode != LossMode::ClipCov {
+            out.push(format!(
+                "{} does nothing beyond plain policy gradient with one update per rollout; make \
+                 algorithm.mini_batch_size smaller than data.train_batch_size",
+                a.method.name()
+            ));
+        }
+        if a.loss_mode == LossMode::KlCov && a.kl_cov_ratio > 0.05 {
+            out.push(format!(
+                "algorithm.kl_cov_ratio is a fraction, and {} of all tokens is far above the \
+                 paper's 0.002",
+                a.kl_cov_ratio
+            ));
+        }
+        if self.rollout.n == 1 {
+            out.push("rollout.n is 1: a response has no group to be compared with".to_owned());
+        }
+        out
+    }
+}
+
+impl AlgorithmConfig {
+    /// The policy loss these settings describe.
+    pub fn policy_loss(&self) -> PolicyLoss {
+        let range = ClipRange { low: self.clip_ratio_low, high: self.clip_ratio_high };
+        let log_ratio_clamp = Some(LOG_RATIO_CLAMP);
+        match self.loss_mode {
+            LossMode::Vanilla => {
+                PolicyLoss::Clip(Clip { range, dual: Some(self.clip_ratio_c), log_ratio_clamp })
+            }
+            LossMode::ClipCov => PolicyLoss::ClipCov(ClipCov {
+                range,
+                ratio: self.clip_cov_ratio,
+                lower: self.clip_cov_lb,
+                upper: self.clip_cov_ub,
+                log_ratio_clamp,
+            }),
+            LossMode::KlCov => PolicyLoss::KlCov(KlCov {
+                ratio: self.kl_cov_ratio,
+                coef: self.ppo_kl_coef,
+                log_ratio_clamp,
+            }),
+        }
+    }
+}
+
+impl OptimizerConfig {
+    /// The learning rate over `total_steps` steps.
+    pub fn schedule(&self, total_steps: u64) -> Schedule {
+        Schedule {
+            base: self.lr,
+            shape: self.lr_schedule,
+            warmup_steps: self.lr_warmup_steps,
+            total_steps,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

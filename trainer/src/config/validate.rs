@@ -1,0 +1,124 @@
+//! The limits of the values, and what is known but not there yet.
+
+use super::{OptimizerConfig, RlConfig};
+use crate::error::{Error, Result};
+use crate::verifier::RewardRule;
+
+/// Seeds are TOML integers.
+const MAX_SEED: u64 = i64::MAX as u64;
+
+/// Fails with `key is value, limit is ...` unless `holds`.
+pub(super) fn limit(
+    holds: bool,
+    key: &str,
+    value: impl std::fmt::Display,
+    limit: &str,
+) -> Result<()> {
+    if holds {
+        return Ok(());
+    }
+    Err(Error::config(format!("{key} is {value}, limit is {limit}")))
+}
+
+/// A count that has to be at least 1.
+pub(super) fn positive(key: &str, value: usize) -> Result<()> {
+    limit(value >= 1, key, value, "1 or more")
+}
+
+/// A number in a closed range.
+fn within(key: &str, value: f64, range: std::ops::RangeInclusive<f64>) -> Result<()> {
+    let text = format!("{} to {}", range.start(), range.end());
+    limit(range.contains(&value), key, value, &text)
+}
+
+/// A finite number that is at least 0.
+fn at_least_0(key: &str, value: f64) -> Result<()> {
+    limit(value >= 0.0 && value.is_finite(), key, value, "0 or more")
+}
+
+fn not_yet(asked: bool, what: &str) -> Result<()> {
+    if asked {
+        return Err(Error::config(format!("{what} is not available yet")));
+    }
+    Ok(())
+}
+
+impl RlConfig {
+    pub(super) fn validate(&self) -> Result<()> {
+        self.validate_data()?;
+        self.validate_algorithm()?;
+        self.optimizer.validate()?;
+        RewardRule::named(&self.reward.function)?;
+        let timeout = self.reward.timeout_s;
+        limit(timeout > 0.0 && timeout.is_finite(), "reward.timeout_s", timeout, "above 0")?;
+        let t = &self.trainer;
+        limit(t.total_steps >= 1, "trainer.total_steps", t.total_steps, "1 or more")?;
+        positive("trainer.max_tokens_per_microbatch", t.max_tokens_per_microbatch)?;
+        limit(t.seed <= MAX_SEED, "trainer.seed", t.seed, &MAX_SEED.to_string())?;
+        limit(!t.output.is_empty(), "trainer.output", "\"\"", "a folder")?;
+        for tracker in &t.trackers {
+            not_yet(tracker == "tensorboard", "tracker tensorboard")?;
+            let known = ["console", "jsonl"].contains(&tracker.as_str());
+            limit(known, "trainer.trackers", tracker, "console, jsonl")?;
+        }
+        Ok(())
+    }
+
+    fn validate_data(&self) -> Result<()> {
+        let (d, r) = (&self.data, &self.rollout);
+        limit(!self.model.path.is_empty(), "model.path", "\"\"", "a model")?;
+        limit(!d.train_files.is_empty(), "data.train_files", "empty", "1 file or more")?;
+        positive("data.train_batch_size", d.train_batch_size)?;
+        positive("data.max_prompt_length", d.max_prompt_length)?;
+        positive("data.max_response_length", d.max_response_length)?;
+        limit(d.seed <= MAX_SEED, "data.seed", d.seed, &MAX_SEED.to_string())?;
+        positive("rollout.n", r.n)?;
+        let t = r.temperature;
+        limit(t > 0.0 && t.is_finite(), "rollout.temperature", t, "above 0")?;
+        limit(r.top_p > 0.0 && r.top_p <= 1.0, "rollout.top_p", r.top_p, "above 0, up to 1")?;
+        limit(r.top_k >= 1 || r.top_k == -1, "rollout.top_k", r.top_k, "1 or more, or -1")
+    }
+
+    fn validate_algorithm(&self) -> Result<()> {
+        let a = &self.algorithm;
+        let batch = self.data.train_batch_size;
+        limit(
+            a.mini_batch_size <= batch,
+            "algorithm.mini_batch_size",
+            a.mini_batch_size,
+            &format!("data.train_batch_size ({batch})"),
+        )?;
+        positive("algorithm.ppo_epochs", a.ppo_epochs)?;
+        within("algorithm.clip_ratio_low", a.clip_ratio_low, 0.0..=1.0)?;
+        at_least_0("algorithm.clip_ratio_high", a.clip_ratio_high)?;
+        let c = a.clip_ratio_c;
+        limit(c > 1.0, "algorithm.clip_ratio_c", c, "above 1")?;
+        within("algorithm.clip_cov_ratio", a.clip_cov_ratio, 0.0..=1.0)?;
+        let (lower, upper) = (a.clip_cov_lb, a.clip_cov_ub);
+        let below = format!("below algorithm.clip_cov_ub ({upper})");
+        limit(lower < upper, "algorithm.clip_cov_lb", lower, &below)?;
+        within("algorithm.kl_cov_ratio", a.kl_cov_ratio, 0.0..=1.0)?;
+        at_least_0("algorithm.ppo_kl_coef", a.ppo_kl_coef)?;
+        let entropy = a.entropy_coeff;
+        limit(entropy.is_finite(), "algorithm.entropy_coeff", entropy, "a finite number")?;
+        at_least_0("algorithm.kl_loss_coef", a.kl_loss_coef)?;
+        not_yet(a.use_kl_loss, "algorithm.use_kl_loss")?;
+        not_yet(a.filter_groups, "algorithm.filter_groups")?;
+        not_yet(a.overlong_buffer.enable, "algorithm.overlong_buffer")?;
+        positive("algorithm.overlong_buffer.len", a.overlong_buffer.len)?;
+        let factor = a.overlong_buffer.penalty_factor;
+        at_least_0("algorithm.overlong_buffer.penalty_factor", factor)
+    }
+}
+
+impl OptimizerConfig {
+    pub(super) fn validate(&self) -> Result<()> {
+        at_least_0("optimizer.lr", self.lr)?;
+        for beta in self.betas {
+            limit((0.0..1.0).contains(&beta), "optimizer.betas", beta, "0 up to but not 1")?;
+        }
+        limit(self.eps > 0.0 && self.eps.is_finite(), "optimizer.eps", self.eps, "above 0")?;
+        at_least_0("optimizer.weight_decay", self.weight_decay)?;
+        limit(self.grad_clip > 0.0, "optimizer.grad_clip", self.grad_clip, "above 0")
+    }
+}
