@@ -64,6 +64,7 @@ struct Drawn {
     token: u32,
     logprob: f32,
     raw_logprob: f32,
+    entropy: f32,
     top: Vec<(u32, f32)>,
 }
 
@@ -365,6 +366,7 @@ impl Engine {
                 token: tokens[i],
                 logprob: changed[i].unwrap_or(scaled[i].log_prob),
                 raw_logprob: raw[i].log_prob,
+                entropy: scaled[i].entropy,
                 top: top.map_or_else(Vec::new, |k| {
                     sampler::top_logprobs(row, raw[i].log_sum_exp, k)
                 }),
@@ -396,6 +398,7 @@ impl Engine {
             text: step.text,
             logprob: drawn.logprob,
             raw_logprob: drawn.raw_logprob,
+            entropy: drawn.entropy,
             top: drawn.top,
             version,
         }));

@@ -231,6 +231,8 @@ pub struct Token {
     pub logprob: f32,
     /// Log-probability at temperature 1 with nothing cut off.
     pub raw_logprob: f32,
+    /// Entropy in nats of the whole distribution at the request's temperature, nothing cut off.
+    pub entropy: f32,
     /// The most likely tokens at temperature 1 with their log-probabilities, most likely first.
     pub top: Vec<(u32, f32)>,
     /// The weights that produced it.

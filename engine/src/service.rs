@@ -48,7 +48,7 @@ pub struct Status {
 }
 
 enum Command {
-    Submit { request: Request, sink: Sink, reply: Sender<Result<RequestId>> },
+    Submit { request: Box<Request>, sink: Sink, reply: Sender<Result<RequestId>> },
     Abort(RequestId),
     Stop,
 }
@@ -114,7 +114,7 @@ impl Service {
     pub fn submit(&self, request: Request, sink: Sink) -> Result<RequestId> {
         let (reply, answer) = bounded(1);
         let gone = |_| Error::internal("the engine has stopped");
-        self.commands.send(Command::Submit { request, sink, reply }).map_err(|_| gone(()))?;
+        self.commands.send(Command::Submit { request: Box::new(request), sink, reply }).map_err(|_| gone(()))?;
         answer.recv().map_err(|_| gone(()))?
     }
 
@@ -243,7 +243,7 @@ impl Worker {
         match command {
             Command::Submit { request, sink, reply } => {
                 let samples = request.params.n;
-                let added = self.engine.add(request);
+                let added = self.engine.add(*request);
                 if let Ok(id) = added {
                     self.sinks.insert(id, (sink, samples));
                 }

@@ -63,7 +63,7 @@ pub fn grpo(scores: &[f64], groups: &[usize], scale: Scale, epsilon: f64) -> Res
         out.groups += 1;
         let (mean, std) = mean_and_std(group, scores);
         let largest = group.iter().fold(0.0f64, |m, i| m.max(scores[*i].abs()));
-        if std <= ROUNDING * largest {
+        if group.len() > 1 && std <= ROUNDING * largest {
             out.zero_variance_groups += 1;
             continue;
         }
@@ -108,6 +108,7 @@ mod tests {
         let a = grpo(&[0.5], &[0], Scale::GroupStd, EPSILON).unwrap();
         assert_eq!(a.values, [0.5 / (1.0 + 1e-6)]);
         assert_eq!(a.zero_variance_groups, 0);
+        assert_eq!(grpo(&[1e12], &[0], Scale::None, EPSILON).unwrap().values, [1e12]);
         let none = grpo(&[], &[], Scale::None, EPSILON).unwrap();
         assert_eq!((none.values.len(), none.groups), (0, 0));
     }

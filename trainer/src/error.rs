@@ -36,6 +36,8 @@ pub enum ErrorKind {
     Numeric(String),
     /// A checkpoint is incomplete or does not belong to this run.
     Checkpoint(String),
+    /// The engine could not load, run or save the model.
+    Engine(engine::Error),
     /// The operating system refused an operation on a file.
     Io {
         /// The file or directory.
@@ -85,6 +87,11 @@ impl Error {
         Self::new(ErrorKind::Checkpoint(message.into()))
     }
 
+    /// A failure of the engine.
+    pub fn engine(error: engine::Error) -> Self {
+        Self::new(ErrorKind::Engine(error))
+    }
+
     /// A failed operation on `path`.
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Self::new(ErrorKind::Io { path: path.into(), source })
@@ -105,6 +112,7 @@ impl fmt::Display for Error {
             ErrorKind::Data { path, line: None, message } => {
                 format!("{}: {message}", path.display())
             }
+            ErrorKind::Engine(error) => error.to_string(),
             ErrorKind::Io { path, source } => format!("{}: {source}", path.display()),
         };
         for c in text.chars() {
@@ -121,6 +129,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match &self.kind {
+            ErrorKind::Engine(error) => error.source(),
             ErrorKind::Io { source, .. } => Some(source),
             _ => None,
         }

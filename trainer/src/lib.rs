@@ -1,1 +1,49 @@
-//! Placeholder.
+//! Learns: reinforcement learning on an engine's own rollouts, and supervised training.
+//!
+//! A [`Trainer`] owns an [`engine::Engine`] and the data it learns from; [`Trainer::step`] reads like
+//! the paper (arXiv 2505.22617). Algorithms are pure functions ([`advantage`], [`loss`]); everything
+//! around them does not know which one runs. Leaves out HTTP and every kind of printing.
+#![forbid(unsafe_code)]
+
+pub mod advantage;
+pub mod agg;
+pub mod checkpoint;
+pub mod config;
+pub mod covariance;
+pub mod data;
+mod encode;
+pub mod error;
+pub mod kl;
+mod learner;
+pub mod loss;
+pub mod metrics;
+mod optimizer;
+pub mod packing;
+pub mod random;
+pub mod report;
+pub mod rollout;
+mod run;
+pub mod samples;
+mod save;
+pub mod schedule;
+mod score;
+mod sft;
+mod source;
+pub mod tasks;
+#[cfg(test)]
+mod testing;
+mod trainer;
+mod update;
+pub mod verifier;
+
+pub use config::{RlConfig, SftConfig};
+pub use encode::PromptEncoder;
+pub use error::{Error, ErrorKind, Result};
+pub use learner::{Learner, LossGradient, Packed};
+pub use optimizer::{Optimizer, clip_scale, global_norm};
+pub use run::{Interrupt, Progress, Resume, run_rl};
+pub use save::{ModelFiles, save_model};
+pub use score::score_train_path;
+pub use sft::{initial_weights, run_sft};
+pub use source::{Rows, train_rows, val_rows};
+pub use trainer::{Trainer, Validation};

@@ -143,7 +143,7 @@ impl Metrics {
             ("cov", name::COV_MEAN, 4),
             ("selected", name::COV_SELECTED_TOKENS, 0),
             ("grad", name::GRAD_NORM, 3),
-            ("mismatch", name::MISMATCH_MAX, 0),
+            ("mismatch", name::MISMATCH_MAX, 6),
             ("s", name::TIME_STEP, 2),
             ("tok/s", name::THROUGHPUT, 0),
         ] {

@@ -19,6 +19,8 @@ pub struct Episode {
     pub tokens: Vec<u32>,
     /// Their log-probabilities in nats, under the distribution they were drawn from.
     pub logprobs: Vec<f32>,
+    /// Entropy in nats of the distribution each token was drawn from, before any truncation.
+    pub entropies: Vec<f32>,
     /// The response's text, without special tokens.
     pub text: String,
     /// Why it ended.
@@ -103,6 +105,7 @@ pub fn generate(
                     let episode = &mut open[episode(token.sample)];
                     episode.tokens.push(token.token);
                     episode.logprobs.push(token.logprob);
+                    episode.entropies.push(token.entropy);
                     episode.text.push_str(&token.text);
                     episode.version = token.version.0;
                 }
@@ -131,6 +134,7 @@ impl Episode {
             sample,
             tokens: Vec::new(),
             logprobs: Vec::new(),
+            entropies: Vec::new(),
             text: String::new(),
             finish: FinishReason::Abort,
             version: 0,

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use engine::decoder::{Gradients, Keep, param_specs};
+use engine::model::{RopeConfig, RopeScaling};
 use engine::{Dtype, Engine, EngineConfig, EosRule, Event, Level, ModelSource, Request, SamplingParams};
 use kernels::AdamW;
 use serde_json::Value;
@@ -40,8 +41,23 @@ fn level() -> Level {
     std::env::var("ENGINE_CPU").map_or_else(|_| Level::detect(), |n| Level::parse(&n).unwrap())
 }
 
+/// The reference's models had been cast to bf16 as a whole, rotary frequencies included, before they
+/// were computed in f32; these models are so sensitive to position that it shows. This does the same.
+fn with_rounded_frequencies(source: ModelSource) -> ModelSource {
+    let config = source.config();
+    let plain = RopeConfig { scaling: RopeScaling::None, ..config.rope.clone() };
+    let divisors = plain
+        .inv_freq(config.head_dim)
+        .iter()
+        .zip(config.inv_freq())
+        .map(|(plain, used)| plain / half::bf16::from_f32(used).to_f32())
+        .collect();
+    let rope = RopeConfig { scaling: RopeScaling::Factors(divisors), ..plain };
+    source.with_rope(rope).unwrap()
+}
+
 fn load(model: &str, dtype: Dtype) -> Engine {
-    let source = ModelSource::open(&folder(model)).unwrap();
+    let source = with_rounded_frequencies(ModelSource::open(&folder(model)).unwrap());
     let config = EngineConfig {
         dtype: Some(dtype),
         level: Some(level()),
@@ -294,4 +310,59 @@ fn five_optimizer_steps_in_f32() {
         assert!(worst <= limit, "{model} {name}: {worst}");
         assert_eq!(engine.version().0, 6, "each update is a version");
     }
+}
+
+/// Log-probabilities of a real model in f32; the tokens and templates are compared beside the tokenizer.
+fn real_model(file: &str, golden: &str) {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let models =
+        std::env::var_os("ENGINE_MODELS_DIR").map_or(workspace.join("models"), PathBuf::from);
+    let path = models.join(file);
+    if !path.exists() {
+        println!("left out: {} is missing; scripts/fetch-models.sh gets it", path.display());
+        return;
+    }
+    let golden = workspace.join("tests/data/golden/models").join(golden);
+    let golden: Value = serde_json::from_str(&std::fs::read_to_string(golden).unwrap()).unwrap();
+    let source = ModelSource::open(&path).unwrap();
+    let config = EngineConfig {
+        dtype: Some(Dtype::F32),
+        level: Some(level()),
+        kv_cache_memory_bytes: Some(256 << 20),
+        max_model_len: Some(1024),
+        ..EngineConfig::default()
+    };
+    let mut engine = Engine::load(&source, &config).unwrap();
+    round_weights(&mut engine);
+    let cases = golden["cases"].as_array().unwrap();
+    let inputs: Vec<Vec<u32>> = cases.iter().map(|case| ids(&case["input_ids"])).collect();
+    let scores = engine.score(&inputs, 1.0).unwrap();
+    for (i, (case, score)) in cases.iter().zip(&scores).enumerate() {
+        let want = floats(&case["next_token_logprobs"]);
+        assert_close(&format!("{file} case {i} logprobs"), &score.logprobs, &want, 2e-3);
+        assert_close(&format!("{file} case {i} entropy"), &score.entropy, &floats(&case["entropy"]), 2e-3);
+    }
+}
+
+/// Rounds every weight to bf16, as the reference did before it computed in f32.
+fn round_weights(engine: &mut Engine) {
+    let mut update = engine.begin_update().unwrap();
+    let (decoder, kernels) = update.decoder();
+    let specs = param_specs(&decoder.config);
+    for (spec, mut param) in specs.iter().zip(decoder.weights.params_mut()) {
+        let mut values = vec![0.0; spec.len()];
+        param.read(&mut values);
+        values.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
+        param.write(kernels, Dtype::F32, &values);
+    }
+}
+
+#[test]
+fn smollm2_log_probabilities_in_f32() {
+    real_model("smollm2-135m.gguf", "smollm2-135m.json");
+}
+
+#[test]
+fn qwen_log_probabilities_in_f32() {
+    real_model("qwen2.5-coder-0.5b.gguf", "qwen2.5-coder-0.5b.json");
 }

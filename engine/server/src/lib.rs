@@ -1,1 +1,38 @@
-//! Placeholder.
+//! OpenAI-compatible HTTP over an [`engine::Service`].
+//!
+//! `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions` and `GET /health`; answers
+//! whole or as server-sent events. Parameters are spelled as vLLM spells them, errors have OpenAI's
+//! form on every path. Leaves out structured output, tools, metrics and administration: asking for
+//! them is a 400 that names them. Nothing here prints, reads the environment or handles signals:
+//! what is worth a log line goes to the callback of [`ServerConfig`].
+//!
+//! ```no_run
+//! # async fn example(service: std::sync::Arc<engine::Service>) -> server::Result<()> {
+//! let listener = tokio::net::TcpListener::bind("127.0.0.1:8000").await.expect("a free port");
+//! let config = server::ServerConfig::new("my-model");
+//! server::serve(service, config, listener, std::future::pending()).await
+//! # }
+//! ```
+#![forbid(unsafe_code)]
+
+mod access;
+mod answer;
+mod api_error;
+mod app;
+mod chat;
+mod completions;
+mod error;
+mod fields;
+mod generation;
+mod job;
+mod logprobs;
+mod params;
+mod refused;
+mod routes;
+mod stream;
+
+pub use app::{Log, LogEvent, ServerConfig};
+pub use error::{Error, ErrorKind, Result};
+pub use fields::{BadField, Fields};
+pub use params::{default_params, messages, sampling_params};
+pub use routes::serve;

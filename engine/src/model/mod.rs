@@ -3,6 +3,7 @@
 //! Leaves out the decoder that computes with them and the tokenizer. Nothing here maps memory: files are
 //! read at positions, in pieces, so loading needs a small constant amount besides the weights kept.
 
+mod builtin;
 mod bytes;
 pub mod config;
 mod config_gguf;
@@ -14,6 +15,7 @@ pub mod rope;
 pub mod safetensors;
 pub mod source;
 
+pub use builtin::open_builtin;
 pub use config::{Architecture, GenerationDefaults, ModelConfig, TensorSpec};
 pub use rope::{RopeConfig, RopeScaling};
 pub use source::{MemoryModel, ModelSource};

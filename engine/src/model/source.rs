@@ -6,6 +6,7 @@
 //! tokenizer. Reading takes `&self` and keeps no cursor, so threads may read different rows at once.
 
 use crate::error::{Error, Result};
+use crate::model::rope::RopeConfig;
 use crate::model::config::{GenerationDefaults, ModelConfig, TensorSpec};
 use crate::model::gguf::Gguf;
 use crate::model::safetensors::SafeTensors;
@@ -155,6 +156,16 @@ impl ModelSource {
             None => format!("tensor {name:?} is missing, expected shape {shape:?}"),
             Some(found) => format!("tensor {name:?} has shape {found:?}, expected {shape:?}"),
         }))
+    }
+
+    /// The same model with another rotary embedding, for example to stretch its context.
+    ///
+    /// # Errors
+    /// When the configuration is not valid with it.
+    pub fn with_rope(mut self, rope: RopeConfig) -> Result<Self> {
+        self.config.rope = rope;
+        self.config.validate()?;
+        Ok(self)
     }
 
     /// The checked configuration.

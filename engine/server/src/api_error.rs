@@ -1,0 +1,99 @@
+//! Errors as OpenAI's API words them: `{"error": {"message", "type", "param", "code"}}`.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use crate::fields::BadField;
+
+/// Seconds a client is told to wait after a 503.
+const RETRY_AFTER_S: HeaderValue = HeaderValue::from_static("5");
+
+/// An error on its way to a client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ApiError {
+    status: StatusCode,
+    body: Body,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Body {
+    message: String,
+    r#type: &'static str,
+    param: Option<String>,
+    code: &'static str,
+}
+
+#[derive(Serialize)]
+struct Wrapped<'a> {
+    error: &'a Body,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, code: &'static str, message: String) -> Self {
+        Self { status, body: Body { message, r#type: kind, param: None, code } }
+    }
+
+    /// A request that asks for something wrong.
+    pub(crate) fn invalid(status: StatusCode, code: &'static str, message: String) -> Self {
+        Self::new(status, "invalid_request_error", code, message)
+    }
+
+    pub(crate) fn unauthorized() -> Self {
+        let message = "missing or wrong API key".to_owned();
+        Self::new(StatusCode::UNAUTHORIZED, "authentication_error", "invalid_api_key", message)
+    }
+
+    pub(crate) fn no_route(path: &str) -> Self {
+        let message = format!("no route {path}");
+        Self::new(StatusCode::NOT_FOUND, "not_found_error", "not_found", message)
+    }
+
+    pub(crate) fn no_model(model: &str) -> Self {
+        let message = format!("model `{model}` does not exist");
+        let mut error =
+            Self::new(StatusCode::NOT_FOUND, "not_found_error", "model_not_found", message);
+        error.body.param = Some("model".to_owned());
+        error
+    }
+
+    pub(crate) fn draining() -> Self {
+        let message = "server is shutting down".to_owned();
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "draining", message)
+    }
+
+    pub(crate) fn engine_dead() -> Self {
+        let message = "engine has stopped".to_owned();
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "engine_dead", message)
+    }
+
+    /// Our fault; the text says nothing about the inside.
+    pub(crate) fn internal(message: &str) -> Self {
+        let message = message.to_owned();
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "internal_error", message)
+    }
+
+    /// The body, as it also stands in an event of a stream.
+    pub(crate) fn to_json(&self) -> String {
+        serde_json::to_string(&Wrapped { error: &self.body }).expect("strings serialise")
+    }
+}
+
+impl From<BadField> for ApiError {
+    fn from(bad: BadField) -> Self {
+        let mut error = Self::invalid(StatusCode::BAD_REQUEST, bad.code, bad.message);
+        error.body.param = bad.param;
+        error
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(Wrapped { error: &self.body })).into_response();
+        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+            response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER_S);
+        }
+        response
+    }
+}

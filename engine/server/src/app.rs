@@ -1,0 +1,246 @@
+//! What all requests share: the service, the configuration, the drain and who is being served.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use engine::{RequestId, SamplingParams, Service};
+use tokio::sync::watch;
+
+use crate::access::Keys;
+use crate::api_error::ApiError;
+use crate::error::{Error, Result};
+use crate::fields::Fields;
+
+/// Most unknown field names that are remembered, so that a client cannot fill memory with them.
+const MAX_UNKNOWN: usize = 256;
+/// Longest unknown field name that is reported, in characters.
+const MAX_NAME_CHARS: usize = 64;
+
+/// How the server behaves.
+#[derive(Clone)]
+pub struct ServerConfig {
+    /// Names the model answers to; the first stands in answers. At least one.
+    pub model_names: Vec<String>,
+    /// Keys of which a client must show one; without any, everybody is served.
+    pub api_keys: Vec<String>,
+    /// Sampling parameters where a request gives none; `None` takes the recommendation that comes
+    /// with the model (`generation_config.json`).
+    pub default_params: Option<SamplingParams>,
+    /// Longest request body that is read.
+    pub max_body_bytes: usize,
+    /// How long running requests may take to finish after the shutdown began.
+    pub shutdown_timeout: Duration,
+    /// Receives what is worth a log line; must not block.
+    pub log: Option<Log>,
+}
+
+/// Receives what is worth a log line.
+pub type Log = Arc<dyn Fn(&LogEvent) + Send + Sync>;
+
+/// Something worth a log line. Never holds a prompt, an answer or a key.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq)]
+pub enum LogEvent {
+    /// A request has a field that nothing here knows; once per name.
+    UnknownField {
+        /// The field's name, cut to 64 characters.
+        name: String,
+    },
+    /// An answer begins.
+    Answered {
+        /// The request's method.
+        method: String,
+        /// The request's path, without its query.
+        path: String,
+        /// The answer's HTTP status.
+        status: u16,
+        /// The request's id, as in the header `x-request-id`.
+        request_id: String,
+        /// Time from the request's head to the answer's head.
+        elapsed: Duration,
+    },
+    /// The shutdown began.
+    Draining {
+        /// Requests that still run.
+        running: usize,
+    },
+    /// The time for the shutdown is over: what still runs is aborted.
+    DrainTimeout {
+        /// Requests that still ran.
+        running: usize,
+    },
+}
+
+impl ServerConfig {
+    /// The defaults, for a model of that name: no keys, bodies up to 32 MiB, 30 s to drain.
+    pub fn new(model_name: impl Into<String>) -> Self {
+        Self {
+            model_names: vec![model_name.into()],
+            api_keys: Vec::new(),
+            default_params: None,
+            max_body_bytes: 32 << 20,
+            shutdown_timeout: Duration::from_secs(30),
+            log: None,
+        }
+    }
+}
+
+impl fmt::Debug for ServerConfig {
+    /// Leaves out the keys.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServerConfig")
+            .field("model_names", &self.model_names)
+            .field("max_body_bytes", &self.max_body_bytes)
+            .field("shutdown_timeout", &self.shutdown_timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The state behind the routes.
+pub(crate) struct App {
+    pub(crate) service: Arc<Service>,
+    pub(crate) config: ServerConfig,
+    pub(crate) keys: Keys,
+    pub(crate) defaults: SamplingParams,
+    pub(crate) live: Arc<Live>,
+    started_s: u64,
+    ids: AtomicU64,
+    unknown: Mutex<HashSet<String>>,
+}
+
+impl App {
+    pub(crate) fn new(service: Arc<Service>, config: ServerConfig) -> Result<Arc<Self>> {
+        if config.model_names.is_empty() {
+            return Err(Error::config("model_names is empty, at least one is needed"));
+        }
+        let keys = Keys::new(&config.api_keys)?;
+        let recommended = || crate::params::default_params(service.generation_defaults());
+        let defaults = config.default_params.clone().unwrap_or_else(recommended);
+        Ok(Arc::new(Self {
+            keys,
+            defaults,
+            live: Arc::new(Live::new()),
+            started_s: now_s(),
+            ids: AtomicU64::new(0),
+            unknown: Mutex::new(HashSet::new()),
+            service,
+            config,
+        }))
+    }
+
+    /// The name of the model in answers.
+    pub(crate) fn model_name(&self) -> &str {
+        &self.config.model_names[0]
+    }
+
+    /// When the server started, in seconds since 1970.
+    pub(crate) fn started_s(&self) -> u64 {
+        self.started_s
+    }
+
+    /// A number no other request of this server has.
+    pub(crate) fn next_id(&self) -> u64 {
+        self.ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn log(&self, event: &LogEvent) {
+        if let Some(log) = &self.config.log {
+            log(event);
+        }
+    }
+
+    /// Reports the names that are left in `fields`, each once in the server's life.
+    pub(crate) fn report_unknown(&self, fields: &Fields) {
+        for name in fields.names() {
+            let name: String = name.chars().take(MAX_NAME_CHARS).collect();
+            let mut unknown = self.unknown.lock().unwrap_or_else(PoisonError::into_inner);
+            if unknown.len() < MAX_UNKNOWN && unknown.insert(name.clone()) {
+                drop(unknown);
+                self.log(&LogEvent::UnknownField { name });
+            }
+        }
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Who is being served, and whether newcomers still are.
+pub(crate) struct Live {
+    draining: AtomicBool,
+    visits: watch::Sender<usize>,
+    requests: Mutex<HashSet<RequestId>>,
+}
+
+impl Live {
+    fn new() -> Self {
+        let visits = watch::Sender::new(0);
+        Self { draining: AtomicBool::new(false), visits, requests: Mutex::new(HashSet::new()) }
+    }
+
+    /// Counts one visitor in until the guard is dropped.
+    ///
+    /// # Errors
+    /// When the server is draining.
+    pub(crate) fn enter(self: &Arc<Self>) -> std::result::Result<Visit, ApiError> {
+        // Counted first: a visitor is either seen by the drain or sees it.
+        self.visits.send_modify(|visits| *visits += 1);
+        let visit = Visit { live: Arc::clone(self) };
+        if self.is_draining() { Err(ApiError::draining()) } else { Ok(visit) }
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::SeqCst)
+    }
+
+    /// Turns newcomers away from here on.
+    pub(crate) fn drain(&self) {
+        self.draining.store(true, Ordering::SeqCst);
+    }
+
+    /// Requests being served.
+    pub(crate) fn visits(&self) -> usize {
+        *self.visits.borrow()
+    }
+
+    /// Waits until nobody is being served.
+    pub(crate) async fn idle(&self) {
+        let mut visits = self.visits.subscribe();
+        // The sender lives as long as `self`, so waiting cannot fail.
+        let _ = visits.wait_for(|visits| *visits == 0).await;
+    }
+
+    /// The engine's requests that run for the visitors.
+    pub(crate) fn requests(&self) -> Vec<RequestId> {
+        self.locked().iter().copied().collect()
+    }
+
+    pub(crate) fn begin(&self, request: RequestId) {
+        self.locked().insert(request);
+    }
+
+    pub(crate) fn end(&self, request: RequestId) {
+        self.locked().remove(&request);
+    }
+
+    fn locked(&self) -> std::sync::MutexGuard<'_, HashSet<RequestId>> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One visitor being served.
+#[must_use]
+pub(crate) struct Visit {
+    live: Arc<Live>,
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        self.live.visits.send_modify(|visits| *visits -= 1);
+    }
+}

@@ -1,0 +1,162 @@
+//! `POST /v1/chat/completions`: from messages to a prompt, from events to OpenAI's objects.
+
+use std::time::SystemTime;
+
+use engine::Event;
+use engine::text::{AddSpecial, RenderOptions};
+use serde::Serialize;
+
+use crate::answer::{Choice, Usage};
+use crate::api_error::ApiError;
+use crate::app::App;
+use crate::fields::{BadField, Fields};
+use crate::job::{Asked, Job, needs, unprocessable};
+use crate::logprobs::{ChatLogprobs, chat_token};
+use crate::params::{messages, sampling_params};
+
+/// Reads what a body asks for.
+pub(crate) fn read(app: &App, fields: &mut Fields) -> Result<Asked, ApiError> {
+    let mut params = sampling_params(fields, &app.defaults)?;
+    // The newer name wins, as in OpenAI's API.
+    params.max_tokens = fields.count("max_completion_tokens")?.or(params.max_tokens);
+    let logprobs = fields.flag("logprobs")?.unwrap_or(false);
+    let top = fields.count("top_logprobs")?;
+    if top.is_some_and(|top| top > 0) && !logprobs {
+        let message = "top_logprobs needs logprobs to be true";
+        return Err(BadField::new("top_logprobs", message).into());
+    }
+    params.logprobs = logprobs.then(|| top.unwrap_or(0));
+    let Some(list) = fields.take("messages") else {
+        return Err(BadField::new("messages", "messages is missing").into());
+    };
+    let prompt = prompt(app, &messages(&list)?)?;
+    Ok(Asked { prompts: vec![prompt], params, logprobs })
+}
+
+fn prompt(app: &App, messages: &[engine::Message]) -> Result<Vec<u32>, ApiError> {
+    let tokenizer = app.service.tokenizer().ok_or_else(|| needs("messages", "a tokenizer"))?;
+    let template =
+        app.service.chat_template().ok_or_else(|| needs("messages", "a chat template"))?;
+    let options = RenderOptions::new(SystemTime::now());
+    let text =
+        template.render(messages, &options).map_err(|error| unprocessable("messages", &error))?;
+    tokenizer.encode(&text, AddSpecial::No).map_err(|error| unprocessable("messages", &error))
+}
+
+/// A whole answer.
+#[derive(Serialize)]
+pub(crate) struct Completion<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<WholeChoice>,
+    usage: Usage,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [u32]>,
+}
+
+#[derive(Serialize)]
+struct WholeChoice {
+    index: usize,
+    message: Message,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<serde_json::Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Serialize)]
+struct Message {
+    role: &'static str,
+    content: String,
+    refusal: Option<()>,
+}
+
+/// The whole answer made of finished choices.
+pub(crate) fn completion<'a>(job: &'a Job, choices: Vec<Choice>, usage: Usage) -> Completion<'a> {
+    let choices = choices.into_iter().enumerate().map(|(index, choice)| WholeChoice {
+        index,
+        message: Message { role: "assistant", content: choice.text, refusal: None },
+        logprobs: job.report.logprobs.then(|| ChatLogprobs {
+            content: choice.tokens.iter().map(|token| chat_token(token, job.speller())).collect(),
+            refusal: None,
+        }),
+        finish_reason: choice.finish_reason,
+        stop_reason: choice.stop_reason,
+        token_ids: job.report.token_ids.then_some(choice.token_ids),
+    });
+    Completion {
+        id: &job.id,
+        object: "chat.completion",
+        created: job.created_s,
+        model: &job.model,
+        choices: choices.collect(),
+        usage,
+        prompt_token_ids: job.report.token_ids.then(|| job.prompt(0)),
+    }
+}
+
+/// A piece of a choice.
+#[derive(Serialize)]
+pub(crate) struct ChunkChoice {
+    index: usize,
+    delta: Delta,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<serde_json::Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<[u32; 1]>,
+}
+
+#[derive(Default, Serialize)]
+struct Delta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<String>,
+}
+
+/// The piece that opens a choice: whose turn it is.
+pub(crate) fn opening(index: usize) -> ChunkChoice {
+    let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
+    ChunkChoice { delta, ..empty(index) }
+}
+
+/// The piece for an event; `None` when there is nothing to say yet.
+pub(crate) fn piece(job: &Job, index: usize, event: Event) -> Option<ChunkChoice> {
+    match event {
+        Event::Token(token) => {
+            let wanted = job.report.logprobs || job.report.token_ids || !token.text.is_empty();
+            let logprobs = job.report.logprobs.then(|| ChatLogprobs {
+                content: vec![chat_token(&token, job.speller())],
+                refusal: None,
+            });
+            let token_ids = job.report.token_ids.then_some([token.token]);
+            let delta = Delta { role: None, content: Some(token.text) };
+            wanted.then(|| ChunkChoice { delta, logprobs, token_ids, ..empty(index) })
+        }
+        Event::Finished(end) => {
+            let content = (!end.text.is_empty()).then_some(end.text);
+            Some(ChunkChoice {
+                delta: Delta { role: None, content },
+                finish_reason: Some(end.reason.name()),
+                stop_reason: end.stop_reason.map(crate::answer::stop_reason),
+                ..empty(index)
+            })
+        }
+    }
+}
+
+fn empty(index: usize) -> ChunkChoice {
+    ChunkChoice {
+        index,
+        delta: Delta::default(),
+        logprobs: None,
+        finish_reason: None,
+        stop_reason: None,
+        token_ids: None,
+    }
+}

@@ -1,0 +1,151 @@
+//! `POST /v1/completions`: prompts as text or token ids, from events to OpenAI's objects.
+
+use engine::Event;
+use engine::text::AddSpecial;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::answer::{Choice, Usage};
+use crate::api_error::ApiError;
+use crate::app::App;
+use crate::fields::{BadField, Fields, kind, tokens};
+use crate::job::{Asked, Job, needs, unprocessable};
+use crate::logprobs::TextLogprobs;
+use crate::params::{at_most, sampling_params};
+
+/// Tokens generated when a request does not say, as in OpenAI's API.
+const DEFAULT_MAX_TOKENS: usize = 16;
+/// Most prompts one request may have.
+const MAX_PROMPTS: usize = 1024;
+
+/// Reads what a body asks for.
+pub(crate) fn read(app: &App, fields: &mut Fields) -> Result<Asked, ApiError> {
+    let mut params = sampling_params(fields, &app.defaults)?;
+    params.max_tokens = params.max_tokens.or(Some(DEFAULT_MAX_TOKENS));
+    params.logprobs = fields.count("logprobs")?;
+    let Some(prompt) = fields.take("prompt") else {
+        return Err(BadField::new("prompt", "prompt is missing").into());
+    };
+    let prompts = prompts(app, &prompt)?;
+    Ok(Asked { prompts, logprobs: params.logprobs.is_some(), params })
+}
+
+/// A prompt is a string, token ids, or an array of either.
+fn prompts(app: &App, value: &Value) -> Result<Vec<Vec<u32>>, ApiError> {
+    let wrong = |found: &str| -> ApiError {
+        let expected = "expected a string, token ids, or an array of either";
+        BadField::new("prompt", format!("prompt is {found}, {expected}")).into()
+    };
+    let Value::Array(list) = value else {
+        let Value::String(text) = value else { return Err(wrong(kind(value))) };
+        return Ok(vec![encode(app, text)?]);
+    };
+    if list.first().is_some_and(Value::is_number) {
+        return tokens(value)
+            .map(|tokens| vec![tokens])
+            .ok_or_else(|| wrong("an array with other entries"));
+    }
+    if list.is_empty() {
+        return Err(BadField::new("prompt", "prompt is empty").into());
+    }
+    at_most("prompt", list.len(), MAX_PROMPTS)?;
+    let one = |item: &Value| match item {
+        Value::String(text) => encode(app, text),
+        other => tokens(other).ok_or_else(|| wrong("an array with other entries")),
+    };
+    list.iter().map(one).collect()
+}
+
+fn encode(app: &App, text: &str) -> Result<Vec<u32>, ApiError> {
+    let tokenizer = app.service.tokenizer().ok_or_else(|| needs("prompt", "a tokenizer"))?;
+    tokenizer.encode(text, AddSpecial::Yes).map_err(|error| unprocessable("prompt", &error))
+}
+
+/// A whole answer.
+#[derive(Serialize)]
+pub(crate) struct Completion<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<TextChoice>,
+    usage: Usage,
+}
+
+/// A choice, whole or a piece of it.
+#[derive(Serialize)]
+pub(crate) struct TextChoice {
+    index: usize,
+    text: String,
+    logprobs: Option<TextLogprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+}
+
+/// The whole answer made of finished choices.
+pub(crate) fn completion<'a>(job: &'a Job, choices: Vec<Choice>, usage: Usage) -> Completion<'a> {
+    let choices = choices.into_iter().enumerate().map(|(index, choice)| TextChoice {
+        index,
+        text: choice.text,
+        logprobs: job.report.logprobs.then(|| {
+            let mut logprobs = TextLogprobs::default();
+            choice.tokens.iter().fold(0, |at, token| logprobs.push(token, at, job.speller()));
+            logprobs
+        }),
+        finish_reason: choice.finish_reason,
+        stop_reason: choice.stop_reason,
+        prompt_token_ids: job.report.token_ids.then(|| job.prompt(index).to_vec()),
+        token_ids: job.report.token_ids.then_some(choice.token_ids),
+    });
+    Completion {
+        id: &job.id,
+        object: "text_completion",
+        created: job.created_s,
+        model: &job.model,
+        choices: choices.collect(),
+        usage,
+    }
+}
+
+/// The piece for an event, whose token begins at `offset` characters; `None` when there is nothing to
+/// say yet.
+pub(crate) fn piece(
+    job: &Job,
+    index: usize,
+    event: Event,
+    offset: &mut usize,
+) -> Option<TextChoice> {
+    match event {
+        Event::Token(token) => {
+            let wanted = job.report.logprobs || job.report.token_ids || !token.text.is_empty();
+            let logprobs = job.report.logprobs.then(|| {
+                let mut logprobs = TextLogprobs::default();
+                *offset = logprobs.push(&token, *offset, job.speller());
+                logprobs
+            });
+            let token_ids = job.report.token_ids.then(|| vec![token.token]);
+            wanted.then(|| TextChoice { logprobs, token_ids, ..with_text(index, token.text) })
+        }
+        Event::Finished(end) => Some(TextChoice {
+            finish_reason: Some(end.reason.name()),
+            stop_reason: end.stop_reason.map(crate::answer::stop_reason),
+            ..with_text(index, end.text)
+        }),
+    }
+}
+
+fn with_text(index: usize, text: String) -> TextChoice {
+    TextChoice {
+        index,
+        text,
+        logprobs: None,
+        finish_reason: None,
+        stop_reason: None,
+        prompt_token_ids: None,
+        token_ids: None,
+    }
+}

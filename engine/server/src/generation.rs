@@ -1,0 +1,118 @@
+//! Requests on their way through the engine, from the side of an HTTP handler.
+//!
+//! The engine's thread pushes events into a bounded channel; the handler pulls them. Whoever drops a
+//! [`Generation`] before its end aborts what is left of it: that is how a client that has gone away
+//! gives its blocks back.
+
+use std::sync::Arc;
+
+use engine::{ErrorKind, Event, Request, RequestId, Sent, Service};
+use tokio::sync::mpsc;
+
+use crate::api_error::ApiError;
+use crate::app::Live;
+use crate::params::refusal;
+
+/// Events a client may lag behind for every sample, before its request is aborted.
+const LAG_PER_SAMPLE: usize = 1024;
+/// Events a client may lag behind in all.
+const MAX_LAG: usize = 64 * LAG_PER_SAMPLE;
+
+/// Events of several requests, as one sequence.
+pub(crate) struct Generation {
+    service: Arc<Service>,
+    live: Arc<Live>,
+    events: mpsc::Receiver<(usize, Event)>,
+    ids: Vec<RequestId>,
+    /// Samples that have not ended.
+    open: usize,
+}
+
+impl Generation {
+    /// Hands `requests`, each of `samples` samples, to the engine. Blocks until it has taken them.
+    ///
+    /// # Errors
+    /// When the engine refuses one of them; none runs then.
+    pub(crate) fn submit(
+        service: &Arc<Service>,
+        live: &Arc<Live>,
+        requests: Vec<Request>,
+        samples: usize,
+    ) -> Result<Self, ApiError> {
+        let open = requests.len() * samples;
+        let (sender, events) = mpsc::channel((LAG_PER_SAMPLE * open).clamp(1, MAX_LAG));
+        let (service, live) = (Arc::clone(service), Arc::clone(live));
+        let mut generation = Self { service, live, events, ids: Vec::new(), open };
+        for (prompt, request) in requests.into_iter().enumerate() {
+            let sender = sender.clone();
+            let sink = move |event: Event| {
+                let choice = prompt * samples + sample(&event);
+                match sender.try_send((choice, event)) {
+                    Ok(()) => Sent::Ok,
+                    Err(_) => Sent::Gone,
+                }
+            };
+            let id = generation.service.submit(request, Box::new(sink)).map_err(|e| failed(&e))?;
+            generation.live.begin(id);
+            generation.ids.push(id);
+        }
+        Ok(generation)
+    }
+
+    /// The next event and the choice it belongs to; `None` when every sample has ended.
+    ///
+    /// # Errors
+    /// When a sample failed, the engine stopped, or the client lagged too far behind.
+    pub(crate) async fn next(&mut self) -> Result<Option<(usize, Event)>, ApiError> {
+        if self.open == 0 {
+            return Ok(None);
+        }
+        let Some((choice, event)) = self.events.recv().await else {
+            return Err(ApiError::internal("generation ended early"));
+        };
+        self.count(&event)?;
+        Ok(Some((choice, event)))
+    }
+
+    /// The next event if there is one already.
+    pub(crate) fn try_next(&mut self) -> Result<Option<(usize, Event)>, ApiError> {
+        let Ok((choice, event)) = self.events.try_recv() else { return Ok(None) };
+        self.count(&event)?;
+        Ok(Some((choice, event)))
+    }
+
+    fn count(&mut self, event: &Event) -> Result<(), ApiError> {
+        let Event::Finished(finished) = event else { return Ok(()) };
+        self.open -= 1;
+        match &finished.error {
+            None => Ok(()),
+            Some(_) => Err(ApiError::internal("generation failed")),
+        }
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        for id in &self.ids {
+            self.live.end(*id);
+            if self.open > 0 {
+                self.service.abort(*id);
+            }
+        }
+    }
+}
+
+fn sample(event: &Event) -> usize {
+    match event {
+        Event::Token(token) => token.sample,
+        Event::Finished(finished) => finished.sample,
+    }
+}
+
+/// The answer to a request that the engine did not take.
+fn failed(error: &engine::Error) -> ApiError {
+    match error.kind() {
+        ErrorKind::Request(_) => refusal(error).into(),
+        _ => ApiError::engine_dead(),
+    }
+}

@@ -1,0 +1,208 @@
+//! A request that has been read, checked and handed to the engine.
+
+use std::sync::Arc;
+
+use axum::http::StatusCode;
+use engine::{Request, SamplingParams, Service, Tokenizer};
+
+use crate::access::unique_name;
+use crate::api_error::ApiError;
+use crate::app::{App, Visit, now_s};
+use crate::fields::{BadField, Fields};
+use crate::generation::Generation;
+use crate::logprobs::Speller;
+use crate::params::{at_most, refusal};
+use crate::{chat, completions, refused};
+
+/// Most choices (prompts times samples) one request may ask for.
+const MAX_CHOICES: usize = 1024;
+
+/// The two generating APIs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Api {
+    Chat,
+    Completions,
+}
+
+/// Whether the answer comes whole or in pieces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Delivery {
+    Whole,
+    Stream { usage: StreamUsage },
+}
+
+/// Whether a stream ends with the usage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StreamUsage {
+    Omit,
+    Last,
+}
+
+/// What is reported beside the text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Report {
+    pub(crate) logprobs: bool,
+    pub(crate) token_ids: bool,
+}
+
+/// What the body asks for, with prompts as token ids.
+pub(crate) struct Asked {
+    pub(crate) prompts: Vec<Vec<u32>>,
+    pub(crate) params: SamplingParams,
+    pub(crate) logprobs: bool,
+}
+
+/// A request that runs.
+pub(crate) struct Job {
+    pub(crate) api: Api,
+    pub(crate) id: String,
+    pub(crate) created_s: u64,
+    pub(crate) model: String,
+    pub(crate) prompts: Vec<Vec<u32>>,
+    /// Samples of each prompt.
+    pub(crate) samples: usize,
+    pub(crate) report: Report,
+    pub(crate) delivery: Delivery,
+    pub(crate) tokenizer: Option<Arc<Tokenizer>>,
+    pub(crate) generation: Generation,
+    /// Keeps the drain waiting until the answer is out.
+    _visit: Visit,
+}
+
+impl Job {
+    /// Reads `body` and hands what it asks for to the engine. Takes processor time (template,
+    /// tokenizer) and waits for the engine's thread: not for an async thread.
+    pub(crate) fn start(app: &App, visit: Visit, api: Api, body: &[u8]) -> Result<Self, ApiError> {
+        let mut fields = Fields::parse(body)?;
+        check_model(app, &mut fields)?;
+        let delivery = delivery(&mut fields)?;
+        let token_ids = fields.flag("return_token_ids")?.unwrap_or(false);
+        refused::refuse(&mut fields)?;
+        let asked = match api {
+            Api::Chat => chat::read(app, &mut fields)?,
+            Api::Completions => completions::read(app, &mut fields)?,
+        };
+        app.report_unknown(&fields);
+        check(&app.service, &asked)?;
+        let Asked { prompts, params, logprobs } = asked;
+        let samples = params.n;
+        let requests = prompts.iter().map(|prompt| Request::new(prompt.clone(), params.clone()));
+        let generation = Generation::submit(&app.service, &app.live, requests.collect(), samples)?;
+        let prefix = match api {
+            Api::Chat => "chatcmpl",
+            Api::Completions => "cmpl",
+        };
+        Ok(Self {
+            api,
+            id: format!("{prefix}-{}", unique_name(app.next_id())),
+            created_s: now_s(),
+            model: app.model_name().to_owned(),
+            prompts,
+            samples,
+            report: Report { logprobs, token_ids },
+            delivery,
+            tokenizer: app.service.tokenizer().cloned(),
+            generation,
+            _visit: visit,
+        })
+    }
+
+    /// How many choices the answer has.
+    pub(crate) fn choices(&self) -> usize {
+        self.prompts.len() * self.samples
+    }
+
+    /// The prompt of a choice.
+    pub(crate) fn prompt(&self, choice: usize) -> &[u32] {
+        &self.prompts[choice / self.samples]
+    }
+
+    /// Tokens of all prompts, each counted once.
+    pub(crate) fn prompt_tokens(&self) -> usize {
+        self.prompts.iter().map(Vec::len).sum()
+    }
+
+    /// Spells this model's tokens.
+    pub(crate) fn speller(&self) -> Speller<'_> {
+        Speller { tokenizer: self.tokenizer.as_deref() }
+    }
+}
+
+/// Takes `model`; without one the model that is served is meant.
+fn check_model(app: &App, fields: &mut Fields) -> Result<(), ApiError> {
+    match fields.string("model")? {
+        Some(model) if !app.config.model_names.contains(&model) => {
+            let shown: String = model.chars().take(128).collect();
+            Err(ApiError::no_model(&shown))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn delivery(fields: &mut Fields) -> Result<Delivery, BadField> {
+    let stream = fields.flag("stream")?.unwrap_or(false);
+    let options = fields.object("stream_options")?;
+    if !stream {
+        return match options {
+            None => Ok(Delivery::Whole),
+            Some(_) => {
+                Err(BadField::new("stream_options", "stream_options needs stream to be true"))
+            }
+        };
+    }
+    let mut usage = StreamUsage::Omit;
+    if let Some(mut options) = options {
+        if options.flag("include_usage")?.unwrap_or(false) {
+            usage = StreamUsage::Last;
+        }
+        if options.flag("continuous_usage_stats")?.unwrap_or(false) {
+            return Err(refused::unsupported("continuous_usage_stats"));
+        }
+    }
+    Ok(Delivery::Stream { usage })
+}
+
+/// Checks parameters and lengths before anything is handed to the engine.
+fn check(service: &Service, asked: &Asked) -> Result<(), BadField> {
+    let Asked { prompts, params, .. } = asked;
+    params.validate(service.model().vocab_size).map_err(|error| refusal(&error))?;
+    at_most("n", prompts.len() * params.n, MAX_CHOICES)?;
+    let limit = service.max_model_len();
+    for prompt in prompts {
+        let (len, asked) = (prompt.len(), params.max_tokens.unwrap_or(1));
+        if len == 0 {
+            return Err(BadField::new("prompt", "prompt has 0 tokens, limit is at least 1"));
+        }
+        if len.saturating_add(asked) > limit {
+            let message = format!(
+                "prompt has {len} tokens and {asked} are asked for, limit is {limit} together"
+            );
+            return Err(BadField::new("prompt", message).with_code("context_length_exceeded"));
+        }
+    }
+    Ok(())
+}
+
+/// The error for text where the model has no tokenizer.
+pub(crate) fn needs(param: &str, what: &str) -> ApiError {
+    let message = format!("{param} needs {what}, the model has none");
+    let mut bad = BadField::new(param, message).with_code("unsupported_parameter");
+    bad.param = Some(param.to_owned());
+    bad.into()
+}
+
+/// The error for a body that holds no usable text or template.
+pub(crate) fn unprocessable(param: &str, error: &engine::Error) -> ApiError {
+    BadField::new(param, error.to_string()).into()
+}
+
+/// An error of the transport below the API.
+pub(crate) fn transport(status: StatusCode, message: String) -> ApiError {
+    let code = match status {
+        StatusCode::PAYLOAD_TOO_LARGE => "body_too_large",
+        StatusCode::UNSUPPORTED_MEDIA_TYPE => "unsupported_media_type",
+        StatusCode::METHOD_NOT_ALLOWED => "method_not_allowed",
+        _ => "invalid_request",
+    };
+    ApiError::invalid(status, code, message)
+}

@@ -1,0 +1,191 @@
+//! The routes and the life of the server: listen, answer, drain.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::serve::ListenerExt;
+use axum::{Json, Router, middleware};
+use engine::Service;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
+
+use crate::access::guard;
+use crate::answer::whole;
+use crate::api_error::ApiError;
+use crate::app::{App, LogEvent, ServerConfig};
+use crate::error::{Error, Result};
+use crate::job::{Api, Delivery, Job, transport};
+use crate::stream;
+
+/// How long aborted requests may take to end, and written answers to leave.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Serves until `shutdown` completes and the server has drained: newcomers get 503 from then on,
+/// running requests finish, and are aborted when [`ServerConfig::shutdown_timeout`] is over.
+///
+/// # Errors
+/// When the configuration is invalid or the socket fails.
+pub async fn serve(
+    service: Arc<Service>,
+    config: ServerConfig,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<()> {
+    let app = App::new(service, config)?;
+    let (stop, stopped) = oneshot::channel::<()>();
+    let listener = listener.tap_io(|stream| {
+        // Without it a token would wait for the previous one's acknowledgement; with it refused the
+        // server still works.
+        let _refused = stream.set_nodelay(true);
+    });
+    let router = router(Arc::clone(&app));
+    let server = axum::serve(listener, router).with_graceful_shutdown(async {
+        // A dropped sender means the same as a sent word.
+        let _dropped = stopped.await;
+    });
+    let server = async { server.await.map_err(|error| Error::io(error.to_string())) };
+    tokio::select! {
+        result = server => result,
+        () = drain(&app, shutdown, stop) => Ok(()),
+    }
+}
+
+/// Waits for `shutdown` and for the visitors to leave, then closes the listener.
+async fn drain(app: &App, shutdown: impl Future<Output = ()>, stop: oneshot::Sender<()>) {
+    shutdown.await;
+    app.live.drain();
+    app.log(&LogEvent::Draining { running: app.live.visits() });
+    if timeout(app.config.shutdown_timeout, app.live.idle()).await.is_err() {
+        app.log(&LogEvent::DrainTimeout { running: app.live.visits() });
+        for request in app.live.requests() {
+            app.service.abort(request);
+        }
+        // Whoever does not leave now is cut off when the process ends.
+        let _cut = timeout(LAST_WORDS, app.live.idle()).await;
+    }
+    drop(stop);
+    sleep(LAST_WORDS).await;
+}
+
+/// All routes over `app`.
+pub(crate) fn router(app: Arc<App>) -> Router {
+    Router::new()
+        .route("/health", get(health))
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*name}", get(model))
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/completions", post(completions))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(DefaultBodyLimit::max(app.config.max_body_bytes))
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), guard))
+        .with_state(app)
+}
+
+async fn health(State(app): State<Arc<App>>) -> Response {
+    if app.live.is_draining() {
+        return ApiError::draining().into_response();
+    }
+    if app.service.status().failure.is_some() {
+        return ApiError::engine_dead().into_response();
+    }
+    Json(json!({"status": "ok"})).into_response()
+}
+
+async fn models(State(app): State<Arc<App>>) -> Json<Value> {
+    let cards: Vec<Value> = app.config.model_names.iter().map(|name| card(&app, name)).collect();
+    Json(json!({"object": "list", "data": cards}))
+}
+
+async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Response {
+    if app.config.model_names.contains(&name) {
+        Json(card(&app, &name)).into_response()
+    } else {
+        ApiError::no_model(&name).into_response()
+    }
+}
+
+fn card(app: &App, name: &str) -> Value {
+    json!({
+        "id": name,
+        "object": "model",
+        "created": app.started_s(),
+        "owned_by": "engine",
+        "root": app.model_name(),
+        "parent": null,
+        "max_model_len": app.service.max_model_len(),
+        "permission": [],
+    })
+}
+
+type Body = std::result::Result<Bytes, BytesRejection>;
+
+async fn chat_completions(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
+    generate(app.0, Api::Chat, &headers, body).await.unwrap_or_else(IntoResponse::into_response)
+}
+
+async fn completions(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
+    generate(app.0, Api::Completions, &headers, body)
+        .await
+        .unwrap_or_else(IntoResponse::into_response)
+}
+
+async fn generate(
+    app: Arc<App>,
+    api: Api,
+    headers: &HeaderMap,
+    body: Body,
+) -> std::result::Result<Response, ApiError> {
+    let visit = app.live.enter()?;
+    let body = body.map_err(|rejection| too_large(&app, &rejection))?;
+    check_content_type(headers)?;
+    let start = move || Job::start(&app, visit, api, &body);
+    let job = tokio::task::spawn_blocking(start)
+        .await
+        .map_err(|_panicked| ApiError::internal("the request could not be read"))??;
+    match job.delivery {
+        Delivery::Whole => whole(job).await,
+        Delivery::Stream { .. } => Ok(stream::response(job)),
+    }
+}
+
+fn too_large(app: &App, rejection: &BytesRejection) -> ApiError {
+    let limit = app.config.max_body_bytes;
+    match rejection.status() {
+        status @ StatusCode::PAYLOAD_TOO_LARGE => {
+            transport(status, format!("body is too large, limit is {limit} bytes"))
+        }
+        status => transport(status, "body could not be read".to_owned()),
+    }
+}
+
+/// A page of another site cannot send this type without asking first.
+fn check_content_type(headers: &HeaderMap) -> std::result::Result<(), ApiError> {
+    let shown = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let essence = shown.and_then(|shown| shown.split(';').next()).unwrap_or_default().trim();
+    if essence.eq_ignore_ascii_case("application/json") {
+        return Ok(());
+    }
+    let message = "content-type is not application/json".to_owned();
+    Err(transport(StatusCode::UNSUPPORTED_MEDIA_TYPE, message))
+}
+
+async fn no_route(uri: Uri) -> ApiError {
+    ApiError::no_route(uri.path())
+}
+
+async fn no_method(method: Method, uri: Uri) -> ApiError {
+    let message = format!("method {method} is not allowed for {}", uri.path());
+    transport(StatusCode::METHOD_NOT_ALLOWED, message)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,82 @@
+//! The flags of the training commands; their configuration files belong to the trainer.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::args::{CommonArgs, DeviceArg, EngineArgs};
+
+/// Shown under `engine rl --help`.
+pub(crate) const RL_EXAMPLES: &str = concat!(
+    "Examples:\n",
+    "  engine rl --method kl_cov\n",
+    "  engine rl --method grpo --model smollm2-135m.gguf --train-files train.jsonl --output runs/add\n",
+    "  engine rl --config run.toml --set optimizer.lr=1e-6 --set rollout.n=16 --dry-run\n",
+    "\n",
+    "The file of --config has the sections model, data, rollout, algorithm, optimizer, reward and\n",
+    "trainer; --set wins over it, and flags win over both.",
+);
+
+/// Shown under `engine sft --help`.
+pub(crate) const SFT_EXAMPLES: &str = concat!(
+    "Examples:\n",
+    "  engine sft --model smollm2-135m.gguf --train-files answers.jsonl --output runs/sft\n",
+    "  engine sft --config-json tiny.json --train-files answers.jsonl\n",
+);
+
+/// `engine rl`.
+#[derive(Debug, Args)]
+pub(crate) struct RlArgs {
+    /// Vetted preset of the algorithm, e.g. grpo, clip_higher, clip_cov or kl_cov
+    #[arg(long, value_name = "NAME")]
+    pub(crate) method: Option<String>,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// Where to begin: at the newest checkpoint if there is one, anew, or at a checkpoint
+    #[arg(long, value_name = "auto|never|DIR", default_value = "auto")]
+    pub(crate) resume: String,
+    /// What computes
+    #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
+    pub(crate) device: DeviceArg,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    #[command(flatten, next_help_heading = "General")]
+    pub(crate) common: CommonArgs,
+}
+
+/// `engine sft`.
+#[derive(Debug, Args)]
+pub(crate) struct SftArgs {
+    /// Begin with random weights of this shape instead of a model
+    #[arg(long, value_name = "FILE", conflicts_with = "model")]
+    pub(crate) config_json: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    #[command(flatten, next_help_heading = "General")]
+    pub(crate) common: CommonArgs,
+}
+
+/// Flags of every training command.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Directory, .gguf file, hub id or builtin:arith
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// Data to train on
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) train_files: Vec<PathBuf>,
+    /// Data to validate on
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) val_files: Vec<PathBuf>,
+    /// Folder for everything the run writes
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: Option<PathBuf>,
+    /// Value for a key of the configuration, e.g. optimizer.lr=1e-6; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Print the resolved configuration and the memory plan, and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}

@@ -1,0 +1,231 @@
+//! Where a flag's value comes from: command line, else environment, else `--config`, else default.
+//!
+//! A value from the file is put on the command line in front of a second parse, so it is checked and
+//! reported like any other. Tables of the file belong to the training run and are handed on as text.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
+use toml::{Table, Value};
+
+use crate::args::{Cli, Command};
+use crate::exit::{Failure, Result};
+
+/// A command with its flags, and the part of its file that is not about flags.
+#[derive(Debug)]
+pub(crate) struct Parsed {
+    /// The command and its flags.
+    pub(crate) command: Command,
+    /// The tables of the file, for the commands that take them.
+    pub(crate) run_config: Option<RunConfig>,
+}
+
+/// The part of a `--config` file that describes a training run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RunConfig {
+    /// The file, for messages.
+    pub(crate) path: PathBuf,
+    /// Its tables, as TOML.
+    pub(crate) text: String,
+}
+
+/// Commands whose file may hold tables.
+const WITH_TABLES: [&str; 2] = ["rl", "sft"];
+
+/// Parses arguments, the environment and the file they name. `None` when help or the version was asked
+/// for and has been printed.
+pub(crate) fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Parsed>> {
+    let mut args: Vec<OsString> = args.collect();
+    let grammar = grammar();
+    let Some(matches) = matches(&grammar, &args)? else { return Ok(None) };
+    let (name, given) = matches.subcommand().expect("clap asks for a command");
+    let mut run_config = None;
+    if let Some(path) = given.get_one::<PathBuf>("config") {
+        let sub = grammar.find_subcommand(name).expect("clap found it before");
+        let (flags, tables) = read_file(path)?;
+        if !tables.is_empty() && !WITH_TABLES.contains(&name) {
+            let table = tables.keys().next().expect("it is not empty");
+            return Err(unknown_key(path, table, sub));
+        }
+        let extra = flag_arguments(path, &flags, sub, given)?;
+        let text = toml::to_string(&tables).expect("a parsed table can be written");
+        run_config = (!tables.is_empty()).then(|| RunConfig { path: path.clone(), text });
+        args.splice(2..2, extra);
+    }
+    let Some(matches) = self::matches(&grammar, &args)? else { return Ok(None) };
+    let cli = Cli::from_arg_matches(&matches).map_err(|error| usage(&error))?;
+    Ok(Some(Parsed { command: cli.command, run_config }))
+}
+
+/// The grammar of the command line, every argument with its environment variable.
+fn grammar() -> clap::Command {
+    let named = |arg: Arg| {
+        if arg.get_action().takes_values() || matches!(arg.get_action(), ArgAction::SetTrue) {
+            // Leaked once per flag and process: clap keeps names for as long as it likes.
+            let name = format!("ENGINE_{}", arg.get_id().as_str().to_ascii_uppercase());
+            arg.env(&*Box::leak(name.into_boxed_str())).hide_env(true)
+        } else {
+            arg
+        }
+    };
+    let grammar = Cli::command();
+    let names: Vec<String> =
+        grammar.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
+    names
+        .iter()
+        .fold(grammar, |grammar, name| grammar.mut_subcommand(name, |sub| sub.mut_args(named)))
+}
+
+fn matches(grammar: &clap::Command, args: &[OsString]) -> Result<Option<ArgMatches>> {
+    match grammar.clone().try_get_matches_from(args) {
+        Ok(matches) => Ok(Some(matches)),
+        Err(error) if error.exit_code() == 0 => {
+            // A reader that has left wants no help.
+            let _closed = error.print();
+            Ok(None)
+        }
+        Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let names: Vec<&str> = grammar.get_subcommands().map(clap::Command::get_name).collect();
+            let names = names.join(" ");
+            Err(Failure::usage(format!("no command given, known are {names} (see --help)")))
+        }
+        Err(error) => Err(usage(&error)),
+    }
+}
+
+/// A refusal of clap's as one line, without its `error: ` and without the usage.
+fn usage(error: &clap::Error) -> Failure {
+    let text = error.to_string();
+    let lines = text.lines().take_while(|line| !line.starts_with("Usage:"));
+    let lines = lines.filter(|line| !line.starts_with("For more information"));
+    let lines: Vec<&str> = lines.map(str::trim).filter(|line| !line.is_empty()).collect();
+    Failure::usage(lines.join("; ").trim_start_matches("error: "))
+}
+
+/// The scalars and the tables of a file.
+fn read_file(path: &Path) -> Result<(Table, Table)> {
+    let text = fs::read_to_string(path)
+        .map_err(|error| Failure::usage(format!("{}: {error}", path.display())))?;
+    let table: Table = text.parse().map_err(|error: toml::de::Error| {
+        let line = error.span().map_or(1, |span| text[..span.start].lines().count().max(1));
+        Failure::usage(format!("{}: line {line}: {}", path.display(), error.message()))
+    })?;
+    Ok(table.into_iter().partition(|(_, value)| !value.is_table()))
+}
+
+/// The arguments that say what `flags` say, without those that are given already.
+fn flag_arguments(
+    path: &Path,
+    flags: &Table,
+    sub: &clap::Command,
+    given: &ArgMatches,
+) -> Result<Vec<OsString>> {
+    let mut arguments = Vec::new();
+    for (key, value) in flags {
+        let id = key.replace('-', "_");
+        let arg = sub.get_arguments().find(|arg| arg.get_id() == id.as_str() && id != "help");
+        let arg = arg.ok_or_else(|| unknown_key(path, key, sub))?;
+        let source = given.value_source(&id);
+        if matches!(source, Some(ValueSource::CommandLine | ValueSource::EnvVariable)) {
+            continue;
+        }
+        let wrong = || {
+            let kind = value.type_str();
+            Failure::usage(format!("{}: {key} cannot be a {kind}", path.display()))
+        };
+        let values = match value {
+            Value::Array(values) => values.as_slice(),
+            one => std::slice::from_ref(one),
+        };
+        for value in values {
+            match (meaning(arg, value).ok_or_else(wrong)?, arg.get_long()) {
+                (Meaning::Off, _) => {}
+                (Meaning::On, _) => arguments.push(format!("--{}", id.replace('_', "-")).into()),
+                (Meaning::Text(text), Some(long)) => {
+                    arguments.push(format!("--{long}={text}").into());
+                }
+                (Meaning::Text(text), None) => arguments.push(text.into()),
+            }
+        }
+    }
+    Ok(arguments)
+}
+
+/// What a value of the file does to a flag.
+enum Meaning {
+    /// It is left out.
+    Off,
+    /// It stands alone.
+    On,
+    /// It has this value.
+    Text(String),
+}
+
+/// What `value` means for `arg`; `None` when it does not fit.
+fn meaning(arg: &Arg, value: &Value) -> Option<Meaning> {
+    match (arg.get_action(), value) {
+        (ArgAction::SetTrue, Value::Boolean(true)) => Some(Meaning::On),
+        (ArgAction::SetTrue, Value::Boolean(false)) => Some(Meaning::Off),
+        (ArgAction::SetTrue, _) => None,
+        (_, Value::String(text)) => Some(Meaning::Text(text.clone())),
+        (_, Value::Integer(_) | Value::Float(_)) => Some(Meaning::Text(value.to_string())),
+        _ => None,
+    }
+}
+
+fn unknown_key(path: &Path, key: &str, sub: &clap::Command) -> Failure {
+    let known = sub.get_arguments().map(|arg| arg.get_id().as_str()).filter(|id| *id != "help");
+    let nearest = nearest(&key.replace('-', "_"), known);
+    let hint = nearest.map(|name| format!(", nearest is `{name}`")).unwrap_or_default();
+    Failure::usage(format!("{}: unknown key `{key}`{hint}", path.display()))
+}
+
+/// The one of `known` with the fewest edits to `name`.
+pub(crate) fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    known.min_by_key(|candidate| edits(name, candidate))
+}
+
+/// Insertions, deletions and replacements from `from` to `to` (Levenshtein's distance).
+fn edits(from: &str, to: &str) -> usize {
+    let to: Vec<char> = to.chars().collect();
+    let mut row: Vec<usize> = (0..=to.len()).collect();
+    for (i, a) in from.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, b) in to.iter().enumerate() {
+            let replaced = diagonal + usize::from(a != *b);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[to.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn distances_and_the_nearest_name() {
+        assert_eq!(edits("kitten", "sitting"), 3);
+        assert_eq!(edits("", "abc"), 3);
+        let known = ["max_num_seqs", "max_model_len", "block_size"];
+        assert_eq!(nearest("max_model_length", known.into_iter()), Some("max_model_len"));
+    }
+
+    #[test]
+    fn the_grammar_is_sound_and_every_flag_has_a_variable() {
+        let grammar = grammar();
+        grammar.clone().debug_assert();
+        for sub in grammar.get_subcommands() {
+            for arg in sub.get_arguments().filter(|arg| arg.get_id() != "help") {
+                let name = format!("ENGINE_{}", arg.get_id().as_str().to_uppercase());
+                assert_eq!(arg.get_env().unwrap(), name.as_str(), "{}", sub.get_name());
+            }
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! From the names and numbers of the command line to an engine.
+
+use std::env;
+
+use engine::model::hub::{self, HubSettings, Located};
+use engine::model::open_builtin;
+use engine::{Dtype, Engine, EngineConfig, Level, ModelSource, PrefixCache};
+
+use crate::args::{CommonArgs, DtypeArg, EngineArgs};
+use crate::exit::{Failure, Result};
+use crate::terminal::Terminal;
+
+/// A count with an optional unit: `k`, `m`, `g` are powers of 1000; `K`, `M`, `G` and `KiB`, `MiB`,
+/// `GiB` powers of 1024, as vLLM reads them.
+pub(crate) fn count(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let unit: f64 = match unit {
+        "" => 1.0,
+        "k" => 1e3,
+        "m" => 1e6,
+        "g" => 1e9,
+        "K" | "KiB" => 1024.0,
+        "M" | "MiB" => 1024.0 * 1024.0,
+        "G" | "GiB" => 1024.0 * 1024.0 * 1024.0,
+        other => return Err(format!("unknown unit `{other}`, known are k m g K M G KiB MiB GiB")),
+    };
+    if unit == 1.0 {
+        return number.parse().map_err(|_| "expected a whole number".to_owned());
+    }
+    let value = number.parse::<f64>().map_err(|_| "expected a number".to_owned())? * unit;
+    if value < 2f64.powi(63) { Ok(value as u64) } else { Err("too large".to_owned()) }
+}
+
+/// The settings of the engine that these flags and `ENGINE_CPU` make.
+pub(crate) fn engine_config(common: &CommonArgs, args: &EngineArgs) -> Result<EngineConfig> {
+    let defaults = EngineConfig::default();
+    let size = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
+    Ok(EngineConfig {
+        max_model_len: args.max_model_len.map(size),
+        max_num_seqs: args.max_num_seqs.unwrap_or(defaults.max_num_seqs),
+        max_num_batched_tokens: args
+            .max_num_batched_tokens
+            .map_or(defaults.max_num_batched_tokens, size),
+        block_size: args.block_size.unwrap_or(defaults.block_size),
+        kv_cache_memory_bytes: args.kv_cache_memory_bytes,
+        prefix_cache: match args.no_enable_prefix_caching {
+            true => PrefixCache::Off,
+            false => PrefixCache::On,
+        },
+        threads: common.threads,
+        level: level()?,
+        dtype: match common.dtype {
+            DtypeArg::Auto => None,
+            DtypeArg::F32 => Some(Dtype::F32),
+            DtypeArg::Bf16 => Some(Dtype::Bf16),
+        },
+        seed: common.seed,
+    })
+}
+
+/// The kernels that `ENGINE_CPU` forces, if it does.
+fn level() -> Result<Option<Level>> {
+    let Some(name) = env::var_os("ENGINE_CPU").filter(|name| !name.is_empty()) else {
+        return Ok(None);
+    };
+    let name = name.to_string_lossy();
+    let level = Level::parse(&name).filter(|level| level.available());
+    level.map(Some).ok_or_else(|| {
+        let here = Level::ALL.into_iter().filter(|level| level.available());
+        let here: Vec<&str> = here.map(Level::name).collect();
+        let why = if Level::parse(&name).is_some() { "not available here" } else { "unknown" };
+        Failure::usage(format!(
+            "ENGINE_CPU is {name}, which is {why}; available: {}",
+            here.join(" ")
+        ))
+    })
+}
+
+/// Opens a model by path, hub id or name; every fault is the model's.
+pub(crate) fn open(name: &str) -> Result<ModelSource> {
+    source(name).map_err(|error| Failure::from(error).blame_data())
+}
+
+/// Opens a model by path, hub id or name.
+pub(crate) fn source(name: &str) -> engine::Result<ModelSource> {
+    let hub = HubSettings::from_lookup(|variable| env::var(variable).ok());
+    match hub::resolve(name, &hub, hub::no_download)? {
+        Located::Path(path) => ModelSource::open(&path),
+        Located::Builtin(builtin) => open_builtin(builtin),
+    }
+}
+
+/// Opens a model and loads it, saying so.
+pub(crate) fn load(name: &str, config: &EngineConfig, terminal: &Terminal) -> Result<Engine> {
+    let source = open(name)?;
+    let begun = std::time::Instant::now();
+    let engine = Engine::load(&source, config)?;
+    let (dtype, took) = (engine.dtype().name(), begun.elapsed().as_secs_f64());
+    terminal.info(&format!("{name}: loaded in {took:.1} s as {dtype}"));
+    Ok(engine)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_have_units() {
+        let cases = [("0", 0), ("4096", 4096), ("1k", 1000), ("1K", 1024), ("25.5k", 25_500)];
+        for (text, value) in cases {
+            assert_eq!(count(text), Ok(value), "{text}");
+        }
+        assert_eq!(count("2GiB"), Ok(2 << 30));
+        assert_eq!(count("18446744073709551615"), Ok(u64::MAX));
+        for text in ["", "-1", "1.5", "1T", "k", "99999999999G", "1e3"] {
+            assert!(count(text).is_err(), "{text}");
+        }
+    }
+}

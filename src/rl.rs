@@ -1,0 +1,153 @@
+//! `engine rl`: from flags and a file to a run of the trainer.
+
+use std::path::Path;
+
+use engine::{Engine, MemoryPlan, ModelSource};
+use trainer::{Interrupt, Progress, Resume, RlConfig, run_rl};
+
+use crate::args_run::{RlArgs, RunArgs};
+use crate::exit::{Failure, Result};
+use crate::layers::RunConfig;
+use crate::signals::Signals;
+use crate::terminal::Terminal;
+use crate::{device, model, output};
+
+/// What a training command was asked to do; the trainer resolves the rest.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct RunRequest {
+    /// The file of `--config`, if it describes a run.
+    pub(crate) file: Option<RunConfig>,
+    /// Dotted keys and their values, later ones win: `--set`, then the flags.
+    pub(crate) overrides: Vec<(String, String)>,
+    /// Settings of the engine.
+    pub(crate) engine: engine::EngineConfig,
+    /// What to do with the resolved configuration.
+    pub(crate) mode: Mode,
+}
+
+/// Whether the run takes place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Run,
+    /// Print the resolved configuration and the memory plan.
+    DryRun,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) -> Result<()> {
+    device::check(args.device)?;
+    let resume = match args.resume.as_str() {
+        "auto" => Resume::Auto,
+        "never" => Resume::Never,
+        dir => Resume::From(dir.into()),
+    };
+    let engine = model::engine_config(&args.common, &args.engine)?;
+    let request = request(&args.run, args.common.seed, file, engine)?;
+    train(args.method.as_deref(), &request, &resume, terminal)
+}
+
+/// What the flags that all training commands share ask for.
+pub(crate) fn request(
+    args: &RunArgs,
+    seed: u64,
+    file: Option<RunConfig>,
+    engine: engine::EngineConfig,
+) -> Result<RunRequest> {
+    let mut overrides = Vec::new();
+    for set in &args.set {
+        let (key, value) = set.split_once('=').ok_or_else(|| {
+            Failure::usage(format!("--set {set} has no value, expected KEY=VALUE"))
+        })?;
+        overrides.push((key.trim().to_owned(), value.trim().to_owned()));
+    }
+    let mut flag = |key: &str, value: String| overrides.push((key.to_owned(), value));
+    if let Some(model) = &args.model {
+        flag("model.path", quoted(model));
+    }
+    for (key, files) in
+        [("data.train_files", &args.train_files), ("data.val_files", &args.val_files)]
+    {
+        if !files.is_empty() {
+            let names: Vec<String> =
+                files.iter().map(|file| quoted(&file.to_string_lossy())).collect();
+            flag(key, format!("[{}]", names.join(", ")));
+        }
+    }
+    if let Some(output) = &args.output {
+        flag("trainer.output", quoted(&output.to_string_lossy()));
+    }
+    if seed != 0 {
+        flag("trainer.seed", seed.to_string());
+    }
+    let mode = if args.dry_run { Mode::DryRun } else { Mode::Run };
+    Ok(RunRequest { file, overrides, engine, mode })
+}
+
+/// A string as TOML writes it.
+fn quoted(text: &str) -> String {
+    toml::Value::from(text).to_string()
+}
+
+/// Resolves the configuration and runs the trainer.
+fn train(
+    method: Option<&str>,
+    request: &RunRequest,
+    resume: &Resume,
+    terminal: &Terminal,
+) -> Result<()> {
+    let file = request.file.as_ref();
+    let config = RlConfig::resolve(method, file.map(|file| file.text.as_str()), &request.overrides)
+        .map_err(|error| in_file(error, file))?;
+    let engine_config =
+        engine::EngineConfig { seed: config.trainer.seed, ..request.engine.clone() };
+    if request.mode == Mode::DryRun {
+        return dry_run(&config.to_toml(), &config.model.path, &engine_config);
+    }
+    let signals = Signals::listen()?;
+    let mut open = |checkpoint: Option<&Path>| match checkpoint {
+        Some(path) => Engine::load(&ModelSource::open(path)?, &engine_config),
+        None => Engine::load(&model::source(&config.model.path)?, &engine_config),
+    };
+    let total = config.trainer.total_steps;
+    let mut tell = |progress: Progress| self::tell(terminal, total, &progress);
+    match run_rl(&config, resume, &mut open, &|| signals.asked(), &mut tell)? {
+        Interrupt::Done { report, checkpoint } => {
+            output::print(&format!("checkpoint {}", checkpoint.display()))?;
+            output::print(&format!("report {}", report.display()))
+        }
+        Interrupt::Resumable(checkpoint) => Err(Failure::resumable(format!(
+            "interrupted, {} goes on from here with --resume auto",
+            checkpoint.display()
+        ))),
+    }
+}
+
+/// Prints the resolved configuration and what the model will take.
+pub(crate) fn dry_run(config: &str, model: &str, engine: &engine::EngineConfig) -> Result<()> {
+    let plan = MemoryPlan::new(model::open(model)?.config(), engine)?;
+    let plan = plan.to_string();
+    let plan: Vec<String> = plan.lines().map(|line| format!("# {line}")).collect();
+    output::print(&format!("{}\n\n# memory of the engine\n{}", config.trim_end(), plan.join("\n")))
+}
+
+/// A refusal of the configuration, with the file it may stand in.
+pub(crate) fn in_file(error: trainer::Error, file: Option<&RunConfig>) -> Failure {
+    let failure = Failure::from(error);
+    match file {
+        Some(file) => failure.at(file.path.display()),
+        None => failure,
+    }
+}
+
+/// Shows what a run tells.
+pub(crate) fn tell(terminal: &Terminal, total_steps: u64, progress: &Progress) {
+    match progress {
+        Progress::Note(note) => terminal.info(note),
+        Progress::Validated(step, validation) => terminal.info(&format!(
+            "step {step}: validation reward {:.3}, accuracy {:.3} on {} rows",
+            validation.reward, validation.accuracy, validation.rows
+        )),
+        Progress::Step(metrics) => terminal.info(&metrics.progress(total_steps)),
+        Progress::Saved(path) => terminal.info(&format!("saved {}", path.display())),
+    }
+}

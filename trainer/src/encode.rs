@@ -1,0 +1,113 @@
+//! From a row's prompt to token ids, by the configured template.
+//!
+//! The ids made here are the ones sampled from and trained on; text is never encoded again.
+
+use std::time::UNIX_EPOCH;
+
+use engine::text::{AddSpecial, GenerationPrompt, RenderOptions};
+use engine::{ChatTemplate, Engine, Tokenizer};
+use std::sync::Arc;
+
+use crate::config::PromptTemplate;
+use crate::data::{Message, Prompt};
+use crate::error::{Error, Result};
+
+/// The text that R1-Zero puts around a question (arXiv 2501.12948, table 1), as TinyZero spells it.
+const R1_ZERO: [&str; 2] = [
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. \
+     The assistant first thinks about the reasoning process in the mind and then provides the user \
+     with the answer. The reasoning process and answer are enclosed within <think> </think> and \
+     <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> <answer> \
+     answer here </answer>. User: ",
+    ".\nAssistant: Let me solve this step by step.\n<think>",
+];
+
+/// Turns prompts into tokens of one model.
+pub struct PromptEncoder {
+    tokenizer: Arc<Tokenizer>,
+    template: PromptTemplate,
+    chat: Option<Arc<ChatTemplate>>,
+    max_tokens: usize,
+}
+
+impl PromptEncoder {
+    /// An encoder for prompts of at most `max_tokens` tokens.
+    ///
+    /// # Errors
+    /// When the model has no tokenizer, or no chat template although one is asked for.
+    pub fn new(engine: &Engine, template: PromptTemplate, max_tokens: usize) -> Result<Self> {
+        let tokenizer = engine.tokenizer().cloned().ok_or_else(|| {
+            Error::engine(engine::Error::model("the model has no tokenizer, training needs one"))
+        })?;
+        let chat = engine.chat_template().cloned();
+        if template == PromptTemplate::Chat && chat.is_none() {
+            return Err(Error::config(
+                "data.prompt_template is chat, and the model has no chat template; choose raw or r1_zero",
+            ));
+        }
+        Ok(Self { tokenizer, template, chat, max_tokens })
+    }
+
+    /// The tokens of a prompt.
+    ///
+    /// # Errors
+    /// When the template fails, or there are more tokens than allowed.
+    pub fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        let text = self.text(prompt)?;
+        // A chat template writes its own special tokens.
+        let add = match self.template {
+            PromptTemplate::Chat => AddSpecial::No,
+            PromptTemplate::R1Zero | PromptTemplate::Raw => AddSpecial::Yes,
+        };
+        let tokens = self.tokenizer.encode(&text, add).map_err(Error::engine)?;
+        let (len, limit) = (tokens.len(), self.max_tokens);
+        if len == 0 || len > limit {
+            return Err(Error::config(format!(
+                "prompt has {len} tokens, data.max_prompt_length is {limit}"
+            )));
+        }
+        Ok(tokens)
+    }
+
+    /// The tokens of a completion, without end of text.
+    ///
+    /// # Errors
+    /// When the tokenizer's own rules fail on it.
+    pub fn encode_completion(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokenizer.encode(text, AddSpecial::No).map_err(Error::engine)
+    }
+
+    fn text(&self, prompt: &Prompt) -> Result<String> {
+        Ok(match (self.template, prompt) {
+            (PromptTemplate::Raw, Prompt::Text(text)) => text.clone(),
+            (PromptTemplate::Raw, Prompt::Messages(messages)) => {
+                messages.iter().map(|m| m.content.as_str()).collect::<Vec<_>>().join("\n")
+            }
+            (PromptTemplate::R1Zero, prompt) => {
+                let question = match prompt {
+                    Prompt::Text(text) => text,
+                    Prompt::Messages(messages) => messages.last().map_or("", |m| &m.content),
+                };
+                format!("{}{question}{}", R1_ZERO[0], R1_ZERO[1])
+            }
+            (PromptTemplate::Chat, Prompt::Text(text)) => self.render(&[user(text)])?,
+            (PromptTemplate::Chat, Prompt::Messages(messages)) => {
+                let messages: Vec<_> =
+                    messages.iter().map(|m: &Message| engine::Message::new(&m.role, &m.content)).collect();
+                self.render(&messages)?
+            }
+        })
+    }
+
+    fn render(&self, messages: &[engine::Message]) -> Result<String> {
+        let chat = self.chat.as_ref().expect("checked when the encoder was made");
+        // A prompt must not depend on the day it is made.
+        let mut options = RenderOptions::new(UNIX_EPOCH);
+        options.generation_prompt = GenerationPrompt::Add;
+        chat.render(messages, &options).map_err(Error::engine)
+    }
+}
+
+fn user(text: &str) -> engine::Message {
+    engine::Message::new("user", text)
+}

@@ -1,0 +1,241 @@
+//! A whole reinforcement learning run: steps, validations, checkpoints, and the files they leave.
+//!
+//! `DIR/`: `config.toml` (resolved), `metrics.jsonl`, `samples/step_N.jsonl`, `checkpoints/step_N/`,
+//! `latest`, and `report.html` at the end. Prints nothing: the caller hears of each event.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use engine::Engine;
+
+use crate::checkpoint::{Checkpoint, CheckpointStore, TrainState, verify};
+use crate::config::RlConfig;
+use crate::data::{Row, Sampler, Visit};
+use crate::error::{Error, Result};
+use crate::metrics::{Metrics, MetricsWriter, name};
+use crate::report::write_report;
+use crate::samples::write_samples;
+use crate::save::{ModelFiles, load_optimizer, save_model, save_optimizer};
+use crate::source::{train_rows, val_rows};
+use crate::trainer::{Trainer, Validation};
+
+/// Where a run begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// At the newest whole checkpoint of the output folder, if there is one.
+    Auto,
+    /// Anew; older files of the output folder are replaced.
+    Never,
+    /// At this checkpoint.
+    From(PathBuf),
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Interrupt {
+    /// All steps are done; the report is there.
+    Done {
+        /// `report.html`.
+        report: PathBuf,
+        /// The last checkpoint.
+        checkpoint: PathBuf,
+    },
+    /// It was asked to stop; this checkpoint goes on from there.
+    Resumable(PathBuf),
+}
+
+/// What a run tells while it goes on.
+#[derive(Clone, Debug)]
+pub enum Progress {
+    /// Something worth a line.
+    Note(String),
+    /// A validation.
+    Validated(u64, Validation),
+    /// A step is done.
+    Step(Metrics),
+    /// A checkpoint is on disk.
+    Saved(PathBuf),
+}
+
+/// Runs `config` to its end, or until `stop` says so after a step. `open` loads the engine: from the checkpoint given
+/// to it, or else from the configured model.
+///
+/// # Errors
+/// As [`Trainer::step`], and when files cannot be read or written; what was published stays whole.
+pub fn run_rl(
+    config: &RlConfig,
+    resume: &Resume,
+    open: &mut dyn FnMut(Option<&Path>) -> engine::Result<Engine>,
+    stop: &dyn Fn() -> bool,
+    tell: &mut dyn FnMut(Progress),
+) -> Result<Interrupt> {
+    let output = PathBuf::from(&config.trainer.output);
+    std::fs::create_dir_all(&output).map_err(|e| Error::io(&output, e))?;
+    let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
+    config.warnings().into_iter().for_each(|warning| tell(Progress::Note(warning)));
+    let from = starting_point(resume, &store, tell)?;
+    let rows = train_rows(&config.data.train_files, config.data.seed)?;
+    let val = val_rows(&config.data.val_files)?.rows;
+    let engine = open(from.as_deref()).map_err(Error::engine)?;
+    let files = ModelFiles::new(&engine)?;
+    let mut trainer = Trainer::new(engine, config.clone(), rows)?;
+    if let Some(checkpoint) = &from {
+        trainer.restore(checkpoint)?;
+    }
+    let path = output.join("config.toml");
+    std::fs::write(&path, config.to_toml()).map_err(|e| Error::io(&path, e))?;
+    let metrics_path = output.join("metrics.jsonl");
+    let metrics = match from {
+        Some(_) => MetricsWriter::resume(&metrics_path, trainer.steps())?,
+        None => MetricsWriter::create(&metrics_path)?,
+    };
+    let mut run = Run { trainer, store, files, metrics, val, output };
+    run.steps(stop, tell)
+}
+
+/// The checkpoint to go on from.
+fn starting_point(
+    resume: &Resume,
+    store: &CheckpointStore,
+    tell: &mut dyn FnMut(Progress),
+) -> Result<Option<PathBuf>> {
+    match resume {
+        Resume::Never => Ok(None),
+        Resume::From(path) => {
+            verify(path)?;
+            Ok(Some(path.clone()))
+        }
+        Resume::Auto => {
+            let found = store.find_latest()?;
+            found.skipped.into_iter().for_each(|line| tell(Progress::Note(line)));
+            Ok(found.checkpoint.map(|Checkpoint { path, step }| {
+                tell(Progress::Note(format!("going on after step {step}, from {}", path.display())));
+                path
+            }))
+        }
+    }
+}
+
+struct Run {
+    trainer: Trainer,
+    store: CheckpointStore,
+    files: ModelFiles,
+    metrics: MetricsWriter,
+    val: Vec<Row>,
+    output: PathBuf,
+}
+
+impl Run {
+    fn steps(&mut self, stop: &dyn Fn() -> bool, tell: &mut dyn FnMut(Progress)) -> Result<Interrupt> {
+        let settings = self.trainer.config.trainer.clone();
+        if self.trainer.steps() == 0 && settings.val_before_train {
+            let mut metrics = Metrics::new();
+            metrics.set(name::GLOBAL_STEP, 0.0);
+            self.validate(&mut metrics, tell)?;
+            self.metrics.write(&metrics)?;
+        }
+        let mut saved = None;
+        while self.trainer.steps() < settings.total_steps {
+            let (mut metrics, samples) = self.trainer.step()?;
+            let step = self.trainer.steps();
+            let due = |every: u64| every > 0 && step.is_multiple_of(every);
+            let last = step == settings.total_steps;
+            write_samples(&self.output, step, &samples)?;
+            if due(settings.test_freq) || (last && settings.test_freq > 0) {
+                self.validate(&mut metrics, tell)?;
+            }
+            let stopping = stop() && !last;
+            saved = None;
+            if due(settings.save_freq) || last || stopping {
+                let begin = Instant::now();
+                let path = self.save()?;
+                metrics.set(name::TIME_SAVE_CHECKPOINT, begin.elapsed().as_secs_f64());
+                tell(Progress::Saved(path.clone()));
+                saved = Some(path);
+            }
+            self.metrics.write(&metrics)?;
+            tell(Progress::Step(metrics));
+            if let Some(path) = saved.take_if(|_| stopping) {
+                return Ok(Interrupt::Resumable(path));
+            }
+        }
+        let title = format!("{} on {}", self.trainer.config.algorithm.method.name(), self.trainer.config.model.path);
+        let report = write_report(&self.output, &title)?;
+        let checkpoint = match saved {
+            Some(path) => path,
+            // Resumed after its last step: the checkpoint is there already.
+            None => self.store.find_latest()?.checkpoint.map_or(self.output.clone(), |c| c.path),
+        };
+        Ok(Interrupt::Done { report, checkpoint })
+    }
+
+    fn validate(&mut self, metrics: &mut Metrics, tell: &mut dyn FnMut(Progress)) -> Result<()> {
+        if self.val.is_empty() {
+            return Ok(());
+        }
+        let begin = Instant::now();
+        let validation = self.trainer.validate(&self.val)?;
+        metrics.set("val/accuracy", validation.accuracy);
+        metrics.set("val/reward", validation.reward);
+        metrics.set(name::TIME_TESTING, begin.elapsed().as_secs_f64());
+        tell(Progress::Validated(self.trainer.steps(), validation));
+        Ok(())
+    }
+
+    fn save(&self) -> Result<PathBuf> {
+        let writer = self.store.begin(self.trainer.steps())?;
+        let optimizer = &self.trainer.state.optimizer;
+        save_model(&self.files, writer.path(), optimizer.specs(), optimizer.masters())?;
+        save_optimizer(writer.path(), optimizer)?;
+        writer.state(&self.trainer.train_state())?;
+        Ok(writer.publish()?.path)
+    }
+}
+
+impl Trainer {
+    /// What a checkpoint says about the run.
+    pub(crate) fn train_state(&self) -> TrainState {
+        TrainState {
+            format: 1,
+            step: self.steps,
+            optimizer_step: self.state.optimizer.step,
+            seed: self.config.trainer.seed,
+            data_seed: self.config.data.seed,
+            cursor: self.sampler.cursor(),
+            data_hash: self.rows.hash.clone(),
+            config_hash: self.config.hash(),
+            weights_version: self.engine.version().0,
+            program_version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    /// Goes on where `checkpoint`, from which the engine was loaded, was written.
+    ///
+    /// # Errors
+    /// When it was written with other data or seeds, or does not fit the model.
+    pub(crate) fn restore(&mut self, checkpoint: &Path) -> Result<()> {
+        let state = TrainState::read(checkpoint)?;
+        let differs = |what: &str, then: &str, now: &str| {
+            Error::checkpoint(format!("{what} was {then} when the checkpoint was written, is {now}"))
+        };
+        if state.data_hash != self.rows.hash {
+            return Err(differs("the training data's digest", &state.data_hash, &self.rows.hash));
+        }
+        let (seed, data_seed) = (self.config.trainer.seed, self.config.data.seed);
+        if state.seed != seed {
+            return Err(differs("trainer.seed", &state.seed.to_string(), &seed.to_string()));
+        }
+        if state.data_seed != data_seed {
+            return Err(differs("data.seed", &state.data_seed.to_string(), &data_seed.to_string()));
+        }
+        load_optimizer(checkpoint, &mut self.state.optimizer)?;
+        self.state.optimizer.step = state.optimizer_step;
+        self.steps = state.step;
+        let visit = match self.config.data.shuffle {
+            true => Visit::Shuffled(data_seed),
+            false => Visit::InOrder,
+        };
+        self.sampler = Sampler::new(self.rows.rows.len(), visit, state.cursor);
+        Ok(())
+    }
+}

@@ -1,0 +1,280 @@
+//! Supervised training: cross-entropy of completions given prompts, by the same forward and backward.
+//!
+//! The loss of a step is the mean over its completion tokens, the end of text included. Leaves out
+//! learning from prompts, and packing several conversations into one sequence.
+
+use std::path::{Path, PathBuf};
+
+use engine::decoder::{ParamShape, param_specs};
+use engine::model::ModelConfig;
+use engine::model::TensorSpec;
+use engine::model::safetensors::Writer;
+use engine::{Dtype, Engine, EosRule, WeightsUpdate};
+use kernels::AdamW;
+
+use crate::checkpoint::CheckpointStore;
+use crate::config::SftConfig;
+use crate::data::{self, Cursor, Sampler, SftRow, Visit};
+use crate::encode::PromptEncoder;
+use crate::error::{Error, Result};
+use crate::learner::{LossGradient, Packed};
+use crate::metrics::{Metrics, MetricsWriter, name};
+use crate::optimizer::{clip_scale, global_norm};
+use crate::packing::{Order, pack};
+use crate::random::{Purpose, Stream};
+use crate::rollout::{self, RolloutSettings};
+use crate::run::Progress;
+use crate::save::{ModelFiles, save_model};
+use crate::tasks::{Arith, Split};
+use crate::trainer::Validation;
+use crate::update::UpdateState;
+
+/// Built-in pairs that make up an epoch, and a validation set.
+const TASKS: [u64; 2] = [50_000, 256];
+/// Standard deviation of initial weights (GPT-2's, and the default of Llama configurations).
+const INITIAL_STD: f64 = 0.02;
+/// Longest answer that a validation waits for, in tokens.
+const MAX_ANSWER: usize = 64;
+
+/// A prompt with its completion, in tokens.
+struct Pair {
+    tokens: Vec<u32>,
+    prompt_len: usize,
+}
+
+/// Writes a model with random weights of the shape `config` into `dir`; the tokenizer's files are
+/// copied from `tokenizer_dir`. Matrices are normal with standard deviation 0.02 (those that write to
+/// the residual stream divided by the square root of twice the layers), norms 1, biases 0.
+///
+/// # Errors
+/// When a file cannot be read or written.
+pub fn initial_weights(
+    config: &ModelConfig,
+    tokenizer_dir: &Path,
+    seed: u64,
+    dir: &Path,
+) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+    let path = dir.join("config.json");
+    let json = config.to_hf_json(Dtype::F32).map_err(Error::engine)?;
+    std::fs::write(&path, json).map_err(|e| Error::io(&path, e))?;
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        let from = tokenizer_dir.join(file);
+        std::fs::copy(&from, dir.join(file)).map_err(|e| Error::io(&from, e))?;
+    }
+    let residual = 1.0 / (2.0 * config.layers as f64).sqrt();
+    let specs = param_specs(config);
+    let named = specs.iter().flat_map(|s| s.tensors.iter().map(move |(n, r)| (s, n, r.len())));
+    let tensors: Vec<TensorSpec> = named
+        .map(|(spec, name, len)| TensorSpec {
+            name: name.clone(),
+            shape: match spec.shape {
+                ParamShape::Matrix => vec![len, spec.cols],
+                ParamShape::Vector => vec![len],
+            },
+        })
+        .collect();
+    let mut writer = Writer::create(&dir.join("model.safetensors"), &tensors, Dtype::F32)
+        .map_err(Error::engine)?;
+    for (index, tensor) in tensors.iter().enumerate() {
+        let mut random = Stream::keyed(seed, Purpose::Init, &[index as u64]);
+        let writes_back = ["o_proj.weight", "down_proj.weight"];
+        let scale = writes_back.iter().any(|end| tensor.name.ends_with(end));
+        let std = INITIAL_STD * if scale { residual } else { 1.0 };
+        let mut value = || match (tensor.shape.len(), tensor.name.ends_with("bias")) {
+            (1, true) => 0.0,
+            (1, false) => 1.0,
+            _ => (random.normal() * std) as f32,
+        };
+        let values: Vec<f32> = (0..tensor.shape.iter().product()).map(|_| value()).collect();
+        writer.append(&values).map_err(Error::engine)?;
+    }
+    writer.finish().map_err(Error::engine)
+}
+
+/// Trains `engine` as `config` says, or until `stop` says so, and returns the last checkpoint.
+///
+/// # Errors
+/// When a row is bad or too long, numbers are not finite, or files cannot be written.
+pub fn run_sft(
+    engine: Engine,
+    config: &SftConfig,
+    stop: &dyn Fn() -> bool,
+    tell: &mut dyn FnMut(Progress),
+) -> Result<PathBuf> {
+    let output = PathBuf::from(&config.trainer.output);
+    std::fs::create_dir_all(&output).map_err(|e| Error::io(&output, e))?;
+    let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
+    let files = ModelFiles::new(&engine)?;
+    let path = output.join("config.toml");
+    std::fs::write(&path, config.to_toml()).map_err(|e| Error::io(&path, e))?;
+    let mut metrics = MetricsWriter::create(&output.join("metrics.jsonl"))?;
+    let mut sft = Sft::new(engine, config)?;
+    let t = &config.trainer;
+    for step in 1..=t.total_steps {
+        let mut line = sft.step(step)?;
+        let last = step == t.total_steps || stop();
+        let due = |every: u64| every > 0 && step.is_multiple_of(every);
+        if due(t.test_freq) || (last && t.test_freq > 0) {
+            let validation = sft.validate()?;
+            line.set("val/accuracy", validation.accuracy);
+            tell(Progress::Validated(step, validation));
+        }
+        metrics.write(&line)?;
+        tell(Progress::Step(line));
+        if due(t.save_freq) || last {
+            let writer = store.begin(step)?;
+            let optimizer = &sft.state.optimizer;
+            save_model(&files, writer.path(), optimizer.specs(), optimizer.masters())?;
+            let path = writer.publish()?.path;
+            tell(Progress::Saved(path.clone()));
+            if last {
+                return Ok(path);
+            }
+        }
+    }
+    unreachable!("the last step returns, and there is at least one")
+}
+
+struct Sft<'a> {
+    engine: Engine,
+    config: &'a SftConfig,
+    state: UpdateState,
+    rows: Vec<SftRow>,
+    val: Vec<SftRow>,
+    sampler: Sampler,
+    encoder: PromptEncoder,
+    eos: u32,
+}
+
+impl<'a> Sft<'a> {
+    fn new(mut engine: Engine, config: &'a SftConfig) -> Result<Self> {
+        let d = &config.data;
+        let encoder = PromptEncoder::new(&engine, d.prompt_template, d.max_length)?;
+        let eos = *engine.eos().first().ok_or_else(|| {
+            Error::engine(engine::Error::model("the model has no end-of-text token"))
+        })?;
+        let rows = load(&d.train_files, &Arith { seed: d.seed, split: Split::Train }, TASKS[0])?;
+        let val = load(&d.val_files, &Arith { seed: 0, split: Split::Test }, TASKS[1])?;
+        let visit = if d.shuffle { Visit::Shuffled(d.seed) } else { Visit::InOrder };
+        let sampler = Sampler::new(rows.len(), visit, Cursor::default());
+        let mut update = engine.begin_update().map_err(Error::engine)?;
+        let state = UpdateState::new(update.decoder().0);
+        drop(update);
+        Ok(Self { engine, config, state, rows, val, sampler, encoder, eos })
+    }
+
+    fn pair(&self, row: &SftRow) -> Result<Pair> {
+        let mut tokens = self.encoder.encode(&row.prompt)?;
+        let prompt_len = tokens.len();
+        tokens.extend(self.encoder.encode_completion(&row.completion)?);
+        tokens.push(self.eos);
+        let (len, limit) = (tokens.len(), self.config.data.max_length.min(self.engine.max_model_len()));
+        match len <= limit {
+            true => Ok(Pair { tokens, prompt_len }),
+            false => Err(Error::config(format!(
+                "prompt and completion have {len} tokens, data.max_length is {limit}"
+            ))),
+        }
+    }
+
+    fn step(&mut self, step: u64) -> Result<Metrics> {
+        let begin = std::time::Instant::now();
+        let batch = self.sampler.next_batch(self.config.data.train_batch_size);
+        let pairs = batch.iter().map(|i| self.pair(&self.rows[*i])).collect::<Result<Vec<_>>>()?;
+        let packed: Vec<Packed<'_>> = pairs
+            .iter()
+            .map(|pair| Packed { tokens: &pair.tokens, prompt_len: pair.prompt_len })
+            .collect();
+        let lr = self.config.optimizer.schedule(self.config.trainer.total_steps).rate(step);
+        let mut update = self.engine.begin_update().map_err(Error::engine)?;
+        let (loss, norm) = learn(&mut self.state, &mut update, self.config, &packed, lr)?;
+        drop(update);
+        let tokens: usize = pairs.iter().map(|pair| pair.tokens.len()).sum();
+        let seconds = begin.elapsed().as_secs_f64();
+        let mut metrics = Metrics::new();
+        metrics.set(name::GLOBAL_STEP, step as f64);
+        metrics.set("train/loss", loss);
+        metrics.set(name::GRAD_NORM, norm);
+        metrics.set(name::LR, lr);
+        metrics.set(name::TOTAL_TOKENS, tokens as f64);
+        metrics.set(name::TIME_STEP, seconds);
+        metrics.set(name::THROUGHPUT, tokens as f64 / seconds);
+        Ok(metrics)
+    }
+
+    /// Share of held-out prompts that are answered, greedily, with exactly the completion.
+    fn validate(&mut self) -> Result<Validation> {
+        let prompts: Vec<Vec<u32>> =
+            self.val.iter().map(|row| self.encoder.encode(&row.prompt)).collect::<Result<_>>()?;
+        let settings = RolloutSettings {
+            samples: 1,
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: None,
+            max_tokens: MAX_ANSWER,
+            stop: Vec::new(),
+            eos: EosRule::Stop,
+            seed: 0,
+        };
+        let mut right = 0;
+        let val = &self.val;
+        rollout::generate(&mut self.engine, &prompts, &settings, &mut |episode| {
+            right += usize::from(episode.text == val[episode.prompt].completion);
+        })?;
+        let accuracy = right as f64 / self.val.len() as f64;
+        Ok(Validation { reward: accuracy, accuracy, rows: self.val.len() })
+    }
+}
+
+/// One update on `packed`; returns its loss in nats a token, and the norm of its gradient.
+fn learn(
+    state: &mut UpdateState,
+    update: &mut WeightsUpdate<'_>,
+    config: &SftConfig,
+    packed: &[Packed<'_>],
+    lr: f64,
+) -> Result<(f64, f64)> {
+    let (decoder, kernels) = update.decoder();
+    let targets: usize = packed.iter().map(Packed::targets).sum();
+    let rows: Vec<usize> = packed.iter().map(Packed::rows).collect();
+    let groups: Vec<usize> = (0..rows.len()).collect();
+    let mut loss = 0.0;
+    state.grads.clear();
+    for micro in pack(&rows, &groups, config.trainer.max_tokens_per_microbatch, Order::Given) {
+        let micro = &packed[micro[0]..micro[micro.len() - 1] + 1];
+        let stats = state.learner.forward(decoder, kernels, micro, 1.0);
+        loss -= stats.iter().map(|s| f64::from(s.log_prob)).sum::<f64>() / targets as f64;
+        let dlogp = vec![-1.0 / targets as f32; stats.len()];
+        let gradient =
+            LossGradient { stats: &stats, inv_temperature: 1.0, dlogp: &dlogp, dentropy: None };
+        state.learner.backward(decoder, kernels, &gradient, &mut state.grads);
+    }
+    let norm = global_norm(kernels, &state.grads);
+    if !(loss.is_finite() && norm.is_finite()) {
+        return Err(Error::numeric(format!("loss is {loss}, norm of its gradient is {norm}")));
+    }
+    let o = &config.optimizer;
+    let settings = AdamW {
+        lr,
+        beta1: o.betas[0],
+        beta2: o.betas[1],
+        eps: o.eps,
+        weight_decay: o.weight_decay,
+        step: 0,
+        grad_scale: clip_scale(norm, o.grad_clip),
+    };
+    state.optimizer.apply(decoder, kernels, &state.grads, &settings);
+    Ok((loss, norm))
+}
+
+fn load(files: &[String], tasks: &Arith, count: u64) -> Result<Vec<SftRow>> {
+    let mut rows = Vec::new();
+    for file in files {
+        match file.as_str() {
+            "builtin:arith" => rows.extend(tasks.sft_rows(count)),
+            path => rows.extend(data::load_sft(&[Path::new(path)])?),
+        }
+    }
+    Ok(rows)
+}

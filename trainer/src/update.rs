@@ -1,0 +1,253 @@
+//! One optimizer update: a mini-batch of episodes, packed, forward, loss, backward, clip, AdamW.
+//!
+//! The loss sees the whole mini-batch at once, so its selections and the gradient do not depend on how
+//! it is cut into micro-batches.
+
+use std::ops::Range;
+
+use engine::decoder::{Decoder, Gradients, Keep};
+use kernels::{AdamW, Kernels, TokenStats};
+
+use crate::agg;
+use crate::config::{CovScope, RlConfig};
+use crate::error::{Error, Result};
+use crate::learner::{Learner, LossGradient, Packed};
+use crate::loss::{ChoiceKey, LossOutput, TokenBatch};
+use crate::optimizer::{Optimizer, clip_scale, global_norm};
+use crate::packing::{Order, pack};
+
+/// Episodes of one update; per-token values lie one response after the other.
+pub(crate) struct MiniBatch<'a> {
+    pub(crate) sequences: Vec<Packed<'a>>,
+    /// Which prompt each sequence answers.
+    pub(crate) groups: Vec<usize>,
+    /// Log-probability of each response token under the weights that sampled it.
+    pub(crate) old: Vec<f32>,
+    /// Advantage of each response token.
+    pub(crate) advantages: Vec<f32>,
+    /// Whether the weights are still those that sampled it.
+    pub(crate) weights: WeightsAge,
+}
+
+/// Whether the weights have changed since a mini-batch was sampled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WeightsAge {
+    /// They have not: the ratio of every token is exactly 1.
+    Same,
+    /// They have.
+    Newer,
+}
+
+/// What an update did.
+pub(crate) struct UpdateReport {
+    pub(crate) loss: LossOutput,
+    pub(crate) grad_norm: f64,
+    /// False when the norm was not finite and the weights were left alone.
+    pub(crate) applied: bool,
+    /// Largest difference between old and new log-probability, where they must be equal.
+    pub(crate) mismatch_max: f64,
+    /// How many were not equal to the bit.
+    pub(crate) mismatch_tokens: usize,
+}
+
+/// Everything an update changes besides the weights.
+pub(crate) struct UpdateState {
+    pub(crate) learner: Learner,
+    pub(crate) grads: Gradients,
+    pub(crate) optimizer: Optimizer,
+}
+
+impl UpdateState {
+    pub(crate) fn new(decoder: &mut Decoder) -> Self {
+        let dtype = decoder.weights.dtype();
+        Self {
+            learner: Learner::new(decoder, Keep::AllLayers),
+            grads: Gradients::new(&decoder.config, dtype),
+            optimizer: Optimizer::new(decoder),
+        }
+    }
+
+    /// Runs one update of `mini` at learning rate `lr`.
+    pub(crate) fn run(
+        &mut self,
+        (decoder, kernels): (&mut Decoder, &Kernels),
+        config: &RlConfig,
+        mini: &MiniBatch<'_>,
+        (key, lr): (ChoiceKey, f64),
+    ) -> Result<UpdateReport> {
+        let inv_temperature = (1.0 / config.rollout.temperature) as f32;
+        let micros = Micro::cut(mini, config.trainer.max_tokens_per_microbatch);
+        let (first, new) = self.new_log_probs((decoder, kernels), mini, &micros, inv_temperature);
+        let weights = token_weights(config, mini);
+        let loss = evaluate(config, mini, &micros, (&new, &weights), key)?;
+        self.grads.clear();
+        let mut report = UpdateReport {
+            loss,
+            grad_norm: 0.0,
+            applied: false,
+            mismatch_max: 0.0,
+            mismatch_tokens: 0,
+        };
+        let mut first = first;
+        for micro in &micros {
+            let stats = match first.take() {
+                Some(stats) => stats,
+                None => {
+                    let sequences = &mini.sequences[micro.sequences.clone()];
+                    self.learner.forward(decoder, kernels, sequences, inv_temperature)
+                }
+            };
+            if mini.weights == WeightsAge::Same {
+                report.compare(&mini.old[micro.tokens.clone()], &stats);
+            }
+            let dlogp: Vec<f32> =
+                report.loss.dlogp[micro.tokens.clone()].iter().map(|d| *d as f32).collect();
+            let bonus = config.algorithm.entropy_coeff;
+            let dentropy: Option<Vec<f32>> = (bonus != 0.0).then(|| {
+                weights[micro.tokens.clone()].iter().map(|w| (-bonus * w) as f32).collect()
+            });
+            let gradient = LossGradient {
+                stats: &stats,
+                inv_temperature,
+                dlogp: &dlogp,
+                dentropy: dentropy.as_deref(),
+            };
+            self.learner.backward(decoder, kernels, &gradient, &mut self.grads);
+        }
+        report.check()?;
+        self.apply((decoder, kernels), config, lr, &mut report);
+        Ok(report)
+    }
+
+    /// Log-probabilities of all tokens under the present weights. With one micro-batch its forward
+    /// pass is handed on to the backward pass; while the weights are those that sampled, the sampled
+    /// values are the present ones.
+    fn new_log_probs(
+        &mut self,
+        (decoder, kernels): (&Decoder, &Kernels),
+        mini: &MiniBatch<'_>,
+        micros: &[Micro],
+        inv_temperature: f32,
+    ) -> (Option<Vec<TokenStats>>, Vec<f32>) {
+        if let [_] = micros {
+            let stats = self.learner.forward(decoder, kernels, &mini.sequences, inv_temperature);
+            let new = stats.iter().map(|s| s.log_prob).collect();
+            return (Some(stats), new);
+        }
+        if mini.weights == WeightsAge::Same {
+            return (None, mini.old.clone());
+        }
+        let new = micros
+            .iter()
+            .flat_map(|micro| {
+                let sequences = &mini.sequences[micro.sequences.clone()];
+                self.learner.forward(decoder, kernels, sequences, inv_temperature)
+            })
+            .map(|stats| stats.log_prob)
+            .collect();
+        (None, new)
+    }
+
+    /// Clips the gradients and takes the step, unless their norm is not finite.
+    fn apply(
+        &mut self,
+        (decoder, kernels): (&mut Decoder, &Kernels),
+        config: &RlConfig,
+        lr: f64,
+        report: &mut UpdateReport,
+    ) {
+        report.grad_norm = global_norm(kernels, &self.grads);
+        report.applied = report.grad_norm.is_finite();
+        if !report.applied {
+            return;
+        }
+        let o = &config.optimizer;
+        let settings = AdamW {
+            lr,
+            beta1: o.betas[0],
+            beta2: o.betas[1],
+            eps: o.eps,
+            weight_decay: o.weight_decay,
+            step: 0,
+            grad_scale: clip_scale(report.grad_norm, o.grad_clip),
+        };
+        self.optimizer.apply(decoder, kernels, &self.grads, &settings);
+    }
+}
+
+impl UpdateReport {
+    /// Fails unless weights that have not changed gave exactly the numbers of the rollout.
+    fn check(&self) -> Result<()> {
+        if self.mismatch_tokens == 0 {
+            return Ok(());
+        }
+        Err(Error::numeric(format!(
+            "{} log-probabilities of training differ from those of sampling, by up to {:e}",
+            self.mismatch_tokens, self.mismatch_max
+        )))
+    }
+
+    fn compare(&mut self, old: &[f32], new: &[TokenStats]) {
+        for (old, new) in old.iter().zip(new) {
+            self.mismatch_tokens += usize::from(old.to_bits() != new.log_prob.to_bits());
+            self.mismatch_max = self.mismatch_max.max(f64::from((old - new.log_prob).abs()));
+        }
+    }
+}
+
+/// Part of a mini-batch that passes at once: neighbouring sequences and their tokens.
+struct Micro {
+    sequences: Range<usize>,
+    tokens: Range<usize>,
+}
+
+impl Micro {
+    fn cut(mini: &MiniBatch<'_>, budget: usize) -> Vec<Self> {
+        let rows: Vec<usize> = mini.sequences.iter().map(Packed::rows).collect();
+        let mut end = 0;
+        pack(&rows, &mini.groups, budget, Order::Given)
+            .into_iter()
+            .map(|members| {
+                let sequences = members[0]..members[members.len() - 1] + 1;
+                let tokens = mini.sequences[sequences.clone()].iter().map(Packed::targets).sum::<usize>();
+                let start = end;
+                end += tokens;
+                Self { sequences, tokens: start..end }
+            })
+            .collect()
+    }
+}
+
+/// Each token's weight in the aggregated loss.
+fn token_weights(config: &RlConfig, mini: &MiniBatch<'_>) -> Vec<f64> {
+    let lengths: Vec<usize> = mini.sequences.iter().map(Packed::targets).collect();
+    let mask = vec![true; mini.old.len()];
+    let norm = config.data.max_response_length as f64;
+    agg::weights(config.algorithm.loss_agg_mode, &lengths, &mask, norm)
+}
+
+fn evaluate(
+    config: &RlConfig,
+    mini: &MiniBatch<'_>,
+    micros: &[Micro],
+    (new, weights): (&[f32], &[f64]),
+    key: ChoiceKey,
+) -> Result<LossOutput> {
+    let all = 0..mini.old.len();
+    let scopes: Vec<Range<usize>> = match config.algorithm.cov_scope {
+        CovScope::Minibatch => vec![all],
+        CovScope::Microbatch => micros.iter().map(|micro| micro.tokens.clone()).collect(),
+    };
+    if let Some(i) = new.iter().position(|x| !x.is_finite()) {
+        return Err(Error::numeric(format!("log-probability {i} of the mini-batch is {}", new[i])));
+    }
+    let batch = TokenBatch {
+        log_prob: new,
+        old_log_prob: &mini.old,
+        advantage: &mini.advantages,
+        mask: &vec![true; mini.old.len()],
+        weight: weights,
+        scopes: &scopes,
+    };
+    config.algorithm.policy_loss().evaluate(&batch, key)
+}
