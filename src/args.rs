@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::args_run::{RlArgs, SftArgs};
+use crate::device::DeviceArg;
 
 /// The model that is used where none is named.
 pub(crate) const DEFAULT_MODEL: &str = "builtin:arith";
@@ -223,8 +224,9 @@ pub(crate) struct GenerateArgs {
     /// JSONL file for the results, continued if it exists [default: standard output]
     #[arg(long, value_name = "OUT.jsonl")]
     pub(crate) output: Option<PathBuf>,
-    /// What computes
-    #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
+    /// What computes: this project's kernels (cpu), or slowly candle (candle-cpu, cuda:N) where the
+    /// program has it
+    #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = crate::device::parse)]
     pub(crate) device: DeviceArg,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
@@ -232,15 +234,6 @@ pub(crate) struct GenerateArgs {
     pub(crate) engine: EngineArgs,
     #[command(flatten, next_help_heading = "General")]
     pub(crate) common: CommonArgs,
-}
-
-/// `--device`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum DeviceArg {
-    /// This project's kernels
-    Cpu,
-    /// The portable path over candle, slowly
-    CandleCpu,
 }
 
 /// Sampling where a line of the input gives none.

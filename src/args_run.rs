@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::args::{CommonArgs, DeviceArg, EngineArgs};
+use crate::args::{CommonArgs, EngineArgs};
+use crate::device::DeviceArg;
 
 /// Shown under `engine rl --help`.
 pub(crate) const RL_EXAMPLES: &str = concat!(
@@ -35,8 +36,9 @@ pub(crate) struct RlArgs {
     /// Where to begin: at the newest checkpoint if there is one, anew, or at a checkpoint
     #[arg(long, value_name = "auto|never|DIR", default_value = "auto")]
     pub(crate) resume: String,
-    /// What computes
-    #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
+    /// What computes: this project's kernels (cpu), or slowly candle (candle-cpu, cuda:N) where the
+    /// program has it
+    #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = crate::device::parse)]
     pub(crate) device: DeviceArg,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,

@@ -4,206 +4,64 @@
 //! made of `--seed` and its index, so a run that was interrupted goes on with the samples it would have
 //! had.
 
+mod jobs;
+
 use std::collections::{HashMap, VecDeque};
 
-use engine::text::{AddSpecial, RenderOptions};
-use engine::{
-    Engine, Event, FinishReason, Finished, Request, RequestId, SamplingParams, StopReason, Token,
-};
-use engine::{EosRule, random};
+use engine::{Engine, Event, FinishReason, Finished, RequestId, StopReason, Token};
 use serde::Serialize;
 use serde_json::Value;
-use server::{BadField, Fields};
 
-use crate::args::{GenerateArgs, SamplingArgs};
+use crate::args::GenerateArgs;
+use crate::device::DeviceArg;
 use crate::exit::{Failure, Result};
-use crate::input::{Input, Line};
+use crate::input::Input;
 use crate::output::Output;
 use crate::progress::Progress;
 use crate::resume::Done;
 use crate::signals::Signals;
 use crate::terminal::Terminal;
-use crate::{device, model};
+use crate::{candle, model};
+
+pub(crate) use jobs::{Job, Reader};
 
 /// Runs the command.
-pub(crate) fn run(args: GenerateArgs, terminal: &Terminal) -> Result<()> {
-    device::check(args.device)?;
-    let path = args.prompts.as_ref();
-    let path = path.ok_or_else(|| Failure::usage("--prompts IN.jsonl is missing"))?;
-    let input = Input::read(path)?;
+pub(crate) fn run(args: &GenerateArgs, terminal: &Terminal) -> Result<()> {
+    if let DeviceArg::Candle(name) = &args.device {
+        return candle::generate(name, args, terminal);
+    }
+    let input = prompts(args)?;
     let signals = Signals::listen()?;
     let config = model::engine_config(&args.common, &args.engine)?;
     let mut engine = model::load(&args.model, &config, terminal)?;
-    let defaults = defaults(&args.sampling, &engine)?;
-    let jobs = read_jobs(
-        &input,
-        &engine,
-        &Defaults { params: defaults, seed: args.common.seed },
-        terminal,
-    )?;
-    let (done, output) = match &args.output {
-        Some(path) => (Done::read(path)?, Output::append(path)?),
-        None => (Done::default(), Output::stdout()),
-    };
-    check_done(&done, &jobs)?;
-    if done.prompts() > 0 {
-        let left = jobs.iter().filter(|job| done.count(job.index, job.samples()) < job.samples());
-        terminal.info(&format!("going on: {} of {} prompts are left", left.count(), jobs.len()));
-    }
+    let jobs = Reader::of(&engine).read(&input, args, terminal)?;
+    let (done, output) = results(args, &jobs, terminal)?;
     let window = config.max_num_seqs.saturating_mul(2);
     Run::new(jobs, done, output, terminal).finish(&mut engine, &signals, window)
 }
 
-/// What a line does not say.
-struct Defaults {
-    params: SamplingParams,
-    seed: u64,
+/// The file of prompts.
+pub(crate) fn prompts(args: &GenerateArgs) -> Result<Input> {
+    let path = args.prompts.as_ref();
+    Input::read(path.ok_or_else(|| Failure::usage("--prompts IN.jsonl is missing"))?)
 }
 
-/// One prompt to work on.
-struct Job {
-    index: usize,
-    id: Option<Value>,
-    request: Request,
-}
-
-impl Job {
-    fn samples(&self) -> usize {
-        self.request.params.n
-    }
-}
-
-/// The model's recommendation, changed by the flags.
-fn defaults(flags: &SamplingArgs, engine: &Engine) -> Result<SamplingParams> {
-    let mut params = server::default_params(engine.generation_defaults());
-    let numbers = [
-        (&mut params.temperature, flags.temperature),
-        (&mut params.top_p, flags.top_p),
-        (&mut params.min_p, flags.min_p),
-        (&mut params.presence_penalty, flags.presence_penalty),
-        (&mut params.frequency_penalty, flags.frequency_penalty),
-        (&mut params.repetition_penalty, flags.repetition_penalty),
-    ];
-    for (value, flag) in numbers {
-        *value = flag.unwrap_or(*value);
-    }
-    if let Some(k) = flags.top_k {
-        params.top_k = match k {
-            -1 | 0 => None,
-            k => Some(
-                usize::try_from(k)
-                    .map_err(|_| Failure::usage(format!("--top-k is {k}, limit is at least -1")))?,
-            ),
-        };
-    }
-    params.n = flags.n.unwrap_or(params.n);
-    params.max_tokens = flags.max_tokens;
-    params.min_tokens = flags.min_tokens.unwrap_or(params.min_tokens);
-    params.stop.clone_from(&flags.stop);
-    params.stop_token_ids.clone_from(&flags.stop_token_ids);
-    params.logprobs = flags.logprobs;
-    if flags.ignore_eos {
-        params.eos = EosRule::Ignore;
-    }
-    params.validate(engine.model().vocab_size)?;
-    Ok(params)
-}
-
-fn read_jobs(
-    input: &Input,
-    engine: &Engine,
-    defaults: &Defaults,
+/// Where results go, and those of `jobs` that are there already.
+pub(crate) fn results(
+    args: &GenerateArgs,
+    jobs: &[Job],
     terminal: &Terminal,
-) -> Result<Vec<Job>> {
-    let mut unknown = Vec::new();
-    let mut jobs = Vec::new();
-    for line in input.lines() {
-        let Line { index, mut fields } = line?;
-        let id = fields.take("id");
-        let bad = |bad: BadField| input.bad(index, &bad);
-        let mut params = server::sampling_params(&mut fields, &defaults.params).map_err(bad)?;
-        params.logprobs = fields.count("logprobs").map_err(bad)?.or(params.logprobs);
-        let seed = || random::hash(&[defaults.seed, index as u64]);
-        params.seed = Some(params.seed.unwrap_or_else(seed));
-        let prompt = prompt(&mut fields, engine).map_err(|fault| match fault {
-            Fault::Field(bad) => input.bad(index, &bad),
-            Fault::Engine(error) => input.refused(index, error),
-        })?;
-        check(&prompt, &params, engine).map_err(|error| input.refused(index, error))?;
-        for name in fields.names() {
-            if !unknown.iter().any(|known| known == name) {
-                terminal.warn(&format!("field `{name}` is not known and has no effect"));
-                unknown.push(name.to_owned());
-            }
-        }
-        jobs.push(Job { index, id, request: Request::new(prompt, params) });
-    }
-    Ok(jobs)
-}
-
-/// What is wrong with a line.
-enum Fault {
-    Field(BadField),
-    Engine(engine::Error),
-}
-
-impl From<BadField> for Fault {
-    fn from(bad: BadField) -> Self {
-        Self::Field(bad)
-    }
-}
-
-impl From<engine::Error> for Fault {
-    fn from(error: engine::Error) -> Self {
-        Self::Engine(error)
-    }
-}
-
-/// The token ids of a line's prompt, in whichever form it is given.
-fn prompt(fields: &mut Fields, engine: &Engine) -> Result<Vec<u32>, Fault> {
-    let ids = fields.tokens("prompt_token_ids")?;
-    let text = fields.string("prompt")?;
-    let chat = fields.take("messages");
-    let missing = |what: &str| {
-        BadField::new(what, format!("has {what}, which the model has no tokenizer or template for"))
+) -> Result<(Done, Output)> {
+    let (done, output) = match &args.output {
+        Some(path) => (Done::read(path)?, Output::append(path)?),
+        None => (Done::default(), Output::stdout()),
     };
-    match (ids, text, chat) {
-        (Some(ids), None, None) => Ok(ids),
-        (None, Some(text), None) => {
-            let tokenizer = engine.tokenizer().ok_or_else(|| missing("prompt"))?;
-            Ok(tokenizer.encode(&text, AddSpecial::Yes)?)
-        }
-        (None, None, Some(chat)) => {
-            let messages = server::messages(&chat)?;
-            let template = engine.chat_template().ok_or_else(|| missing("messages"))?;
-            let tokenizer = engine.tokenizer().ok_or_else(|| missing("messages"))?;
-            let options = RenderOptions::new(std::time::SystemTime::now());
-            Ok(tokenizer.encode(&template.render(&messages, &options)?, AddSpecial::No)?)
-        }
-        _ => {
-            let message = "has not exactly one of prompt, prompt_token_ids and messages";
-            Err(BadField::new("prompt", message).into())
-        }
+    check_done(&done, jobs)?;
+    if done.prompts() > 0 {
+        let left = jobs.iter().filter(|job| done.count(job.index, job.samples()) < job.samples());
+        terminal.info(&format!("going on: {} of {} prompts are left", left.count(), jobs.len()));
     }
-}
-
-/// What the engine would say later, said before anything runs.
-fn check(prompt: &[u32], params: &SamplingParams, engine: &Engine) -> engine::Result<()> {
-    let vocab_size = engine.model().vocab_size;
-    params.validate(vocab_size)?;
-    let (len, limit) = (prompt.len(), engine.max_model_len());
-    if len == 0 {
-        return Err(engine::Error::request("prompt has 0 tokens, limit is at least 1"));
-    }
-    if len >= limit {
-        let limit = limit - 1;
-        return Err(engine::Error::request(format!("prompt has {len} tokens, limit is {limit}")));
-    }
-    if let Some(token) = prompt.iter().find(|token| **token as usize >= vocab_size) {
-        let message = format!("prompt has token {token}, vocabulary has {vocab_size}");
-        return Err(engine::Error::request(message));
-    }
-    Ok(())
+    Ok((done, output))
 }
 
 /// Fails when the output belongs to other prompts.
@@ -236,12 +94,25 @@ struct Record<'a> {
 
 /// A sample as far as it has come.
 #[derive(Clone, Default)]
-struct Sample {
-    tokens: Vec<u32>,
-    text: String,
-    logprobs: Vec<f32>,
-    raw_logprobs: Vec<f32>,
-    top: Vec<Vec<(u32, f32)>>,
+pub(crate) struct Sample {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) text: String,
+    pub(crate) logprobs: Vec<f32>,
+    pub(crate) raw_logprobs: Vec<f32>,
+    pub(crate) top: Vec<Vec<(u32, f32)>>,
+}
+
+/// How a sample has ended.
+pub(crate) struct End {
+    pub(crate) sample: usize,
+    pub(crate) reason: FinishReason,
+    pub(crate) stop_reason: Option<StopReason>,
+}
+
+impl From<Finished> for End {
+    fn from(end: Finished) -> Self {
+        Self { sample: end.sample, reason: end.reason, stop_reason: end.stop_reason }
+    }
 }
 
 impl Sample {
@@ -352,7 +223,7 @@ impl<'a> Run<'a> {
                     self.failed += 1;
                 } else if !self.done.has(job.index, end.sample) {
                     self.written += 1;
-                    self.output.line(&record(job, &sample, &end));
+                    self.output.line(&record(job, &sample, &end.into()));
                 }
                 if running.open == 0 {
                     self.running.remove(&id);
@@ -362,7 +233,8 @@ impl<'a> Run<'a> {
     }
 }
 
-fn record<'a>(job: &'a Job, sample: &'a Sample, end: &Finished) -> Record<'a> {
+/// The line of a sample.
+pub(crate) fn record<'a>(job: &'a Job, sample: &'a Sample, end: &End) -> impl Serialize + use<'a> {
     Record {
         index: job.index,
         id: job.id.as_ref(),

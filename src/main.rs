@@ -7,6 +7,11 @@
 
 mod args;
 mod args_run;
+#[cfg(feature = "candle")]
+mod candle;
+#[cfg(not(feature = "candle"))]
+#[path = "candle/missing.rs"]
+mod candle;
 mod device;
 mod doctor;
 mod exit;
@@ -48,7 +53,7 @@ fn run(parsed: Parsed, terminal: &Terminal) -> Result<()> {
     let Parsed { command, run_config } = parsed;
     match command {
         Command::Serve(args) => serve::run(args, terminal),
-        Command::Generate(args) => generate::run(args, terminal),
+        Command::Generate(args) => generate::run(&args, terminal),
         Command::Score(args) => score::run(args, terminal),
         Command::Rl(args) => rl::run(args, run_config, terminal),
         Command::Sft(args) => sft::run(args, run_config, terminal),

@@ -6,11 +6,12 @@ use engine::{Engine, MemoryPlan, ModelSource};
 use trainer::{Interrupt, Progress, Resume, RlConfig, run_rl};
 
 use crate::args_run::{RlArgs, RunArgs};
+use crate::device::DeviceArg;
 use crate::exit::{Failure, Result};
 use crate::layers::RunConfig;
 use crate::signals::Signals;
 use crate::terminal::Terminal;
-use crate::{device, model, output};
+use crate::{candle, model, output};
 
 /// What a training command was asked to do; the trainer resolves the rest.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,7 +36,6 @@ pub(crate) enum Mode {
 
 /// Runs the command.
 pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) -> Result<()> {
-    device::check(args.device)?;
     let resume = match args.resume.as_str() {
         "auto" => Resume::Auto,
         "never" => Resume::Never,
@@ -43,7 +43,21 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
     };
     let engine = model::engine_config(&args.common, &args.engine)?;
     let request = request(&args.run, args.common.seed, file, engine)?;
-    train(args.method.as_deref(), &request, &resume, terminal)
+    let file = request.file.as_ref();
+    let text = file.map(|file| file.text.as_str());
+    let config = RlConfig::resolve(args.method.as_deref(), text, &request.overrides)
+        .map_err(|error| in_file(error, file))?;
+    let engine = engine::EngineConfig { seed: config.trainer.seed, ..request.engine };
+    if request.mode == Mode::DryRun {
+        return dry_run(&config.to_toml(), &config.model.path, &engine);
+    }
+    match (&args.device, &resume) {
+        (DeviceArg::Cpu, _) => train(&config, &engine, &resume, terminal),
+        (DeviceArg::Candle(name), Resume::From(_)) => {
+            Err(Failure::usage(format!("--device {name} cannot go on from a checkpoint")))
+        }
+        (DeviceArg::Candle(name), _) => candle::rl(name, &config, &engine, terminal),
+    }
 }
 
 /// What the flags that all training commands share ask for.
@@ -88,29 +102,21 @@ fn quoted(text: &str) -> String {
     toml::Value::from(text).to_string()
 }
 
-/// Resolves the configuration and runs the trainer.
+/// Runs the trainer.
 fn train(
-    method: Option<&str>,
-    request: &RunRequest,
+    config: &RlConfig,
+    engine_config: &engine::EngineConfig,
     resume: &Resume,
     terminal: &Terminal,
 ) -> Result<()> {
-    let file = request.file.as_ref();
-    let config = RlConfig::resolve(method, file.map(|file| file.text.as_str()), &request.overrides)
-        .map_err(|error| in_file(error, file))?;
-    let engine_config =
-        engine::EngineConfig { seed: config.trainer.seed, ..request.engine.clone() };
-    if request.mode == Mode::DryRun {
-        return dry_run(&config.to_toml(), &config.model.path, &engine_config);
-    }
     let signals = Signals::listen()?;
     let mut open = |checkpoint: Option<&Path>| match checkpoint {
-        Some(path) => Engine::load(&ModelSource::open(path)?, &engine_config),
-        None => Engine::load(&model::source(&config.model.path)?, &engine_config),
+        Some(path) => Engine::load(&ModelSource::open(path)?, engine_config),
+        None => Engine::load(&model::source(&config.model.path)?, engine_config),
     };
     let total = config.trainer.total_steps;
     let mut tell = |progress: Progress| self::tell(terminal, total, &progress);
-    match run_rl(&config, resume, &mut open, &|| signals.asked(), &mut tell)? {
+    match run_rl(config, resume, &mut open, &|| signals.asked(), &mut tell)? {
         Interrupt::Done { report, checkpoint } => {
             output::print(&format!("checkpoint {}", checkpoint.display()))?;
             output::print(&format!("report {}", report.display()))

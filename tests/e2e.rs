@@ -4,6 +4,8 @@
 mod e2e {
     mod cli;
     mod generate;
+    mod rl;
+    mod rl_faults;
     mod score;
     mod serve;
     pub(crate) mod support;

@@ -26,6 +26,7 @@ pub use config::EngineConfig;
 pub use engine::{Engine, Score};
 pub use error::{Error, ErrorKind, Result};
 pub use kernels::{Dtype, Level};
+pub use load::load_text;
 pub use memory::{MemoryPlan, available_memory_bytes, weights_bytes};
 pub use model::{GenerationDefaults, ModelConfig, ModelSource};
 pub use request::{

@@ -8,7 +8,7 @@ use crate::text::{ChatTemplate, GgufVocab, Tokenizer, TokenizerConfig};
 ///
 /// # Errors
 /// `ErrorKind::Model` when one is there but cannot be used.
-pub(crate) fn load_text(source: &ModelSource) -> Result<(Option<Tokenizer>, Option<ChatTemplate>)> {
+pub fn load_text(source: &ModelSource) -> Result<(Option<Tokenizer>, Option<ChatTemplate>)> {
     let Some(tokenizer) = load_tokenizer(source)? else { return Ok((None, None)) };
     let Some(text) = source.chat_template()? else { return Ok((Some(tokenizer), None)) };
     // Wherever it came from, a saved tokenizer carries it in its configuration.

@@ -6,6 +6,7 @@
 use scheduler::WeightsVersion;
 
 use crate::error::{Error, Result};
+use crate::text::check_stop_strings;
 
 /// Most samples one request may ask for.
 pub const MAX_SAMPLES: usize = 128;
@@ -124,6 +125,7 @@ impl SamplingParams {
         if let Some(k) = self.logprobs.filter(|k| *k > MAX_LOGPROBS) {
             return Err(Error::request(format!("logprobs is {k}, limit is {MAX_LOGPROBS}")));
         }
+        check_stop_strings(&self.stop)?;
         self.validate_tokens(vocab_size)
     }
 

@@ -18,7 +18,7 @@ use engine::{
     WeightsVersion,
 };
 
-use support::{Model, drain, greedy, load, prompt, request_error, sampled};
+use support::{Model, drain, greedy, load, load_with_text, prompt, request_error, sampled};
 
 /// Both formats that weights can have.
 const DTYPES: [Dtype; 2] = [Dtype::F32, Dtype::Bf16];
@@ -50,7 +50,11 @@ fn an_update_waits_for_requests_and_empties_the_prefix_cache() {
         assert_eq!(engine.version(), WeightsVersion(0), "a refusal changes nothing");
         assert!(engine.abort(id));
         drain(&mut engine);
-        assert_eq!(run_one(&mut engine, &text), (tokens.clone(), 64), "nor does it empty the cache");
+        assert_eq!(
+            run_one(&mut engine, &text),
+            (tokens.clone(), 64),
+            "nor does it empty the cache"
+        );
 
         drop(engine.begin_update().unwrap());
         assert_eq!(engine.version(), WeightsVersion(1));
@@ -130,7 +134,7 @@ fn samples_of_a_group_share_the_blocks_of_their_prompt() {
     let text = prompt(5, 40);
     let after_prefill = |prefix_cache| {
         let mut engine = load(Model::Llama, |c| c.prefix_cache = prefix_cache);
-        let params = SamplingParams { n: 4, ..sampled(6) };
+        let params = SamplingParams { n: 4, temperature: 3.0, ..sampled(6) };
         engine.add(Request::new(text.clone(), params)).unwrap();
         engine.step().unwrap();
         let stats = engine.stats();
@@ -240,7 +244,7 @@ fn no_value_in_the_weights_stops_the_engine() {
 
 #[test]
 fn a_refused_request_names_value_and_limit_and_changes_nothing() {
-    let mut engine = load(Model::Llama, |c| c.max_model_len = Some(64));
+    let mut engine = load_with_text(|c| c.max_model_len = Some(64));
     let base = || SamplingParams { max_tokens: Some(4), ..SamplingParams::default() };
     let text = |len: usize| prompt(7, len);
     let cases: Vec<(Vec<u32>, SamplingParams, &str)> = vec![
@@ -249,7 +253,11 @@ fn a_refused_request_names_value_and_limit_and_changes_nothing() {
         (text(900), base(), "prompt has 900 tokens, limit is 63"),
         (vec![1, 512], base(), "prompt has token 512, vocabulary has 512"),
         (vec![u32::MAX], base(), "prompt has token 4294967295, vocabulary has 512"),
-        (text(3), SamplingParams { temperature: -0.5, ..base() }, "temperature is -0.5, limit is 0"),
+        (
+            text(3),
+            SamplingParams { temperature: -0.5, ..base() },
+            "temperature is -0.5, limit is 0",
+        ),
         (text(3), SamplingParams { temperature: f32::NAN, ..base() }, "temperature is NaN"),
         (text(3), SamplingParams { temperature: f32::INFINITY, ..base() }, "temperature is inf"),
         (text(3), SamplingParams { top_p: 0.0, ..base() }, "top_p is 0"),
@@ -261,7 +269,11 @@ fn a_refused_request_names_value_and_limit_and_changes_nothing() {
         (text(3), SamplingParams { n: 0, ..base() }, "n is 0, limit is 1 to 128"),
         (text(3), SamplingParams { n: 129, ..base() }, "n is 129, limit is 1 to 128"),
         (text(3), SamplingParams { max_tokens: Some(0), ..base() }, "max_tokens is 0"),
-        (text(3), SamplingParams { min_tokens: 5, ..base() }, "min_tokens is 5, limit is max_tokens 4"),
+        (
+            text(3),
+            SamplingParams { min_tokens: 5, ..base() },
+            "min_tokens is 5, limit is max_tokens 4",
+        ),
         (text(3), SamplingParams { logprobs: Some(21), ..base() }, "logprobs is 21, limit is 20"),
         (
             text(3),
@@ -298,7 +310,7 @@ fn a_refused_request_names_value_and_limit_and_changes_nothing() {
 }
 
 #[test]
-fn a_prompt_that_memory_cannot_hold_is_refused_and_others_run() {
+fn sequences_that_do_not_fit_together_take_turns() {
     let mut engine = load(Model::Llama, |c| {
         c.dtype = Some(Dtype::F32);
         c.max_model_len = Some(64);
@@ -309,6 +321,7 @@ fn a_prompt_that_memory_cannot_hold_is_refused_and_others_run() {
     engine.add(Request::new(prompt(8, 50), greedy(14))).unwrap();
     engine.add(Request::new(prompt(9, 50), greedy(14))).unwrap();
     let answers = drain(&mut engine);
+    assert!(engine.stats().preemptions > 0, "{:?}", engine.stats());
     for (seed, answer) in [8, 9].into_iter().zip(answers.values()) {
         let mut roomy = load(Model::Llama, |c| c.dtype = Some(Dtype::F32));
         roomy.add(Request::new(prompt(seed, 50), greedy(14))).unwrap();

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
@@ -9,19 +10,17 @@ use serde_json::{Value, json};
 use super::support::{Folder, SMALL, engine, fails};
 
 /// A running server; killed when dropped.
-struct Server {
-    child: Child,
-    address: String,
+pub(super) struct Server {
+    pub(super) child: Child,
+    pub(super) address: String,
     /// Kept open, so that the server can go on logging.
     log: BufReader<std::process::ChildStderr>,
-    _folder: Folder,
 }
 
 impl Server {
-    fn start(flags: &[&str]) -> Self {
-        let folder = Folder::new();
+    pub(super) fn start(model: &Path, flags: &[&str]) -> Self {
         let mut command = engine();
-        command.arg("serve").arg(folder.tiny_model()).args(SMALL).args(flags);
+        command.arg("serve").arg(model).args(SMALL).args(flags);
         command.args(["--port", "0", "--served-model-name", "tiny"]).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut log = BufReader::new(child.stderr.take().unwrap());
@@ -33,11 +32,11 @@ impl Server {
                 break rest.trim().trim_end_matches("/v1").to_owned();
             }
         };
-        Self { child, address, log, _folder: folder }
+        Self { child, address, log }
     }
 
     /// Sends a request and reads the answer to its end: status and body.
-    fn send(&self, head: &str, body: &str) -> (u16, String) {
+    pub(super) fn send(&self, head: &str, body: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         let length = body.len();
         write!(
@@ -52,7 +51,7 @@ impl Server {
         (head[9..12].parse().unwrap(), body.to_owned())
     }
 
-    fn terminate(&self) {
+    pub(super) fn terminate(&self) {
         let id = self.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
     }
@@ -68,7 +67,8 @@ impl Drop for Server {
 
 #[test]
 fn a_process_answers_and_drains_on_sigterm() {
-    let mut server = Server::start(&["--shutdown-timeout", "20"]);
+    let folder = Folder::new();
+    let mut server = Server::start(&folder.tiny_model(), &["--shutdown-timeout", "20"]);
     assert_eq!(server.send("GET /health", "").0, 200);
     let (status, body) = server.send("GET /v1/models", "");
     assert_eq!(status, 200);

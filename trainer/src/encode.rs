@@ -5,7 +5,7 @@
 use std::time::UNIX_EPOCH;
 
 use engine::text::{AddSpecial, GenerationPrompt, RenderOptions};
-use engine::{ChatTemplate, Engine, Tokenizer};
+use engine::{ChatTemplate, Tokenizer};
 use std::sync::Arc;
 
 use crate::config::PromptTemplate;
@@ -31,15 +31,19 @@ pub struct PromptEncoder {
 }
 
 impl PromptEncoder {
-    /// An encoder for prompts of at most `max_tokens` tokens.
+    /// An encoder for prompts of at most `max_tokens` tokens, with what the model has of the two.
     ///
     /// # Errors
     /// When the model has no tokenizer, or no chat template although one is asked for.
-    pub fn new(engine: &Engine, template: PromptTemplate, max_tokens: usize) -> Result<Self> {
-        let tokenizer = engine.tokenizer().cloned().ok_or_else(|| {
+    pub fn new(
+        (tokenizer, chat): (Option<&Arc<Tokenizer>>, Option<&Arc<ChatTemplate>>),
+        template: PromptTemplate,
+        max_tokens: usize,
+    ) -> Result<Self> {
+        let tokenizer = tokenizer.cloned().ok_or_else(|| {
             Error::engine(engine::Error::model("the model has no tokenizer, training needs one"))
         })?;
-        let chat = engine.chat_template().cloned();
+        let chat = chat.cloned();
         if template == PromptTemplate::Chat && chat.is_none() {
             return Err(Error::config(
                 "data.prompt_template is chat, and the model has no chat template; choose raw or r1_zero",
@@ -92,8 +96,10 @@ impl PromptEncoder {
             }
             (PromptTemplate::Chat, Prompt::Text(text)) => self.render(&[user(text)])?,
             (PromptTemplate::Chat, Prompt::Messages(messages)) => {
-                let messages: Vec<_> =
-                    messages.iter().map(|m: &Message| engine::Message::new(&m.role, &m.content)).collect();
+                let messages: Vec<_> = messages
+                    .iter()
+                    .map(|m: &Message| engine::Message::new(&m.role, &m.content))
+                    .collect();
                 self.render(&messages)?
             }
         })

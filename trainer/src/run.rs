@@ -79,6 +79,7 @@ pub fn run_rl(
     let engine = open(from.as_deref()).map_err(Error::engine)?;
     let files = ModelFiles::new(&engine)?;
     let mut trainer = Trainer::new(engine, config.clone(), rows)?;
+    trainer.check_prompts(&val, &config.data.val_files)?;
     if let Some(checkpoint) = &from {
         trainer.restore(checkpoint)?;
     }
@@ -145,15 +146,15 @@ impl Run {
                 self.validate(&mut metrics, tell)?;
             }
             let stopping = stop() && !last;
-            saved = None;
-            if due(settings.save_freq) || last || stopping {
-                let begin = Instant::now();
-                let path = self.save()?;
-                metrics.set(name::TIME_SAVE_CHECKPOINT, begin.elapsed().as_secs_f64());
+            saved = match due(settings.save_freq) || last || stopping {
+                true => Some(self.save(&mut metrics)?),
+                false => None,
+            };
+            if let Some(path) = &saved {
                 tell(Progress::Saved(path.clone()));
-                saved = Some(path);
+            } else {
+                self.metrics.write(&metrics)?;
             }
-            self.metrics.write(&metrics)?;
             tell(Progress::Step(metrics));
             if let Some(path) = saved.take_if(|_| stopping) {
                 return Ok(Interrupt::Resumable(path));
@@ -182,12 +183,17 @@ impl Run {
         Ok(())
     }
 
-    fn save(&self) -> Result<PathBuf> {
+    /// Writes a checkpoint, and the step's line before the checkpoint appears: whoever goes on from it
+    /// finds the lines of all its steps.
+    fn save(&mut self, metrics: &mut Metrics) -> Result<PathBuf> {
+        let begin = Instant::now();
         let writer = self.store.begin(self.trainer.steps())?;
         let optimizer = &self.trainer.state.optimizer;
         save_model(&self.files, writer.path(), optimizer.specs(), optimizer.masters())?;
         save_optimizer(writer.path(), optimizer)?;
         writer.state(&self.trainer.train_state())?;
+        metrics.set(name::TIME_SAVE_CHECKPOINT, begin.elapsed().as_secs_f64());
+        self.metrics.write(metrics)?;
         Ok(writer.publish()?.path)
     }
 }
@@ -231,6 +237,10 @@ impl Trainer {
         load_optimizer(checkpoint, &mut self.state.optimizer)?;
         self.state.optimizer.step = state.optimizer_step;
         self.steps = state.step;
+        // The version goes on counting from where it was.
+        while self.engine.version().0 < state.weights_version {
+            drop(self.engine.begin_update().map_err(Error::engine)?);
+        }
         let visit = match self.config.data.shuffle {
             true => Visit::Shuffled(data_seed),
             false => Visit::InOrder,

@@ -150,12 +150,13 @@ struct Sft<'a> {
 impl<'a> Sft<'a> {
     fn new(mut engine: Engine, config: &'a SftConfig) -> Result<Self> {
         let d = &config.data;
-        let encoder = PromptEncoder::new(&engine, d.prompt_template, d.max_length)?;
+        let text = (engine.tokenizer(), engine.chat_template());
+        let encoder = PromptEncoder::new(text, d.prompt_template, d.max_length)?;
         let eos = *engine.eos().first().ok_or_else(|| {
             Error::engine(engine::Error::model("the model has no end-of-text token"))
         })?;
-        let rows = load(&d.train_files, &Arith { seed: d.seed, split: Split::Train }, TASKS[0])?;
-        let val = load(&d.val_files, &Arith { seed: 0, split: Split::Test }, TASKS[1])?;
+        let rows = load(&d.train_files, &Arith { seed: d.seed, split: Split::Train }, (TASKS[0], d.stutter))?;
+        let val = load(&d.val_files, &Arith { seed: 0, split: Split::Test }, (TASKS[1], 0.0))?;
         let visit = if d.shuffle { Visit::Shuffled(d.seed) } else { Visit::InOrder };
         let sampler = Sampler::new(rows.len(), visit, Cursor::default());
         let mut update = engine.begin_update().map_err(Error::engine)?;
@@ -268,11 +269,11 @@ fn learn(
     Ok((loss, norm))
 }
 
-fn load(files: &[String], tasks: &Arith, count: u64) -> Result<Vec<SftRow>> {
+fn load(files: &[String], tasks: &Arith, (count, stutter): (u64, f64)) -> Result<Vec<SftRow>> {
     let mut rows = Vec::new();
     for file in files {
         match file.as_str() {
-            "builtin:arith" => rows.extend(tasks.sft_rows(count)),
+            "builtin:arith" => rows.extend(tasks.sft_rows(count, stutter)),
             path => rows.extend(data::load_sft(&[Path::new(path)])?),
         }
     }

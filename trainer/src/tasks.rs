@@ -90,12 +90,18 @@ impl Arith {
         (0..count).map(|index| self.task(index).into_row(index)).collect()
     }
 
-    /// The first `count` tasks, as supervised pairs.
-    pub fn sft_rows(&self, count: u64) -> Vec<SftRow> {
-        (0..count)
-            .map(|index| self.task(index))
-            .map(|task| SftRow { prompt: Prompt::Text(task.prompt), completion: task.answer })
-            .collect()
+    /// The first tasks as pairs to learn from. A share `stutter` of the answers repeats its last digit:
+    /// a fault that a policy picks up and reinforcement learning can mend.
+    pub fn sft_rows(&self, count: u64, stutter: f64) -> Vec<SftRow> {
+        let row = |index| {
+            let Task { prompt, mut answer, .. } = self.task(index);
+            let mut random = Stream::keyed(self.seed, Purpose::Tasks, &[2, index]);
+            if random.uniform() < stutter {
+                answer.extend(answer.chars().next_back());
+            }
+            SftRow { prompt: Prompt::Text(prompt), completion: answer }
+        };
+        (0..count).map(row).collect()
     }
 
     /// A random task, unless it belongs to the other split.
@@ -190,7 +196,7 @@ mod tests {
         let row = &Arith { seed: 3, split: Split::Test }.rows(1)[0];
         let verifier = Verifier::for_source(row.data_source.as_deref().unwrap()).unwrap();
         assert!(verifier.judge(&row.ground_truth, &row.ground_truth).correct);
-        let pair = &Arith { seed: 3, split: Split::Test }.sft_rows(1)[0];
+        let pair = &Arith { seed: 3, split: Split::Test }.sft_rows(1, 0.0)[0];
         assert_eq!((&pair.prompt, &pair.completion), (&row.prompt, &row.ground_truth));
     }
 }

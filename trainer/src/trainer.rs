@@ -14,7 +14,7 @@ use crate::config::RlConfig;
 use crate::covariance::{CovStats, token_covariances};
 use crate::data::{Cursor, Row, Sampler, Visit};
 use crate::encode::PromptEncoder;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::learner::Packed;
 use crate::loss::ChoiceKey;
 use crate::metrics::{Metrics, name};
@@ -65,7 +65,8 @@ impl Trainer {
     /// When a prompt does not fit, rows have no known reward, or the engine is busy.
     pub fn new(mut engine: Engine, config: RlConfig, rows: Rows) -> Result<Self> {
         let max_prompt = config.data.max_prompt_length;
-        let encoder = PromptEncoder::new(&engine, config.data.prompt_template, max_prompt)?;
+        let text = (engine.tokenizer(), engine.chat_template());
+        let encoder = PromptEncoder::new(text, config.data.prompt_template, max_prompt)?;
         let rewards = RewardRule::named(&config.reward.function)?;
         for row in &rows.rows {
             rewards.verifier(row.data_source.as_deref())?;
@@ -84,7 +85,26 @@ impl Trainer {
         let mut update = engine.begin_update().map_err(Error::engine)?;
         let state = UpdateState::new(update.decoder().0);
         drop(update);
-        Ok(Self { engine, config, state, rows, sampler, steps: 0, encoder, rewards })
+        let trainer = Self { engine, config, state, rows, sampler, steps: 0, encoder, rewards };
+        trainer.check_prompts(&trainer.rows.rows, &trainer.config.data.train_files)?;
+        Ok(trainer)
+    }
+
+    /// Checks that every prompt of `rows`, which come from `files`, fits.
+    ///
+    /// # Errors
+    /// `ErrorKind::Data`, naming the row, its tokens and the limit.
+    pub(crate) fn check_prompts(&self, rows: &[Row], files: &[String]) -> Result<()> {
+        let check = |(index, row): (usize, &Row)| match self.encode(std::iter::once(row)) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(match error.kind() {
+                ErrorKind::Config(message) => {
+                    Error::data(files.join(", "), None, format!("row {}: {message}", index + 1))
+                }
+                _ => error,
+            }),
+        };
+        rows.iter().enumerate().try_for_each(check)
     }
 
     /// One step: sample, judge, compare within groups, and learn in mini-batches.

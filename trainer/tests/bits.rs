@@ -2,6 +2,7 @@
 //! bit for bit, whatever else ran beside it.
 //!
 //! Runs on a tiny random model always, and on SmolLM2 in bf16 when `models/` has it.
+#![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,6 @@
 //! Whole-model golden tests: log-probabilities, greedy text, gradients and five optimizer steps of tiny
 //! random models, against what transformers computed in f32 (`tests/data/golden/models/README.md`).
+#![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
 

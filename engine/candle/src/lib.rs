@@ -55,4 +55,4 @@ pub use candle_core;
 pub use device::device;
 pub use generate::{CandleEngine, Completion, GenerateSettings, Seed};
 pub use model::{CandleModel, Gradients};
-pub use train::{Episode, LossFn, StepReport, StepSettings};
+pub use train::{Episode, LossFn, ResponseScore, StepReport, StepSettings};

@@ -138,9 +138,41 @@ impl CandleModel {
         entropy(&logits, temperature).map_err(internal)
     }
 
-    /// `[T - prompt_len]`: log-probabilities of the tokens from `prompt_len` on. Only the rows that
-    /// predict them go through the head.
+    /// `[T - prompt_len]`: log-probabilities of the tokens from `prompt_len` on.
     pub(crate) fn response_log_probs(
+        &self,
+        (tokens, prompt_len): (&[u32], usize),
+        temperature: f32,
+        record: Record,
+    ) -> Result<Tensor> {
+        let rows = self.response_rows((tokens, prompt_len), temperature, record)?;
+        self.pick(&rows, &tokens[prompt_len..]).map_err(internal)
+    }
+
+    /// Log-probabilities and entropies, each `[T - prompt_len]`, of the tokens from `prompt_len` on, not
+    /// recorded; the former are to the bit those of [`CandleModel::response_log_probs`].
+    pub(crate) fn response_stats(
+        &self,
+        (tokens, prompt_len): (&[u32], usize),
+        temperature: f32,
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        let rows = self.response_rows((tokens, prompt_len), temperature, Record::No)?;
+        let stats = || {
+            let entropies = (rows.exp()? * &rows)?.sum(1)?.neg()?;
+            Ok((self.pick(&rows, &tokens[prompt_len..])?.to_vec1()?, entropies.to_vec1()?))
+        };
+        stats().map_err(internal)
+    }
+
+    /// Of each row of log-probabilities the one of its target.
+    fn pick(&self, rows: &Tensor, targets: &[u32]) -> candle_core::Result<Tensor> {
+        let targets = Tensor::new(targets, &self.device)?.unsqueeze(1)?;
+        rows.gather(&targets, 1)?.squeeze(1)
+    }
+
+    /// `[T - prompt_len, V]`: log-probabilities of the whole vocabulary at the places of the tokens from
+    /// `prompt_len` on. Only the rows that predict them go through the head.
+    fn response_rows(
         &self,
         (tokens, prompt_len): (&[u32], usize),
         temperature: f32,
@@ -155,15 +187,13 @@ impl CandleModel {
             return Err(Error::request(message));
         }
         let net = self.net(record);
-        let log_probs = || {
+        let rows = || {
             // Nothing follows the last token, so it is not run.
             let hidden = net.hidden(&tokens[..len - 1], 0, &Kv::Whole)?;
             let hidden = hidden.narrow(0, prompt_len - 1, len - prompt_len)?;
-            let log_probs = log_softmax(&(net.logits(&hidden)? / f64::from(temperature))?)?;
-            let targets = Tensor::new(&tokens[prompt_len..], &self.device)?.unsqueeze(1)?;
-            log_probs.gather(&targets, 1)?.squeeze(1)
+            log_softmax(&(net.logits(&hidden)? / f64::from(temperature))?)
         };
-        log_probs().map_err(internal)
+        rows().map_err(internal)
     }
 
     /// Log-probabilities `[T - 1]` and entropies `[T]`, not recorded.
@@ -180,8 +210,7 @@ impl CandleModel {
             return Ok((Vec::new(), entropies));
         }
         let log_probs = log_softmax(&(logits.narrow(0, 0, rows)? / f64::from(temperature))?)?;
-        let targets = Tensor::new(&tokens[1..], &self.device)?.unsqueeze(1)?;
-        Ok((log_probs.gather(&targets, 1)?.squeeze(1)?.to_vec1()?, entropies))
+        Ok((self.pick(&log_probs, &tokens[1..])?.to_vec1()?, entropies))
     }
 
     pub(crate) fn net(&self, record: Record) -> &Net {

@@ -38,6 +38,15 @@ pub struct StepSettings {
     pub adamw: AdamW,
 }
 
+/// What the model says about the response of one episode.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ResponseScore {
+    /// Log-probabilities in nats of its tokens.
+    pub log_probs: Vec<f32>,
+    /// Entropies in nats of the distributions they were drawn from.
+    pub entropies: Vec<f32>,
+}
+
 /// What a step did.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepReport {
@@ -50,6 +59,28 @@ pub struct StepReport {
 }
 
 impl CandleEngine {
+    /// Scores the responses of `episodes` at `temperature`. Until the weights change,
+    /// [`CandleEngine::rl_step`] computes the same log-probabilities to the bit.
+    ///
+    /// # Errors
+    /// `ErrorKind::Request` for an episode or a temperature out of range; `ErrorKind::Numeric` when the model gives no
+    /// finite numbers.
+    pub fn score_responses(
+        &self,
+        episodes: &[Episode<'_>],
+        temperature: f32,
+    ) -> Result<Vec<ResponseScore>> {
+        let score = |episode: &Episode<'_>| {
+            let pass = (episode.tokens, episode.prompt_len);
+            let (log_probs, entropies) = self.model.response_stats(pass, temperature)?;
+            if log_probs.iter().chain(&entropies).all(|x| x.is_finite()) {
+                return Ok(ResponseScore { log_probs, entropies });
+            }
+            Err(Error::numeric("the model's log-probabilities are not finite numbers"))
+        };
+        episodes.iter().map(score).collect()
+    }
+
     /// One optimizer step on `episodes`.
     ///
     /// Changes the weights, the moments and the weights version, and empties the prefix cache.

@@ -100,7 +100,7 @@ fn ranges(tensors: &[(String, usize)]) -> (Vec<(String, Range<usize>)>, usize) {
     (ranges, end)
 }
 
-/// The trainable parameters of a model of this configuration, in the order of [`Weights::read`].
+/// The trainable parameters of a model of this configuration, in the order of [`Weights::params_mut`].
 pub fn param_specs(config: &ModelConfig) -> Vec<ParamSpec> {
     let (hidden, inter) = (config.hidden_size, config.intermediate_size);
     let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);

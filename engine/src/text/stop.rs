@@ -37,6 +37,31 @@ pub enum StopScan {
     },
 }
 
+/// Checks number and lengths of stop strings.
+///
+/// # Errors
+/// `ErrorKind::Request`, naming the value and its limit.
+pub(crate) fn check_stop_strings(stop: &[String]) -> Result<()> {
+    if stop.len() > MAX_STOP_STRINGS {
+        let count = stop.len();
+        return Err(Error::request(format!(
+            "stop has {count} strings, limit is {MAX_STOP_STRINGS}"
+        )));
+    }
+    for (index, text) in stop.iter().enumerate() {
+        if text.is_empty() {
+            return Err(Error::request(format!("stop string {index} is empty")));
+        }
+        if text.len() > MAX_STOP_BYTES {
+            let bytes = text.len();
+            return Err(Error::request(format!(
+                "stop string {index} has {bytes} bytes, limit is {MAX_STOP_BYTES}"
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// Watches a stream of text for stop strings.
 #[derive(Clone, Debug)]
 pub struct StopMatcher {
@@ -60,23 +85,7 @@ impl StopMatcher {
     /// When there are more than [`MAX_STOP_STRINGS`], or one is empty or longer than
     /// [`MAX_STOP_BYTES`].
     pub fn new(stop: Vec<String>) -> Result<Self> {
-        if stop.len() > MAX_STOP_STRINGS {
-            let count = stop.len();
-            return Err(Error::request(format!(
-                "stop has {count} strings, limit is {MAX_STOP_STRINGS}"
-            )));
-        }
-        for (index, text) in stop.iter().enumerate() {
-            if text.is_empty() {
-                return Err(Error::request(format!("stop string {index} is empty")));
-            }
-            if text.len() > MAX_STOP_BYTES {
-                let bytes = text.len();
-                return Err(Error::request(format!(
-                    "stop string {index} has {bytes} bytes, limit is {MAX_STOP_BYTES}"
-                )));
-            }
-        }
+        check_stop_strings(&stop)?;
         let patterns = stop.into_iter().map(Pattern::new).collect();
         Ok(Self { patterns, held: String::new(), found: None })
     }

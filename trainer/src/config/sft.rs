@@ -49,6 +49,8 @@ pub struct SftDataConfig {
     pub shuffle: bool,
     /// Seed of that order and of generated pairs; default 1.
     pub seed: u64,
+    /// Share of generated answers that repeat their last digit, in [0, 1]; default 0.
+    pub stutter: f64,
 }
 
 /// `[trainer]`.
@@ -84,6 +86,7 @@ impl Default for SftConfig {
                 prompt_template: PromptTemplate::Chat,
                 shuffle: true,
                 seed: 1,
+                stutter: 0.0,
             },
             optimizer: OptimizerConfig { lr: 1e-3, ..OptimizerConfig::default() },
             trainer: SftTrainerConfig {
@@ -117,6 +120,8 @@ impl SftConfig {
         limit(!config.data.train_files.is_empty(), "data.train_files", "empty", "1 file or more")?;
         positive("data.train_batch_size", config.data.train_batch_size)?;
         limit(config.data.max_length >= 2, "data.max_length", config.data.max_length, "2 or more")?;
+        let stutter = config.data.stutter;
+        limit((0.0..=1.0).contains(&stutter), "data.stutter", stutter, "0 to 1")?;
         let t = &config.trainer;
         limit(t.total_steps >= 1, "trainer.total_steps", t.total_steps, "1 or more")?;
         positive("trainer.max_tokens_per_microbatch", t.max_tokens_per_microbatch)?;

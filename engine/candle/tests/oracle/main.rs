@@ -297,7 +297,14 @@ fn five_policy_steps_follow_the_reference() {
         let (losses, norms) =
             (golden.policy_numbers("losses"), golden.policy_numbers("grad_norms"));
         for (i, (loss_want, norm_want)) in losses.iter().zip(&norms).enumerate() {
+            let scores = candle.score_responses(&episodes, 1.0).unwrap();
             let report = candle.rl_step(&episodes, &step_settings(), &loss).unwrap();
+            let scored: Vec<f32> = scores.iter().flat_map(|s| &s.log_probs).copied().collect();
+            assert_eq!(
+                scored, report.log_probs,
+                "{}: a step starts where scoring ends",
+                golden.name
+            );
             let what = format!("{} step {i}", golden.name);
             assert_close(&what, &[report.loss as f32], &[*loss_want], 1e-4);
             assert_close(&what, &[report.grad_norm as f32], &[*norm_want], 1e-3 * norm_want);

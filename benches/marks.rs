@@ -1,0 +1,204 @@
+//! First speed marks: batched generation, a group with log-probabilities, and a GRPO step, beside the
+//! limits of the machine.
+//!
+//! ```text
+//! cargo bench --bench marks -- MODEL [peak GFLOP/s] [read GB/s]
+//! ```
+//!
+//! The two limits are what `cargo run --release -p kernels --example gemm_bench` measures. The limit of
+//! a phase is, step by step, the longer of reading the weights once and of the multiplications;
+//! attention and everything else count as nothing. Prompts are random tokens and end-of-text is
+//! ignored, so lengths are exact. Leaves out text, rewards and files.
+
+use std::path::Path;
+use std::time::Instant;
+
+use engine::decoder::{Gradients, Keep};
+use engine::{Engine, EngineConfig, EosRule, ModelSource};
+use kernels::AdamW;
+use trainer::agg::{AggMode, weights};
+use trainer::config::RlConfig;
+use trainer::loss::{ChoiceKey, TokenBatch};
+use trainer::rollout::{Episode, RolloutSettings, generate};
+use trainer::{Learner, LossGradient, Optimizer, Packed, clip_scale, global_norm};
+
+/// Rows of a training pass.
+const MICRO_BATCH_TOKENS: usize = 4096;
+
+struct Limits {
+    flops: f64,
+    bytes: f64,
+    params: f64,
+}
+
+impl Limits {
+    /// Seconds of one forward step over `rows` rows: weights are 2 bytes, a row costs 2 FLOP a weight.
+    fn step(&self, rows: f64) -> f64 {
+        (2.0 * self.params / self.bytes).max(2.0 * self.params * rows / self.flops)
+    }
+
+    fn generation(&self, sequences: usize, prompts: usize, prompt: usize, new: usize) -> f64 {
+        self.step((prompts * prompt) as f64) + (new - 1) as f64 * self.step(sequences as f64)
+    }
+}
+
+fn main() {
+    // `cargo bench` adds a flag of its own.
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let Some(model) = arguments.first() else {
+        println!("marks: left out, no model was named (cargo bench --bench marks -- MODEL)");
+        return;
+    };
+    let number = |i: usize, or: f64| arguments.get(i).map_or(or, |n| n.parse().expect("a number"));
+    let source = ModelSource::open(Path::new(model)).expect("the model opens");
+    let config = EngineConfig { max_model_len: Some(512), ..EngineConfig::default() };
+    let mut engine = Engine::load(&source, &config).expect("the model loads");
+    let limits = Limits {
+        flops: number(1, 473.0) * 1e9,
+        bytes: number(2, 37.0) * 1e9,
+        params: source.config().parameters() as f64,
+    };
+    println!("{model}: {} kernels, {} threads", engine.kernels().level(), engine.kernels().pool().threads());
+    println!("limits: {:.0} GFLOP/s, {:.0} GB/s, {:.0} M weights", limits.flops / 1e9, limits.bytes / 1e9, limits.params / 1e6);
+    for (sequences, prompt, new) in [(1, 128, 64), (8, 128, 64), (32, 128, 64), (64, 128, 64)] {
+        throughput(&mut engine, &limits, (sequences, 1), (prompt, new));
+    }
+    throughput(&mut engine, &limits, (16, 1), (512 - 2, 1));
+    throughput(&mut engine, &limits, (8, 8), (128, 128));
+    grpo_step(&mut engine, &limits, (8, 8), (120, 128));
+}
+
+fn prompts(engine: &Engine, count: usize, len: usize, key: u64) -> Vec<Vec<u32>> {
+    let vocab = engine.model().vocab_size as u64;
+    let token = |i: usize, j: usize| (engine::random::hash(&[key, i as u64, j as u64]) % vocab) as u32;
+    (0..count).map(|i| (0..len).map(|j| token(i, j)).collect()).collect()
+}
+
+fn sample(engine: &mut Engine, prompts: &[Vec<u32>], samples: usize, new: usize) -> Vec<Episode> {
+    let settings = RolloutSettings {
+        samples,
+        temperature: 1.0,
+        top_p: 1.0,
+        top_k: None,
+        max_tokens: new,
+        stop: Vec::new(),
+        eos: EosRule::Ignore,
+        seed: 1,
+    };
+    generate(engine, prompts, &settings, &mut |_| {}).expect("generation runs")
+}
+
+/// Output tokens a second, median of five.
+fn throughput(
+    engine: &mut Engine,
+    limits: &Limits,
+    (count, samples): (usize, usize),
+    (prompt, new): (usize, usize),
+) {
+    let mut seconds: Vec<f64> = (0..5)
+        .map(|run| {
+            let prompts = prompts(engine, count, prompt, 100 + run);
+            let begin = Instant::now();
+            sample(engine, &prompts, samples, new);
+            begin.elapsed().as_secs_f64()
+        })
+        .collect();
+    seconds.sort_by(f64::total_cmp);
+    let median = seconds[2];
+    let sequences = count * samples;
+    let limit = limits.generation(sequences, count, prompt, new);
+    println!(
+        "{count:>3} prompts x {samples}, {prompt} in / {new} out: {:>7.1} tokens/s out, {:>7.1} in all, {:.0} % of the limit, spread {:.2}-{:.2} s",
+        (sequences * new) as f64 / median,
+        (sequences * new + count * prompt) as f64 / median,
+        100.0 * limit / median,
+        seconds[0],
+        seconds[4],
+    );
+}
+
+/// One GRPO step with one update: generate, forward, loss, backward, clip, AdamW.
+fn grpo_step(
+    engine: &mut Engine,
+    limits: &Limits,
+    (count, group): (usize, usize),
+    (prompt, new): (usize, usize),
+) {
+    let config = RlConfig::resolve(Some("grpo"), None, &[]).expect("the preset resolves");
+    let mut update = engine.begin_update().expect("the engine is idle");
+    let mut optimizer = Optimizer::new(update.decoder().0);
+    drop(update);
+    let mut learner = Learner::new(engine.decoder(), Keep::AllLayers);
+    let mut grads = Gradients::new(engine.model(), engine.dtype());
+    for run in 0..3 {
+        let begin = Instant::now();
+        let prompts = prompts(engine, count, prompt, 200 + run);
+        let episodes = sample(engine, &prompts, group, new);
+        let generated = begin.elapsed().as_secs_f64();
+        let sequences: Vec<Vec<u32>> =
+            episodes.iter().map(|e| [&prompts[e.prompt][..], &e.tokens].concat()).collect();
+        let lengths: Vec<usize> = episodes.iter().map(|e| e.tokens.len()).collect();
+        let old: Vec<f32> = episodes.iter().flat_map(|e| e.logprobs.clone()).collect();
+        // A made-up reward: every other response is right.
+        let advantages: Vec<f32> = episodes
+            .iter()
+            .flat_map(|e| vec![if e.sample % 2 == 0 { 1.0 } else { -1.0 }; e.tokens.len()])
+            .collect();
+        let mask = vec![true; old.len()];
+        let weight = weights(AggMode::TokenMean, &lengths, &mask, 1.0);
+        let mut update = engine.begin_update().expect("the engine is idle");
+        let (decoder, kernels) = update.decoder();
+        let (mut forward, mut backward) = (0.0, 0.0);
+        grads.clear();
+        let per_pass = MICRO_BATCH_TOKENS / (prompt + new);
+        for (i, part) in sequences.chunks(per_pass).enumerate() {
+            let packed: Vec<Packed<'_>> =
+                part.iter().map(|tokens| Packed { tokens, prompt_len: prompt }).collect();
+            let clock = Instant::now();
+            let stats = learner.forward(decoder, kernels, &packed, 1.0);
+            forward += clock.elapsed().as_secs_f64();
+            let range = i * per_pass * new..i * per_pass * new + stats.len();
+            let log_prob: Vec<f32> = stats.iter().map(|s| s.log_prob).collect();
+            assert_eq!(log_prob, old[range.clone()], "rollout and training agree");
+            let scope = 0..stats.len();
+            let batch = TokenBatch {
+                log_prob: &log_prob,
+                old_log_prob: &old[range.clone()],
+                advantage: &advantages[range.clone()],
+                mask: &mask[range.clone()],
+                weight: &weight[range],
+                scopes: std::slice::from_ref(&scope),
+            };
+            let key = ChoiceKey { seed: 0, step: run, update: i as u64 };
+            let loss = config.algorithm.policy_loss().evaluate(&batch, key).expect("it is finite");
+            let dlogp: Vec<f32> = loss.dlogp.iter().map(|d| *d as f32).collect();
+            let gradient =
+                LossGradient { stats: &stats, inv_temperature: 1.0, dlogp: &dlogp, dentropy: None };
+            let clock = Instant::now();
+            learner.backward(decoder, kernels, &gradient, &mut grads);
+            backward += clock.elapsed().as_secs_f64();
+        }
+        let clock = Instant::now();
+        let grad_scale = clip_scale(global_norm(kernels, &grads), 1.0);
+        let settings = AdamW {
+            lr: 1e-6,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.0,
+            step: 0,
+            grad_scale,
+        };
+        optimizer.apply(decoder, kernels, &grads, &settings);
+        let optimized = clock.elapsed().as_secs_f64();
+        drop(update);
+        let all = begin.elapsed().as_secs_f64();
+        let tokens: usize = sequences.iter().map(Vec::len).sum();
+        let limit = limits.generation(count * group, count, prompt, new)
+            + 6.0 * limits.params * tokens as f64 / limits.flops;
+        println!(
+            "GRPO step {count} x {group}, {prompt} + {new} tokens: {all:.2} s (generate {generated:.2}, forward {forward:.2}, backward {backward:.2}, optimizer {optimized:.2}), {:.0} % of the limit {limit:.2} s",
+            100.0 * limit / all
+        );
+    }
+}
