@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
+use engine::decoder::{Keep, Tape};
 use engine::{Engine, MemoryPlan, ModelSource};
-use trainer::{Interrupt, Progress, Resume, RlConfig, run_rl};
+use trainer::{Interrupt, Optimizer, Progress, Resume, RlConfig, run_rl};
 
 use crate::args_run::{RlArgs, RunArgs};
 use crate::device::DeviceArg;
@@ -47,9 +48,10 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
     let text = file.map(|file| file.text.as_str());
     let config = RlConfig::resolve(args.method.as_deref(), text, &request.overrides)
         .map_err(|error| in_file(error, file))?;
-    let engine = engine::EngineConfig { seed: config.trainer.seed, ..request.engine };
+    let engine = sized(&request.engine, &config);
     if request.mode == Mode::DryRun {
-        return dry_run(&config.to_toml(), &config.model.path, &engine);
+        let tokens = config.trainer.max_tokens_per_microbatch;
+        return dry_run(&config.to_toml(), &config.model.path, &engine, tokens);
     }
     match (&args.device, &resume) {
         (DeviceArg::Cpu, _) => train(&config, &engine, &resume, terminal),
@@ -57,6 +59,18 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
             Err(Failure::usage(format!("--device {name} cannot go on from a checkpoint")))
         }
         (DeviceArg::Candle(name), _) => candle::rl(name, &config, &engine, terminal),
+    }
+}
+
+/// The engine for a run: with its seed, and no more memory for keys and values than it can use.
+fn sized(engine: &engine::EngineConfig, config: &RlConfig) -> engine::EngineConfig {
+    let sequences = config.data.train_batch_size.saturating_mul(config.rollout.n);
+    let longest = config.data.max_prompt_length.saturating_add(config.data.max_response_length);
+    engine::EngineConfig {
+        seed: config.trainer.seed,
+        max_num_seqs: engine.max_num_seqs.min(sequences),
+        useful_model_len: Some(longest),
+        ..engine.clone()
     }
 }
 
@@ -128,12 +142,33 @@ fn train(
     }
 }
 
-/// Prints the resolved configuration and what the model will take.
-pub(crate) fn dry_run(config: &str, model: &str, engine: &engine::EngineConfig) -> Result<()> {
-    let plan = MemoryPlan::new(model::open(model)?.config(), engine)?;
-    let plan = plan.to_string();
-    let plan: Vec<String> = plan.lines().map(|line| format!("# {line}")).collect();
-    output::print(&format!("{}\n\n# memory of the engine\n{}", config.trim_end(), plan.join("\n")))
+/// Prints the resolved configuration and what the model and its training will take.
+pub(crate) fn dry_run(
+    config: &str,
+    model: &str,
+    engine: &engine::EngineConfig,
+    tokens: usize,
+) -> Result<()> {
+    let source = model::open(model)?;
+    let model = source.config();
+    let plan = MemoryPlan::new(model, engine)?;
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let optimizer = Optimizer::bytes(model.parameters());
+    let tape = Tape::bytes(model, Keep::AllLayers, tokens);
+    let mut lines: Vec<String> = plan.to_string().lines().map(|line| format!("# {line}")).collect();
+    lines.push("# memory of training".to_owned());
+    lines.push(format!(
+        "# optimizer    {:>10.1} MiB  f32 masters, two moments, gradients",
+        mib(optimizer)
+    ));
+    lines.push(format!("# activations  {:>10.1} MiB  {tokens} tokens a pass", mib(tape)));
+    let all = plan.total_bytes() + optimizer + tape;
+    lines.push(format!("# all together {:>10.1} MiB", mib(all)));
+    output::print(&format!(
+        "{}\n\n# memory of the engine\n{}",
+        config.trim_end(),
+        lines.join("\n")
+    ))
 }
 
 /// A refusal of the configuration, with the file it may stand in.

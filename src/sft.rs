@@ -31,7 +31,8 @@ fn train(request: &RunRequest, terminal: &Terminal) -> Result<()> {
     let config = SftConfig::resolve(file.map(|file| file.text.as_str()), &request.overrides)
         .map_err(|error| in_file(error, file))?;
     if request.mode == Mode::DryRun {
-        return dry_run(&config.to_toml(), &config.model.path, &request.engine);
+        let tokens = config.trainer.max_tokens_per_microbatch;
+        return dry_run(&config.to_toml(), &config.model.path, &request.engine, tokens);
     }
     let signals = Signals::listen()?;
     let source = match config.model.config_json.as_str() {

@@ -10,6 +10,9 @@ use crate::error::{Error, Result};
 pub struct EngineConfig {
     /// Longest sequence, prompt and output together, in tokens; `None` for the model's own, up to 8192.
     pub max_model_len: Option<usize>,
+    /// Length that callers will not go beyond, in tokens, where `max_model_len` does not ask for more:
+    /// saves memory without being a promise that the model can do it.
+    pub useful_model_len: Option<usize>,
     /// Sequences that run at once; 1 to 65,536.
     pub max_num_seqs: usize,
     /// Rows of one step, in tokens; 1 to 1,048,576.
@@ -34,6 +37,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             max_model_len: None,
+            useful_model_len: None,
             max_num_seqs: 256,
             max_num_batched_tokens: 2048,
             block_size: 16,
