@@ -58,8 +58,17 @@ fn main() {
         bytes: number(2, 37.0) * 1e9,
         params: source.config().parameters() as f64,
     };
-    println!("{model}: {} kernels, {} threads", engine.kernels().level(), engine.kernels().pool().threads());
-    println!("limits: {:.0} GFLOP/s, {:.0} GB/s, {:.0} M weights", limits.flops / 1e9, limits.bytes / 1e9, limits.params / 1e6);
+    println!(
+        "{model}: {} kernels, {} threads",
+        engine.kernels().level(),
+        engine.kernels().pool().threads()
+    );
+    println!(
+        "limits: {:.0} GFLOP/s, {:.0} GB/s, {:.0} M weights",
+        limits.flops / 1e9,
+        limits.bytes / 1e9,
+        limits.params / 1e6
+    );
     for (sequences, prompt, new) in [(1, 128, 64), (8, 128, 64), (32, 128, 64), (64, 128, 64)] {
         throughput(&mut engine, &limits, (sequences, 1), (prompt, new));
     }
@@ -70,7 +79,8 @@ fn main() {
 
 fn prompts(engine: &Engine, count: usize, len: usize, key: u64) -> Vec<Vec<u32>> {
     let vocab = engine.model().vocab_size as u64;
-    let token = |i: usize, j: usize| (engine::random::hash(&[key, i as u64, j as u64]) % vocab) as u32;
+    let token =
+        |i: usize, j: usize| (engine::random::hash(&[key, i as u64, j as u64]) % vocab) as u32;
     (0..count).map(|i| (0..len).map(|j| token(i, j)).collect()).collect()
 }
 

@@ -38,6 +38,7 @@ pub(crate) fn engine_config(common: &CommonArgs, args: &EngineArgs) -> Result<En
     let size = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
     Ok(EngineConfig {
         max_model_len: args.max_model_len.map(size),
+        useful_model_len: None,
         max_num_seqs: args.max_num_seqs.unwrap_or(defaults.max_num_seqs),
         max_num_batched_tokens: args
             .max_num_batched_tokens

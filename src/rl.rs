@@ -164,11 +164,7 @@ pub(crate) fn dry_run(
     lines.push(format!("# activations  {:>10.1} MiB  {tokens} tokens a pass", mib(tape)));
     let all = plan.total_bytes() + optimizer + tape;
     lines.push(format!("# all together {:>10.1} MiB", mib(all)));
-    output::print(&format!(
-        "{}\n\n# memory of the engine\n{}",
-        config.trim_end(),
-        lines.join("\n")
-    ))
+    output::print(&format!("{}\n\n# memory of the engine\n{}", config.trim_end(), lines.join("\n")))
 }
 
 /// A refusal of the configuration, with the file it may stand in.

@@ -197,6 +197,7 @@ impl Config {
         let set = |value: u32| (value != 0).then_some(value as usize);
         Ok(EngineConfig {
             max_model_len: set(self.max_model_len),
+            useful_model_len: None,
             max_num_seqs: self.max_num_seqs as usize,
             max_num_batched_tokens: self.max_num_batched_tokens as usize,
             block_size: self.block_size as usize,

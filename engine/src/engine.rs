@@ -12,13 +12,13 @@ use scheduler::{NewSequence, PrefixCache, Scheduler, SeqId, Slice, WeightsVersio
 use crate::config::EngineConfig;
 use crate::decoder::{Decoder, Weights};
 use crate::error::{Error, Result};
+use crate::load::load_text;
 use crate::memory::{LOGIT_ROWS, MemoryPlan};
 use crate::model::{GenerationDefaults, ModelConfig, ModelSource};
 use crate::random;
 use crate::request::{
     Event, FinishReason, Request, RequestId, SamplingParams, Token, token_in_vocabulary,
 };
-use crate::load::load_text;
 use crate::runner::Runner;
 use crate::sampler::{self, RowContext};
 use crate::sequence::Sample;
@@ -367,9 +367,8 @@ impl Engine {
                 logprob: changed[i].unwrap_or(scaled[i].log_prob),
                 raw_logprob: raw[i].log_prob,
                 entropy: scaled[i].entropy,
-                top: top.map_or_else(Vec::new, |k| {
-                    sampler::top_logprobs(row, raw[i].log_sum_exp, k)
-                }),
+                top: top
+                    .map_or_else(Vec::new, |k| sampler::top_logprobs(row, raw[i].log_sum_exp, k)),
             })
         };
         (0..rows.len()).map(drawn).collect()
@@ -487,7 +486,9 @@ impl Engine {
         for tokens in sequences {
             let len = tokens.len();
             if len == 0 || len > limit {
-                return Err(Error::request(format!("text has {len} tokens, limit is 1 to {limit}")));
+                return Err(Error::request(format!(
+                    "text has {len} tokens, limit is 1 to {limit}"
+                )));
             }
             tokens.iter().try_for_each(|t| token_in_vocabulary("text", *t, vocab_size))?;
         }

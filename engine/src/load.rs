@@ -25,7 +25,9 @@ fn load_tokenizer(source: &ModelSource) -> Result<Option<Tokenizer>> {
     let Some(json) = source.tokenizer_json()? else { return Ok(None) };
     let tokenizer = Tokenizer::from_json_bytes(json.as_bytes())?;
     Ok(Some(match source.tokenizer_config_json()? {
-        Some(config) => tokenizer.with_config(TokenizerConfig::from_json_bytes(config.as_bytes())?)?,
+        Some(config) => {
+            tokenizer.with_config(TokenizerConfig::from_json_bytes(config.as_bytes())?)?
+        }
         None => tokenizer,
     }))
 }

@@ -52,12 +52,10 @@ impl MemoryPlan {
             model.kv_heads,
             model.head_dim,
         ) as u64;
-        let wanted_len = config
-            .max_model_len
-            .unwrap_or_else(|| {
-                let useful = config.useful_model_len.unwrap_or(DEFAULT_MAX_MODEL_LEN);
-                model.max_context().min(useful.max(1))
-            });
+        let wanted_len = config.max_model_len.unwrap_or_else(|| {
+            let useful = config.useful_model_len.unwrap_or(DEFAULT_MAX_MODEL_LEN);
+            model.max_context().min(useful.max(1))
+        });
         if wanted_len == 0 || wanted_len > model.max_context() {
             return Err(Error::config(format!(
                 "max_model_len is {wanted_len}, limit is 1 to the model's {}",

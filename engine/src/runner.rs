@@ -84,7 +84,12 @@ impl Runner {
     }
 
     /// Statistics of the next token of these rows of the last pass, with `targets` as next tokens.
-    pub(crate) fn head_stats(&mut self, rows: &[usize], targets: &[u32], inv_temperature: f32) -> Vec<TokenStats> {
+    pub(crate) fn head_stats(
+        &mut self,
+        rows: &[usize],
+        targets: &[u32],
+        inv_temperature: f32,
+    ) -> Vec<TokenStats> {
         self.decoder.head_input(&self.kernels, &self.tape, rows, &mut self.head);
         let mut stats = vec![TokenStats::default(); rows.len()];
         let (input, head) = (&self.head.operand, self.decoder.weights.head());

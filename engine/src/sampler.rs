@@ -223,7 +223,11 @@ mod tests {
         let frequency = SamplingParams { frequency_penalty: 0.3, ..greedy.clone() };
         assert_eq!(drawn(&logits, &frequency, 0.0).token, 0, "token 1 was generated twice");
         let repetition = SamplingParams { repetition_penalty: 2.0, ..greedy.clone() };
-        assert_eq!(drawn(&logits, &repetition, 0.0).token, 2, "0 is in the prompt, 1 in the output");
+        assert_eq!(
+            drawn(&logits, &repetition, 0.0).token,
+            2,
+            "0 is in the prompt, 1 in the output"
+        );
         let bias = SamplingParams { logit_bias: vec![(2, 5.0)], ..greedy };
         assert_eq!(drawn(&logits, &bias, 0.0).token, 2);
     }

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use crate::error::Result;
 use crate::request::{
     EosRule, FinishReason, Finished, Request, RequestId, SamplingParams, StopReason, StopText,
 };
-use crate::error::Result;
 use crate::text::{Detokenizer, SkipSpecial, StopMatcher, StopScan, Tokenizer};
 
 /// Prompt tokens that a detokenizer is shown, so that it knows what the answer joins on to.

@@ -114,7 +114,9 @@ impl Service {
     pub fn submit(&self, request: Request, sink: Sink) -> Result<RequestId> {
         let (reply, answer) = bounded(1);
         let gone = |_| Error::internal("the engine has stopped");
-        self.commands.send(Command::Submit { request: Box::new(request), sink, reply }).map_err(|_| gone(()))?;
+        self.commands
+            .send(Command::Submit { request: Box::new(request), sink, reply })
+            .map_err(|_| gone(()))?;
         answer.recv().map_err(|_| gone(()))?
     }
 

@@ -7,9 +7,7 @@
 
 use std::ops::Range;
 
-use engine::decoder::{
-    Batch, Decoder, Gradients, HeadGradient, HeadInput, Keep, KvLayers, Tape,
-};
+use engine::decoder::{Batch, Decoder, Gradients, HeadGradient, HeadInput, Keep, KvLayers, Tape};
 use kernels::{AttnSeq, Dtype, HeadScratch, Kernels, KvCache, TokenStats};
 
 /// Tokens of a block of the packed pass's KV memory.

@@ -56,8 +56,7 @@ impl Optimizer {
         let settings = AdamW { step: self.step, ..*settings };
         let dtype = decoder.weights.dtype();
         for (i, mut param) in decoder.weights.params_mut().enumerate() {
-            let (master, m, v) =
-                (&mut self.masters[i], &mut self.first[i], &mut self.second[i]);
+            let (master, m, v) = (&mut self.masters[i], &mut self.first[i], &mut self.second[i]);
             kernels.adamw(&settings, master, m, v, &grads.sums()[i]);
             param.write(kernels, dtype, master);
         }

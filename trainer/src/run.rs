@@ -24,7 +24,8 @@ use crate::trainer::{Trainer, Validation};
 pub enum Resume {
     /// At the newest whole checkpoint of the output folder, if there is one.
     Auto,
-    /// Anew; older files of the output folder are replaced.
+    /// Anew. What an older run left in the output folder is replaced as this one gets there; until its
+    /// first checkpoint, [`Resume::Auto`] would still go on from the older run's.
     Never,
     /// At this checkpoint.
     From(PathBuf),
@@ -110,7 +111,10 @@ fn starting_point(
             let found = store.find_latest()?;
             found.skipped.into_iter().for_each(|line| tell(Progress::Note(line)));
             Ok(found.checkpoint.map(|Checkpoint { path, step }| {
-                tell(Progress::Note(format!("going on after step {step}, from {}", path.display())));
+                tell(Progress::Note(format!(
+                    "going on after step {step}, from {}",
+                    path.display()
+                )));
                 path
             }))
         }
@@ -127,7 +131,11 @@ struct Run {
 }
 
 impl Run {
-    fn steps(&mut self, stop: &dyn Fn() -> bool, tell: &mut dyn FnMut(Progress)) -> Result<Interrupt> {
+    fn steps(
+        &mut self,
+        stop: &dyn Fn() -> bool,
+        tell: &mut dyn FnMut(Progress),
+    ) -> Result<Interrupt> {
         let settings = self.trainer.config.trainer.clone();
         if self.trainer.steps() == 0 && settings.val_before_train {
             let mut metrics = Metrics::new();
@@ -160,7 +168,11 @@ impl Run {
                 return Ok(Interrupt::Resumable(path));
             }
         }
-        let title = format!("{} on {}", self.trainer.config.algorithm.method.name(), self.trainer.config.model.path);
+        let title = format!(
+            "{} on {}",
+            self.trainer.config.algorithm.method.name(),
+            self.trainer.config.model.path
+        );
         let report = write_report(&self.output, &title)?;
         let checkpoint = match saved {
             Some(path) => path,
@@ -222,7 +234,9 @@ impl Trainer {
     pub(crate) fn restore(&mut self, checkpoint: &Path) -> Result<()> {
         let state = TrainState::read(checkpoint)?;
         let differs = |what: &str, then: &str, now: &str| {
-            Error::checkpoint(format!("{what} was {then} when the checkpoint was written, is {now}"))
+            Error::checkpoint(format!(
+                "{what} was {then} when the checkpoint was written, is {now}"
+            ))
         };
         if state.data_hash != self.rows.hash {
             return Err(differs("the training data's digest", &state.data_hash, &self.rows.hash));

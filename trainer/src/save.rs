@@ -32,7 +32,8 @@ impl ModelFiles {
     /// When the configuration cannot be said in `config.json`.
     pub fn new(engine: &Engine) -> Result<Self> {
         let config = engine.model();
-        let mut files = vec![("config.json", config.to_hf_json(engine.dtype()).map_err(Error::engine)?)];
+        let mut files =
+            vec![("config.json", config.to_hf_json(engine.dtype()).map_err(Error::engine)?)];
         let mut generation = serde_json::Map::new();
         generation.insert("eos_token_id".to_owned(), json!(engine.eos()));
         for (name, id) in [("bos_token_id", config.bos), ("pad_token_id", config.pad)] {
@@ -85,7 +86,8 @@ pub(crate) fn save_optimizer(dir: &Path, optimizer: &Optimizer) -> Result<()> {
         ("first.", &optimizer.first),
         ("second.", &optimizer.second),
     ];
-    let all: Vec<TensorSpec> = parts.iter().flat_map(|(prefix, _)| tensors(specs, prefix)).collect();
+    let all: Vec<TensorSpec> =
+        parts.iter().flat_map(|(prefix, _)| tensors(specs, prefix)).collect();
     let mut writer = Writer::create(&path, &all, Dtype::F32).map_err(Error::engine)?;
     for (_, values) in parts {
         append(&mut writer, specs, values)?;
@@ -111,9 +113,13 @@ pub(crate) fn load_optimizer(dir: &Path, optimizer: &mut Optimizer) -> Result<()
                 ParamShape::Matrix => spec.cols,
                 ParamShape::Vector => 1,
             };
-            for ((name, range), tensor) in spec.tensors.iter().zip(tensors(std::slice::from_ref(spec), prefix)) {
+            for ((name, range), tensor) in
+                spec.tensors.iter().zip(tensors(std::slice::from_ref(spec), prefix))
+            {
                 if file.shape(&tensor.name) != Some(&tensor.shape[..]) {
-                    return Err(Error::checkpoint(format!("{OPTIMIZER} does not fit tensor {name}")));
+                    return Err(Error::checkpoint(format!(
+                        "{OPTIMIZER} does not fit tensor {name}"
+                    )));
                 }
                 let rows = if tensor.shape.len() == 1 { 0..1 } else { 0..range.len() };
                 let out = &mut values[range.start * width..range.end * width];
@@ -135,7 +141,9 @@ fn tensors(specs: &[ParamSpec], prefix: &str) -> Vec<TensorSpec> {
     };
     specs
         .iter()
-        .flat_map(|spec| spec.tensors.iter().map(move |(name, range)| tensor(spec, name, range.len())))
+        .flat_map(|spec| {
+            spec.tensors.iter().map(move |(name, range)| tensor(spec, name, range.len()))
+        })
         .collect()
 }
 

@@ -155,7 +155,11 @@ impl<'a> Sft<'a> {
         let eos = *engine.eos().first().ok_or_else(|| {
             Error::engine(engine::Error::model("the model has no end-of-text token"))
         })?;
-        let rows = load(&d.train_files, &Arith { seed: d.seed, split: Split::Train }, (TASKS[0], d.stutter))?;
+        let rows = load(
+            &d.train_files,
+            &Arith { seed: d.seed, split: Split::Train },
+            (TASKS[0], d.stutter),
+        )?;
         let val = load(&d.val_files, &Arith { seed: 0, split: Split::Test }, (TASKS[1], 0.0))?;
         let visit = if d.shuffle { Visit::Shuffled(d.seed) } else { Visit::InOrder };
         let sampler = Sampler::new(rows.len(), visit, Cursor::default());
@@ -170,7 +174,8 @@ impl<'a> Sft<'a> {
         let prompt_len = tokens.len();
         tokens.extend(self.encoder.encode_completion(&row.completion)?);
         tokens.push(self.eos);
-        let (len, limit) = (tokens.len(), self.config.data.max_length.min(self.engine.max_model_len()));
+        let (len, limit) =
+            (tokens.len(), self.config.data.max_length.min(self.engine.max_model_len()));
         match len <= limit {
             true => Ok(Pair { tokens, prompt_len }),
             false => Err(Error::config(format!(

@@ -165,7 +165,8 @@ impl Trainer {
         let mut judge = |episode: &Episode| {
             let begin = Instant::now();
             let row: &Row = &data[rows[episode.prompt]];
-            let verifier = rules.verifier(row.data_source.as_deref()).expect("checked at the start");
+            let verifier =
+                rules.verifier(row.data_source.as_deref()).expect("checked at the start");
             let place = episode.prompt * settings.samples + episode.sample;
             verdicts[place] = verifier.judge(&episode.text, &row.ground_truth);
             judging += begin.elapsed().as_secs_f64();
@@ -246,12 +247,8 @@ impl Trainer {
     /// As [`Trainer::step`].
     pub fn validate(&mut self, rows: &[Row]) -> Result<Validation> {
         let prompts = self.encode(rows.iter())?;
-        let settings = RolloutSettings {
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: None,
-            ..self.settings(1)
-        };
+        let settings =
+            RolloutSettings { temperature: 0.0, top_p: 1.0, top_k: None, ..self.settings(1) };
         let mut sum = Validation { reward: 0.0, accuracy: 0.0, rows: rows.len() };
         let rules = self.rewards;
         let mut failed = None;

@@ -209,7 +209,8 @@ impl Micro {
             .into_iter()
             .map(|members| {
                 let sequences = members[0]..members[members.len() - 1] + 1;
-                let tokens = mini.sequences[sequences.clone()].iter().map(Packed::targets).sum::<usize>();
+                let tokens =
+                    mini.sequences[sequences.clone()].iter().map(Packed::targets).sum::<usize>();
                 let start = end;
                 end += tokens;
                 Self { sequences, tokens: start..end }

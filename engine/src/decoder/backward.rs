@@ -6,8 +6,8 @@
 use std::ops::Range;
 
 use kernels::{
-    AttnBackward, AttnScratch, HeadBackward, HeadScratch, Kernels, Operand, RmsNormBackward, Scratch, TokenStats,
-    Write,
+    AttnBackward, AttnScratch, HeadBackward, HeadScratch, Kernels, Operand, RmsNormBackward,
+    Scratch, TokenStats, Write,
 };
 
 use super::forward::{Decoder, HeadInput};
@@ -169,7 +169,8 @@ impl Decoder {
         grads: &mut Gradients,
     ) {
         let hidden = self.config.hidden_size;
-        let (norm_index, last) = (1 + self.config.layers * layer_params(&self.config), grads.sums.len() - 1);
+        let (norm_index, last) =
+            (1 + self.config.layers * layer_params(&self.config), grads.sums.len() - 1);
         let head_index = if self.config.tied_embeddings { 0 } else { last };
         let mut dh = vec![0.0; head.input.gathered.len()];
         kernels.head_backward(
@@ -285,8 +286,18 @@ impl Decoder {
         kernels.rope_backward(&mut b.dk, self.config.kv_heads, positions, &self.rope);
         if let (Some((q_norm, k_norm)), Some(at)) = (&weights.qk_norm, index.qk_norm) {
             let [dq_norm, dk_norm] = &mut sums[at..at + 2] else { unreachable!("two norms") };
-            self.head_norm_backward(kernels, (&layer.q_in, q_norm), (&mut b.dq, dq_norm), &mut b.d_in);
-            self.head_norm_backward(kernels, (&layer.k_in, k_norm), (&mut b.dk, dk_norm), &mut b.d_in);
+            self.head_norm_backward(
+                kernels,
+                (&layer.q_in, q_norm),
+                (&mut b.dq, dq_norm),
+                &mut b.d_in,
+            );
+            self.head_norm_backward(
+                kernels,
+                (&layer.k_in, k_norm),
+                (&mut b.dk, dk_norm),
+                &mut b.d_in,
+            );
         }
         self.qkv_backward(kernels, (weights, layer), (index, dx), grads);
     }

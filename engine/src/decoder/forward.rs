@@ -7,7 +7,7 @@
 //! logits = W_head rms_norm(x)
 //! ```
 
-use kernels::{AttnSeq, Attention, Dtype, Kernels, KvCache, Operand, RopeTable, Write};
+use kernels::{Attention, AttnSeq, Dtype, Kernels, KvCache, Operand, RopeTable, Write};
 
 use super::tape::{Keep, LayerTape, Tape};
 use super::weights::{LayerWeights, Weights};

@@ -6,9 +6,9 @@
 //! tokenizer. Reading takes `&self` and keeps no cursor, so threads may read different rows at once.
 
 use crate::error::{Error, Result};
-use crate::model::rope::RopeConfig;
 use crate::model::config::{GenerationDefaults, ModelConfig, TensorSpec};
 use crate::model::gguf::Gguf;
+use crate::model::rope::RopeConfig;
 use crate::model::safetensors::SafeTensors;
 use crate::model::{config_gguf, config_hf};
 use std::borrow::Cow;
