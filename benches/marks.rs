@@ -7,7 +7,8 @@
 //!
 //! The two limits are what `cargo run --release -p kernels --example gemm_bench` measures. The limit of
 //! a phase is, step by step, the longer of reading the weights once and of the multiplications;
-//! attention and everything else count as nothing. Prompts are random tokens and end-of-text is
+//! attention and everything else count as nothing, and the head counts for every row, though a prefill
+//! needs it for its last only. Prompts are random tokens and end-of-text is
 //! ignored, so lengths are exact. Leaves out text, rewards and files.
 
 use std::path::Path;
@@ -16,7 +17,6 @@ use std::time::Instant;
 use engine::decoder::{Gradients, Keep};
 use engine::{Engine, EngineConfig, EosRule, ModelSource};
 use kernels::AdamW;
-use trainer::agg::{AggMode, weights};
 use trainer::config::RlConfig;
 use trainer::loss::{ChoiceKey, TokenBatch};
 use trainer::rollout::{Episode, RolloutSettings, generate};
@@ -134,12 +134,14 @@ fn grpo_step(
     (count, group): (usize, usize),
     (prompt, new): (usize, usize),
 ) {
-    let config = RlConfig::resolve(Some("grpo"), None, &[]).expect("the preset resolves");
     let mut update = engine.begin_update().expect("the engine is idle");
-    let mut optimizer = Optimizer::new(update.decoder().0);
+    let (decoder, _) = update.decoder();
+    let mut state = State {
+        optimizer: Optimizer::new(decoder),
+        learner: Learner::new(decoder, Keep::AllLayers),
+        grads: Gradients::new(&decoder.config, decoder.weights.dtype()),
+    };
     drop(update);
-    let mut learner = Learner::new(engine.decoder(), Keep::AllLayers);
-    let mut grads = Gradients::new(engine.model(), engine.dtype());
     for run in 0..3 {
         let begin = Instant::now();
         let prompts = prompts(engine, count, prompt, 200 + run);
@@ -147,49 +149,57 @@ fn grpo_step(
         let generated = begin.elapsed().as_secs_f64();
         let sequences: Vec<Vec<u32>> =
             episodes.iter().map(|e| [&prompts[e.prompt][..], &e.tokens].concat()).collect();
-        let lengths: Vec<usize> = episodes.iter().map(|e| e.tokens.len()).collect();
-        let old: Vec<f32> = episodes.iter().flat_map(|e| e.logprobs.clone()).collect();
-        // A made-up reward: every other response is right.
-        let advantages: Vec<f32> = episodes
-            .iter()
-            .flat_map(|e| vec![if e.sample % 2 == 0 { 1.0 } else { -1.0 }; e.tokens.len()])
-            .collect();
-        let mask = vec![true; old.len()];
-        let weight = weights(AggMode::TokenMean, &lengths, &mask, 1.0);
+        let [forward, backward, optimized] = state.learn(engine, &episodes, &sequences);
+        let all = begin.elapsed().as_secs_f64();
+        let tokens: usize = sequences.iter().map(Vec::len).sum();
+        let limit = limits.generation(count * group, count, prompt, new)
+            + 6.0 * limits.params * tokens as f64 / limits.flops;
+        println!(
+            "GRPO step {count} x {group}, {prompt} + {new} tokens: {all:.2} s (generate {generated:.2}, \
+             forward {forward:.2}, backward {backward:.2}, optimizer {optimized:.2}), \
+             {:.0} % of the limit {limit:.2} s",
+            100.0 * limit / all
+        );
+    }
+}
+
+struct State {
+    optimizer: Optimizer,
+    learner: Learner,
+    grads: Gradients,
+}
+
+impl State {
+    /// One update; seconds of forward, backward and optimizer.
+    fn learn(
+        &mut self,
+        engine: &mut Engine,
+        episodes: &[Episode],
+        sequences: &[Vec<u32>],
+    ) -> [f64; 3] {
+        let (len, new) = (sequences[0].len(), episodes[0].tokens.len());
+        let tokens = episodes.len() * new;
+        let (mut forward, mut backward) = (0.0, 0.0);
         let mut update = engine.begin_update().expect("the engine is idle");
         let (decoder, kernels) = update.decoder();
-        let (mut forward, mut backward) = (0.0, 0.0);
-        grads.clear();
-        let per_pass = MICRO_BATCH_TOKENS / (prompt + new);
-        for (i, part) in sequences.chunks(per_pass).enumerate() {
+        self.grads.clear();
+        let per_pass = MICRO_BATCH_TOKENS / len;
+        for (episodes, sequences) in episodes.chunks(per_pass).zip(sequences.chunks(per_pass)) {
             let packed: Vec<Packed<'_>> =
-                part.iter().map(|tokens| Packed { tokens, prompt_len: prompt }).collect();
+                sequences.iter().map(|tokens| Packed { tokens, prompt_len: len - new }).collect();
             let clock = Instant::now();
-            let stats = learner.forward(decoder, kernels, &packed, 1.0);
+            let stats = self.learner.forward(decoder, kernels, &packed, 1.0);
             forward += clock.elapsed().as_secs_f64();
-            let range = i * per_pass * new..i * per_pass * new + stats.len();
-            let log_prob: Vec<f32> = stats.iter().map(|s| s.log_prob).collect();
-            assert_eq!(log_prob, old[range.clone()], "rollout and training agree");
-            let scope = 0..stats.len();
-            let batch = TokenBatch {
-                log_prob: &log_prob,
-                old_log_prob: &old[range.clone()],
-                advantage: &advantages[range.clone()],
-                mask: &mask[range.clone()],
-                weight: &weight[range],
-                scopes: std::slice::from_ref(&scope),
-            };
-            let key = ChoiceKey { seed: 0, step: run, update: i as u64 };
-            let loss = config.algorithm.policy_loss().evaluate(&batch, key).expect("it is finite");
-            let dlogp: Vec<f32> = loss.dlogp.iter().map(|d| *d as f32).collect();
+            let new: Vec<f32> = stats.iter().map(|s| s.log_prob).collect();
+            let dlogp = derivatives(episodes, &new, tokens);
             let gradient =
                 LossGradient { stats: &stats, inv_temperature: 1.0, dlogp: &dlogp, dentropy: None };
             let clock = Instant::now();
-            learner.backward(decoder, kernels, &gradient, &mut grads);
+            self.learner.backward(decoder, kernels, &gradient, &mut self.grads);
             backward += clock.elapsed().as_secs_f64();
         }
         let clock = Instant::now();
-        let grad_scale = clip_scale(global_norm(kernels, &grads), 1.0);
+        let grad_scale = clip_scale(global_norm(kernels, &self.grads), 1.0);
         let settings = AdamW {
             lr: 1e-6,
             beta1: 0.9,
@@ -199,16 +209,30 @@ fn grpo_step(
             step: 0,
             grad_scale,
         };
-        optimizer.apply(decoder, kernels, &grads, &settings);
-        let optimized = clock.elapsed().as_secs_f64();
-        drop(update);
-        let all = begin.elapsed().as_secs_f64();
-        let tokens: usize = sequences.iter().map(Vec::len).sum();
-        let limit = limits.generation(count * group, count, prompt, new)
-            + 6.0 * limits.params * tokens as f64 / limits.flops;
-        println!(
-            "GRPO step {count} x {group}, {prompt} + {new} tokens: {all:.2} s (generate {generated:.2}, forward {forward:.2}, backward {backward:.2}, optimizer {optimized:.2}), {:.0} % of the limit {limit:.2} s",
-            100.0 * limit / all
-        );
+        self.optimizer.apply(decoder, kernels, &self.grads, &settings);
+        [forward, backward, clock.elapsed().as_secs_f64()]
     }
+}
+
+/// Derivatives of the GRPO loss by log-probabilities `new` of a pass, as a mean over `tokens` tokens;
+/// every other response counts as right.
+fn derivatives(episodes: &[Episode], new: &[f32], tokens: usize) -> Vec<f32> {
+    let old: Vec<f32> = episodes.iter().flat_map(|e| e.logprobs.clone()).collect();
+    assert_eq!(new, old, "rollout and training agree");
+    let advantage =
+        |e: &Episode| vec![if e.sample.is_multiple_of(2) { 1.0 } else { -1.0 }; e.tokens.len()];
+    let advantages: Vec<f32> = episodes.iter().flat_map(advantage).collect();
+    let scope = 0..new.len();
+    let batch = TokenBatch {
+        log_prob: new,
+        old_log_prob: &old,
+        advantage: &advantages,
+        mask: &vec![true; new.len()],
+        weight: &vec![1.0 / tokens as f64; new.len()],
+        scopes: std::slice::from_ref(&scope),
+    };
+    let config = RlConfig::resolve(Some("grpo"), None, &[]).expect("the preset resolves");
+    let key = ChoiceKey { seed: 0, step: 0, update: 0 };
+    let loss = config.algorithm.policy_loss().evaluate(&batch, key).expect("it is finite");
+    loss.dlogp.iter().map(|d| *d as f32).collect()
 }
