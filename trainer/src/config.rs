@@ -10,6 +10,7 @@ mod presets;
 mod sft;
 mod validate;
 
+use kernels::AdamW;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -17,6 +18,7 @@ use crate::agg::AggMode;
 use crate::error::Result;
 use crate::kl::KlEstimator;
 use crate::loss::{Clip, ClipCov, ClipRange, KlCov, LOG_RATIO_CLAMP, PolicyLoss};
+use crate::optimizer::clip_scale;
 use crate::schedule::{LrShape, Schedule};
 
 pub use presets::Method;
@@ -368,6 +370,19 @@ impl AlgorithmConfig {
 }
 
 impl OptimizerConfig {
+    /// One step at rate `lr` on gradients of norm `norm`, clipped; the optimizer counts its steps.
+    pub(crate) fn adamw(&self, lr: f64, norm: f64) -> AdamW {
+        AdamW {
+            lr,
+            beta1: self.betas[0],
+            beta2: self.betas[1],
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+            step: 0,
+            grad_scale: clip_scale(norm, self.grad_clip),
+        }
+    }
+
     /// The learning rate over `total_steps` steps.
     pub fn schedule(&self, total_steps: u64) -> Schedule {
         Schedule {

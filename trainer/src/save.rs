@@ -131,7 +131,7 @@ pub(crate) fn load_optimizer(dir: &Path, optimizer: &mut Optimizer) -> Result<()
 }
 
 /// The named tensors of the parameters, in their order.
-fn tensors(specs: &[ParamSpec], prefix: &str) -> Vec<TensorSpec> {
+pub(crate) fn tensors(specs: &[ParamSpec], prefix: &str) -> Vec<TensorSpec> {
     let tensor = |spec: &ParamSpec, name: &str, len: usize| TensorSpec {
         name: format!("{prefix}{name}"),
         shape: match spec.shape {

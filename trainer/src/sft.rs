@@ -5,12 +5,10 @@
 
 use std::path::{Path, PathBuf};
 
-use engine::decoder::{ParamShape, param_specs};
+use engine::decoder::param_specs;
 use engine::model::ModelConfig;
-use engine::model::TensorSpec;
 use engine::model::safetensors::Writer;
 use engine::{Dtype, Engine, EosRule, WeightsUpdate};
-use kernels::AdamW;
 
 use crate::checkpoint::CheckpointStore;
 use crate::config::SftConfig;
@@ -19,12 +17,12 @@ use crate::encode::PromptEncoder;
 use crate::error::{Error, Result};
 use crate::learner::{LossGradient, Packed};
 use crate::metrics::{Metrics, MetricsWriter, name};
-use crate::optimizer::{clip_scale, global_norm};
+use crate::optimizer::global_norm;
 use crate::packing::{Order, pack};
 use crate::random::{Purpose, Stream};
 use crate::rollout::{self, RolloutSettings};
 use crate::run::Progress;
-use crate::save::{ModelFiles, save_model};
+use crate::save::{ModelFiles, save_model, tensors};
 use crate::tasks::{Arith, Split};
 use crate::trainer::Validation;
 use crate::update::UpdateState;
@@ -63,17 +61,7 @@ pub fn initial_weights(
         std::fs::copy(&from, dir.join(file)).map_err(|e| Error::io(&from, e))?;
     }
     let residual = 1.0 / (2.0 * config.layers as f64).sqrt();
-    let specs = param_specs(config);
-    let named = specs.iter().flat_map(|s| s.tensors.iter().map(move |(n, r)| (s, n, r.len())));
-    let tensors: Vec<TensorSpec> = named
-        .map(|(spec, name, len)| TensorSpec {
-            name: name.clone(),
-            shape: match spec.shape {
-                ParamShape::Matrix => vec![len, spec.cols],
-                ParamShape::Vector => vec![len],
-            },
-        })
-        .collect();
+    let tensors = tensors(&param_specs(config), "");
     let mut writer = Writer::create(&dir.join("model.safetensors"), &tensors, Dtype::F32)
         .map_err(Error::engine)?;
     for (index, tensor) in tensors.iter().enumerate() {
@@ -260,16 +248,7 @@ fn learn(
     if !(loss.is_finite() && norm.is_finite()) {
         return Err(Error::numeric(format!("loss is {loss}, norm of its gradient is {norm}")));
     }
-    let o = &config.optimizer;
-    let settings = AdamW {
-        lr,
-        beta1: o.betas[0],
-        beta2: o.betas[1],
-        eps: o.eps,
-        weight_decay: o.weight_decay,
-        step: 0,
-        grad_scale: clip_scale(norm, o.grad_clip),
-    };
+    let settings = config.optimizer.adamw(lr, norm);
     state.optimizer.apply(decoder, kernels, &state.grads, &settings);
     Ok((loss, norm))
 }

@@ -6,14 +6,14 @@
 use std::ops::Range;
 
 use engine::decoder::{Decoder, Gradients, Keep};
-use kernels::{AdamW, Kernels, TokenStats};
+use kernels::{Kernels, TokenStats};
 
 use crate::agg;
 use crate::config::{CovScope, RlConfig};
 use crate::error::{Error, Result};
 use crate::learner::{Learner, LossGradient, Packed};
 use crate::loss::{ChoiceKey, LossOutput, TokenBatch};
-use crate::optimizer::{Optimizer, clip_scale, global_norm};
+use crate::optimizer::{Optimizer, global_norm};
 use crate::packing::{Order, pack};
 
 /// Episodes of one update; per-token values lie one response after the other.
@@ -161,16 +161,7 @@ impl UpdateState {
         if !report.applied {
             return;
         }
-        let o = &config.optimizer;
-        let settings = AdamW {
-            lr,
-            beta1: o.betas[0],
-            beta2: o.betas[1],
-            eps: o.eps,
-            weight_decay: o.weight_decay,
-            step: 0,
-            grad_scale: clip_scale(report.grad_norm, o.grad_clip),
-        };
+        let settings = config.optimizer.adamw(lr, report.grad_norm);
         self.optimizer.apply(decoder, kernels, &self.grads, &settings);
     }
 }
