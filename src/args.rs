@@ -20,7 +20,7 @@ const AFTER: &str = concat!(
     "\n",
     "Every flag can also be set by an environment variable (--max-model-len: ENGINE_MAX_MODEL_LEN) or\n",
     "by a key of the file given with --config (max_model_len = 4096); the command line wins over the\n",
-    "environment, the environment over the file. ENGINE_CPU=reference|portable|avx512|amx forces the\n",
+    "environment, the environment over the file. ENGINE_CPU=reference|portable|avx2|avx512|amx forces the\n",
     "kernels.\n",
     "\n",
     "Exit codes: 0 done, 1 failure while running, 2 usage or configuration, 3 model or data invalid,\n",

@@ -128,20 +128,36 @@ mod peak {
 
     pub(super) fn describe(pool: &ThreadPool) -> String {
         let mut text = Vec::new();
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: the features were found.
+            text.push(format!("{:.0} f32 (AVX2)", rate(pool, 16.0, &|| unsafe { fma_avx2() })));
+        }
         if is_x86_feature_detected!("avx512f") {
             // SAFETY: the feature was found.
-            text.push(format!("{:.0} f32", rate(pool, 32.0, &|| unsafe { fma() })));
+            text.push(format!("{:.0} f32 (AVX-512)", rate(pool, 32.0, &|| unsafe { fma() })));
         }
         if is_x86_feature_detected!("avx512bf16") {
             // SAFETY: the feature was found.
-            text.push(format!("{:.0} bf16", rate(pool, 64.0, &|| unsafe { dot() })));
+            text.push(format!("{:.0} bf16 (AVX-512)", rate(pool, 64.0, &|| unsafe { dot() })));
         }
-        format!("{} GFLOP/s (AVX-512)", text.join(", "))
+        format!("GFLOP/s {}", text.join(", "))
     }
 
     fn rate(pool: &ThreadPool, flops: f64, f: &(dyn Fn() + Sync)) -> f64 {
         let seconds = best(|| pool.run(pool.threads(), &|_| f()));
         1e-9 * (pool.threads() * CHAINS * STEPS) as f64 * flops / seconds
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn fma_avx2() {
+        let x = _mm256_set1_ps(black_box(0.5));
+        for _ in 0..CHAINS / 12 {
+            let mut sums = [x; 12];
+            for _ in 0..STEPS {
+                sums.iter_mut().for_each(|sum| *sum = _mm256_fmadd_ps(x, x, *sum));
+            }
+            black_box(sums);
+        }
     }
 
     #[target_feature(enable = "avx512f")]

@@ -12,6 +12,8 @@ pub enum Level {
     Reference,
     /// Blocked and threaded, but no instruction beyond the baseline processor.
     Portable,
+    /// AVX2 with fused multiply-adds.
+    Avx2,
     /// AVX-512 (F, BW, DQ, VL), with its bf16 dot products where the processor has them.
     Avx512,
     /// AVX-512 plus AMX tiles for bf16 products.
@@ -20,13 +22,15 @@ pub enum Level {
 
 impl Level {
     /// All levels, slowest first.
-    pub const ALL: [Self; 4] = [Self::Reference, Self::Portable, Self::Avx512, Self::Amx];
+    pub const ALL: [Self; 5] =
+        [Self::Reference, Self::Portable, Self::Avx2, Self::Avx512, Self::Amx];
 
     /// The name used by `ENGINE_CPU`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Reference => "reference",
             Self::Portable => "portable",
+            Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Amx => "amx",
         }
@@ -52,6 +56,7 @@ impl Level {
         match self {
             Self::Reference => Some(Isa::Reference),
             Self::Portable => Some(Isa::Portable),
+            Self::Avx2 => Avx2::new().map(Isa::Avx2),
             Self::Avx512 => Avx512::new().map(Isa::Avx512),
             Self::Amx => Amx::new().map(Isa::Amx),
         }
@@ -69,18 +74,43 @@ impl fmt::Display for Level {
 pub(crate) enum Isa {
     Reference,
     Portable,
+    Avx2(Avx2),
     Avx512(Avx512),
     Amx(Amx),
 }
 
 impl Isa {
+    /// AVX2 where it is what the level uses: at the level `avx2` only.
+    pub(crate) fn avx2(self) -> Option<Avx2> {
+        match self {
+            Self::Avx2(token) => Some(token),
+            Self::Reference | Self::Portable | Self::Avx512(_) | Self::Amx(_) => None,
+        }
+    }
+
     /// AVX-512 where it may be used: at the levels `avx512` and `amx`.
     pub(crate) fn avx512(self) -> Option<Avx512> {
         match self {
-            Self::Reference | Self::Portable => None,
+            Self::Reference | Self::Portable | Self::Avx2(_) => None,
             Self::Avx512(token) => Some(token),
             Self::Amx(token) => Some(token.avx512),
         }
+    }
+}
+
+/// Proof that AVX2 and FMA may be used.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    fn new() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let found = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            found.then_some(Self(()))
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        None
     }
 }
 
@@ -94,12 +124,11 @@ impl Avx512 {
     fn new() -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         {
-            let base = is_x86_feature_detected!("avx512f")
+            let base = Avx2::new().is_some()
+                && is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx2")
-                && is_x86_feature_detected!("fma");
+                && is_x86_feature_detected!("avx512vl");
             base.then(|| Self { bf16: is_x86_feature_detected!("avx512bf16") })
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -185,8 +214,11 @@ mod amx {
 /// The names of the processor features that kernels ask for and that were found.
 pub fn features() -> Vec<&'static str> {
     let mut found = Vec::new();
+    if Avx2::new().is_some() {
+        found.extend(["avx2", "fma"]);
+    }
     if let Some(token) = Avx512::new() {
-        found.extend(["avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"]);
+        found.extend(["avx512f", "avx512bw", "avx512dq", "avx512vl"]);
         if token.bf16().is_some() {
             found.push("avx512bf16");
         }

@@ -1,7 +1,7 @@
 //! The numbers: forward and backward of what a decoder, its losses and its optimizer need.
 //!
-//! Every operation works on plain slices and exists as a naive reference, a portable version and an
-//! AVX-512 (or AMX) version, chosen once when [`Kernels`] is made. No models, no candle.
+//! Every operation works on plain slices and exists as a naive reference, a portable version and
+//! versions for AVX2 and AVX-512 (or AMX), chosen once when [`Kernels`] is made. No models, no candle.
 
 mod adamw;
 mod add;

@@ -11,6 +11,7 @@
 //! K' is K rounded up to a multiple of 32; padding rows and columns are zero. A bf16 line is one
 //! operand of `vdpbf16ps` and one row of an AMX tile. Leaves out quantised formats.
 
+use crate::cpu::Isa;
 use crate::gemm::buffer::{Buffer, Line, WORDS};
 use crate::gemm::convert::{element, per_word};
 use crate::gemm::pack;
@@ -102,7 +103,7 @@ impl Matrix {
             let part = (WORDS - row % WORDS).min(end - row);
             let source = &values[(row - first_row) * cols..][..part * cols];
             let block = self.block_mut(row / WORDS);
-            pack::pack_block(None, dtype, source, cols, row % WORDS, block);
+            pack::pack_block(Isa::Portable, dtype, source, cols, row % WORDS, block);
             row += part;
         }
     }
@@ -155,14 +156,14 @@ impl Kernels {
         assert_eq!(values.len(), rows * cols, "values against a matrix of {rows} x {cols}");
         let blocks = rows.div_ceil(WORDS);
         let per_task = (1 << 15) / (cols * WORDS).max(1) + 1;
-        let (simd, lines) = (self.isa.avx512(), w.disjoint());
+        let (isa, lines) = (self.isa, w.disjoint());
         self.pool.run(blocks.div_ceil(per_task), &|task| {
             for block in task * per_task..blocks.min((task + 1) * per_task) {
                 // SAFETY: every block belongs to one task.
                 let target = unsafe { lines.part(block * block_lines, (block + 1) * block_lines) };
                 let end = rows.min((block + 1) * WORDS);
                 let source = &values[block * WORDS * cols..end * cols];
-                pack::pack_block(simd, dtype, source, cols, 0, target);
+                pack::pack_block(isa, dtype, source, cols, 0, target);
             }
         });
     }

@@ -1,4 +1,4 @@
-//! Sixteen f32 lanes, on plain Rust and on AVX-512, behind one trait.
+//! Sixteen f32 lanes, on plain Rust, on AVX2 and on AVX-512, behind one trait.
 //!
 //! A kernel is written once over [`Simd`] and run by [`Isa::vectorize`] with the best lanes of the
 //! chosen level. The value that implements the trait is the proof that its instructions exist, so
@@ -9,6 +9,10 @@
 //! by the Remez exchange for the least relative error (3.1e-9 before rounding) on |r| <= ln 2 / 2.
 
 use crate::cpu::Isa;
+use crate::gemm::convert::{high, low};
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 
 /// Lanes of one vector.
 pub(crate) const LANES: usize = 16;
@@ -29,6 +33,12 @@ pub(crate) trait Simd: Copy + Send + Sync {
 
     fn splat(self, x: f32) -> Self::V;
     fn load(self, x: &[f32; LANES]) -> Self::V;
+    /// The even-indexed (lower) bf16 of sixteen words.
+    fn load_low(self, words: &[u32; LANES]) -> Self::V;
+    /// The odd-indexed (upper) bf16 of sixteen words.
+    fn load_high(self, words: &[u32; LANES]) -> Self::V;
+    /// The sixteen bf16 of eight words, in order.
+    fn load_bf16(self, words: &[u32; LANES / 2]) -> Self::V;
     /// Up to sixteen elements, the missing lanes filled with `fill`.
     fn load_tail(self, x: &[f32], fill: f32) -> Self::V;
     fn store(self, to: &mut [f32; LANES], v: Self::V);
@@ -81,11 +91,15 @@ pub(crate) trait Job {
 }
 
 impl Isa {
-    /// Runs `job` with AVX-512 lanes where this level has them, else with portable ones.
+    /// Runs `job` with the lanes of this level.
     pub(crate) fn vectorize<J: Job>(self, job: J) -> J::Output {
         #[cfg(target_arch = "x86_64")]
         if let Some(token) = self.avx512() {
             return avx512::vectorize(token, job);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(token) = self.avx2() {
+            return avx2::vectorize(token, job);
         }
         job.run(Portable)
     }
@@ -161,6 +175,24 @@ impl Simd for Portable {
     #[inline(always)]
     fn load(self, x: &[f32; LANES]) -> Wide {
         Wide(*x)
+    }
+
+    #[inline(always)]
+    fn load_low(self, words: &[u32; LANES]) -> Wide {
+        Wide(words.map(low))
+    }
+
+    #[inline(always)]
+    fn load_high(self, words: &[u32; LANES]) -> Wide {
+        Wide(words.map(high))
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, words: &[u32; LANES / 2]) -> Wide {
+        Wide(std::array::from_fn(|i| match i % 2 {
+            0 => low(words[i / 2]),
+            _ => high(words[i / 2]),
+        }))
     }
 
     #[inline(always)]
@@ -336,6 +368,32 @@ pub(crate) mod avx512 {
         }
 
         #[inline(always)]
+        fn load_low(self, words: &[u32; LANES]) -> __m512 {
+            // SAFETY: `self` proves the features; sixteen words are there.
+            let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast()) };
+            // SAFETY: `self` proves the features.
+            unsafe { widen_low(words) }
+        }
+
+        #[inline(always)]
+        fn load_high(self, words: &[u32; LANES]) -> __m512 {
+            // SAFETY: `self` proves the features; sixteen words are there.
+            let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast()) };
+            // SAFETY: `self` proves the features.
+            unsafe { widen_high(words) }
+        }
+
+        #[inline(always)]
+        fn load_bf16(self, words: &[u32; LANES / 2]) -> __m512 {
+            // SAFETY: `self` proves the features; eight words are there.
+            let half = unsafe { _mm256_loadu_si256(words.as_ptr().cast()) };
+            // SAFETY: `self` proves the features.
+            let words = unsafe { _mm512_cvtepu16_epi32(half) };
+            // SAFETY: as above.
+            unsafe { widen_low(words) }
+        }
+
+        #[inline(always)]
         fn load_tail(self, x: &[f32], fill: f32) -> __m512 {
             let fill = self.splat(fill);
             // SAFETY: `self` proves the features; masked-out lanes are not read.
@@ -353,6 +411,19 @@ pub(crate) mod avx512 {
             // SAFETY: `self` proves the features; masked-out lanes are not written.
             unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr(), mask(to.len()), v) }
         }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    #[inline]
+    fn widen_low(words: __m512i) -> __m512 {
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    #[inline]
+    fn widen_high(words: __m512i) -> __m512 {
+        let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+        _mm512_castsi512_ps(_mm512_and_si512(words, upper))
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
@@ -431,6 +502,36 @@ mod tests {
             assert_eq!(y[5], f32::INFINITY);
             assert_eq!(y[6], 0.0);
             assert!(y[7] > 0.0 && y[7] < 1e-43, "{isa:?}: denormal {}", y[7]);
+        }
+    }
+
+    /// The three ways of reading bf16.
+    struct Halves<'a>(&'a [u32; LANES]);
+
+    impl Job for Halves<'_> {
+        type Output = [[f32; LANES]; 3];
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Self::Output {
+            let mut out = [[0.0; LANES]; 3];
+            s.store(&mut out[0], s.load_low(self.0));
+            s.store(&mut out[1], s.load_high(self.0));
+            s.store(&mut out[2], s.load_bf16(self.0[..LANES / 2].as_array().expect("half")));
+            out
+        }
+    }
+
+    #[test]
+    fn bf16_is_widened_in_order() {
+        let element = |i: usize| (i as u32 * 0x1_0203 + 0x3f80_0000) >> 16;
+        let words: [u32; LANES] =
+            std::array::from_fn(|w| element(2 * w) | element(2 * w + 1) << 16);
+        let wide = |i: usize| f32::from_bits(element(i) << 16);
+        for isa in levels() {
+            let [low, high, first] = isa.vectorize(Halves(&words));
+            assert_eq!(low, std::array::from_fn(|i| wide(2 * i)));
+            assert_eq!(high, std::array::from_fn(|i| wide(2 * i + 1)));
+            assert_eq!(first, std::array::from_fn(wide));
         }
     }
 

@@ -18,7 +18,7 @@
 mod avx512;
 mod backward;
 mod forward;
-mod portable;
+mod lanes;
 mod reference;
 #[cfg(test)]
 mod tests;
@@ -127,7 +127,7 @@ impl Kernels {
         if let Some(token) = self.isa.avx512() {
             return forward::run(self, avx512::Fast::new(token), (kv, task), out, scratch);
         }
-        forward::run(self, portable::Plain, (kv, task), out, scratch);
+        forward::run(self, lanes::Lanes(self.isa), (kv, task), out, scratch);
     }
 
     /// Gradients of attention over packed sequences, each from position 0. `dq`, `dk` and `dv` are
@@ -148,7 +148,7 @@ impl Kernels {
         if let Some(token) = self.isa.avx512() {
             return backward::run(self, avx512::Fast::new(token), task, scratch);
         }
-        backward::run(self, portable::Plain, task, scratch);
+        backward::run(self, lanes::Lanes(self.isa), task, scratch);
     }
 }
 

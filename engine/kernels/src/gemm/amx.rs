@@ -17,7 +17,7 @@
 use super::buffer::{Line, WORDS};
 use super::pack::widened;
 use super::product::{Product, Rectangle};
-use crate::cpu::{Amx, Avx512};
+use crate::cpu::{Amx, Isa};
 use crate::disjoint::Disjoint;
 
 /// Rows and outputs of a group of tiles.
@@ -62,8 +62,7 @@ pub(super) fn rectangle(token: Amx, p: &Product<'_>, part: &Rectangle, out: &Dis
     #[cfg(target_arch = "x86_64")]
     {
         let tiles = tiles::Tiles::new(token);
-        let simd = Some(token.avx512);
-        blocked(simd, p, part, out, |multiply, sums| tiles.multiply(multiply, sums));
+        blocked(Isa::Amx(token), p, part, out, |multiply, sums| tiles.multiply(multiply, sums));
     }
     #[cfg(not(target_arch = "x86_64"))]
     super::avx512::rectangle(token.avx512, p, part, out);
@@ -71,7 +70,7 @@ pub(super) fn rectangle(token: Amx, p: &Product<'_>, part: &Rectangle, out: &Dis
 
 /// The loops around `multiply`, which replaces a group by the product.
 fn blocked(
-    simd: Option<Avx512>,
+    isa: Isa,
     p: &Product<'_>,
     part: &Rectangle,
     out: &Disjoint<'_, f32>,
@@ -86,7 +85,7 @@ fn blocked(
                 let place = p.place(row, block, blocks);
                 // SAFETY: no other task has outputs of this row and these blocks.
                 let to = unsafe { out.part(place.start, place.end) };
-                store(simd, p, sums, block, to);
+                store(isa, p, sums, block, to);
             }
         }
     }
@@ -100,13 +99,7 @@ widened! {
 }
 
 #[inline(always)]
-fn store_body(
-    _simd: Option<Avx512>,
-    p: &Product<'_>,
-    sums: &[f32; GROUP],
-    block: usize,
-    to: &mut [f32],
-) {
+fn store_body(_isa: Isa, p: &Product<'_>, sums: &[f32; GROUP], block: usize, to: &mut [f32]) {
     match p.bias {
         Some(bias) => {
             let bias = &bias[block * WORDS..][..to.len()];
@@ -243,7 +236,6 @@ mod tiles {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::Isa;
     use crate::gemm::convert::{high, low, round_bf16};
     use crate::gemm::{Operand, Write};
     use crate::{Dtype, Kernels, Level, Matrix};
@@ -306,8 +298,8 @@ mod tests {
             let bias: Vec<f32> = (0..self.outputs).map(|n| n as f32).collect();
             let p = Product { write, bias: Some(&bias), ..Product::new(&x, &w, 0..self.outputs) };
             let part = Rectangle { rows: 0..rows.len(), blocks: 0..self.outputs.div_ceil(WORDS) };
-            let simd = Level::detect().isa().and_then(Isa::avx512);
-            blocked(simd, &p, &part, &Disjoint::new(out), emulated);
+            let isa = Level::detect().isa().expect("a detected level");
+            blocked(isa, &p, &part, &Disjoint::new(out), emulated);
         }
     }
 

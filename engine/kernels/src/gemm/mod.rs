@@ -6,6 +6,7 @@
 //! of two activations (attention has its own kernels) and quantised weights.
 
 mod amx;
+mod avx2;
 mod avx512;
 pub(crate) mod buffer;
 pub(crate) mod convert;
@@ -83,7 +84,7 @@ impl Kernels {
             // SAFETY: every row belongs to one task.
             let target = unsafe { lines.part(first * stride, last * stride) };
             let values = &x[first * cols..last * cols];
-            pack::pack_rows(self.isa.avx512(), dtype, values, cols, stride, target);
+            pack::pack_rows(self.isa, dtype, values, cols, stride, target);
         });
     }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::buffer::{Line, WORDS};
 use super::convert::{pack_line, pack_row, pair, per_word};
 use super::operand::Operand;
-use crate::cpu::Avx512;
+use crate::cpu::Isa;
 use crate::{Dtype, Kernels, Matrix, disjoint::Disjoint};
 
 /// A square of 16 x 16 words.
@@ -16,22 +16,32 @@ type Strip = [[Line; STRIP]; WORDS];
 /// Squares side by side in a strip, which takes 16 KB: half a first-level cache.
 const STRIP: usize = 16;
 
-/// Defines a function that runs `$body`, which is inlined, compiled for AVX-512 where there is a token.
+/// Defines a function that runs `$body`, which is inlined, compiled for what the level may use.
 macro_rules! widened {
     ($(#[$doc:meta])* $visible:vis fn $name:ident($($argument:ident: $kind:ty),*) = $body:ident) => {
         $(#[$doc])*
-        $visible fn $name(simd: Option<Avx512>, $($argument: $kind),*) {
+        $visible fn $name(isa: Isa, $($argument: $kind),*) {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-            fn wide(simd: Option<Avx512>, $($argument: $kind),*) {
-                $body(simd, $($argument),*);
+            fn wide(isa: Isa, $($argument: $kind),*) {
+                $body(isa, $($argument),*);
             }
             #[cfg(target_arch = "x86_64")]
-            if simd.is_some() {
-                // SAFETY: the token proves AVX-512.
-                return unsafe { wide(simd, $($argument),*) };
+            #[target_feature(enable = "avx2,fma")]
+            fn half_wide(isa: Isa, $($argument: $kind),*) {
+                $body(isa, $($argument),*);
             }
-            $body(simd, $($argument),*);
+            #[cfg(target_arch = "x86_64")]
+            if isa.avx512().is_some() {
+                // SAFETY: the token proves AVX-512.
+                return unsafe { wide(isa, $($argument),*) };
+            }
+            #[cfg(target_arch = "x86_64")]
+            if isa.avx2().is_some() {
+                // SAFETY: the token proves AVX2.
+                return unsafe { half_wide(isa, $($argument),*) };
+            }
+            $body(isa, $($argument),*);
         }
     };
 }
@@ -48,7 +58,7 @@ widened! {
 
 #[inline(always)]
 fn pack_block_body(
-    simd: Option<Avx512>,
+    isa: Isa,
     dtype: Dtype,
     rows: &[f32],
     cols: usize,
@@ -64,7 +74,7 @@ fn pack_block_body(
             let end = cols.min((i + 1) * per_line);
             pack_line(dtype, &row[(i * per_line).min(end)..end], line);
         }
-        let square = transpose(simd, &square);
+        let square = transpose(isa, &square);
         for (to, from) in lines.iter_mut().zip(&square) {
             if count == WORDS {
                 *to = *from;
@@ -84,7 +94,7 @@ widened! {
 
 #[inline(always)]
 fn pack_rows_body(
-    _simd: Option<Avx512>,
+    _isa: Isa,
     dtype: Dtype,
     rows: &[f32],
     cols: usize,
@@ -111,7 +121,7 @@ pub(super) fn transpose_weights(
         let first = (column * WORDS).min(block_lines);
         let lines = first..block_lines.min(first + WORDS);
         let from = WeightsColumn { source, block_lines, lines, count };
-        transpose_weights_column(kernels.isa.avx512(), dtype, from, to_lines, target);
+        transpose_weights_column(kernels.isa, dtype, from, to_lines, target);
     });
 }
 
@@ -131,7 +141,7 @@ widened! {
 
 #[inline(always)]
 fn transpose_weights_body(
-    simd: Option<Avx512>,
+    isa: Isa,
     dtype: Dtype,
     from: WeightsColumn<'_>,
     to_lines: usize,
@@ -142,7 +152,7 @@ fn transpose_weights_body(
         let lines = &from.source[b * from.block_lines..][from.lines.clone()];
         let mut square = [Line::ZERO; WORDS];
         square[..lines.len()].copy_from_slice(lines);
-        let mut square = transpose(simd, &square);
+        let mut square = transpose(isa, &square);
         // Rows of the last block that are past the range are none of its business.
         let valid = (from.count - row).min(WORDS);
         square[valid..].fill(Line::ZERO);
@@ -156,7 +166,7 @@ pub(super) fn transpose_rows(kernels: &Kernels, x: &Operand, out: &mut Matrix) {
     let dtype = x.dtype();
     out.reshape(dtype, x.cols(), x.rows());
     each_output_block(kernels, out, |column, to_lines, target| {
-        transpose_rows_column(kernels.isa.avx512(), x, column, to_lines, target);
+        transpose_rows_column(kernels.isa, x, column, to_lines, target);
     });
 }
 
@@ -168,7 +178,7 @@ widened! {
 
 #[inline(always)]
 fn transpose_rows_body(
-    _simd: Option<Avx512>,
+    _isa: Isa,
     x: &Operand,
     column: usize,
     to_lines: usize,
@@ -225,7 +235,7 @@ pub(super) fn transpose_values(
         let first = (line * depth).min(rows);
         let from = &y[first * cols..rows.min(first + depth) * cols];
         let to = LineOfRows { lines: &target, stride, line };
-        transpose_values_line(kernels.isa.avx512(), dtype, from, cols, to);
+        transpose_values_line(kernels.isa, dtype, from, cols, to);
     });
 }
 
@@ -243,13 +253,7 @@ widened! {
 }
 
 #[inline(always)]
-fn transpose_values_body(
-    simd: Option<Avx512>,
-    dtype: Dtype,
-    y: &[f32],
-    cols: usize,
-    to: LineOfRows<'_>,
-) {
+fn transpose_values_body(isa: Isa, dtype: Dtype, y: &[f32], cols: usize, to: LineOfRows<'_>) {
     let mut strip = [[Line::ZERO; STRIP]; WORDS];
     for column in (0..cols).step_by(STRIP * WORDS) {
         let columns = column..cols.min(column + STRIP * WORDS);
@@ -257,7 +261,7 @@ fn transpose_values_body(
         for (i, first) in columns.step_by(WORDS).enumerate() {
             let mut square = [Line::ZERO; WORDS];
             square.iter_mut().zip(&strip).for_each(|(line, strip)| *line = strip[i]);
-            let square = transpose(simd, &square);
+            let square = transpose(isa, &square);
             for (row, from) in (first..cols.min(first + WORDS)).zip(&square) {
                 let at = row * to.stride + to.line;
                 // SAFETY: no other task has this line of a row.
@@ -323,13 +327,18 @@ fn interleave(dtype: Dtype, rows: &[Line], at: usize, block_lines: usize, target
 
 /// Word `j` of line `i` becomes word `i` of line `j`.
 #[inline(always)]
-fn transpose(simd: Option<Avx512>, square: &Square) -> Square {
+fn transpose(isa: Isa, square: &Square) -> Square {
     #[cfg(target_arch = "x86_64")]
-    if simd.is_some() {
+    if isa.avx512().is_some() {
         // SAFETY: the token proves AVX-512.
         return unsafe { x86::transpose(square) };
     }
-    let _ = simd;
+    #[cfg(target_arch = "x86_64")]
+    if isa.avx2().is_some() {
+        // SAFETY: the token proves AVX2.
+        return unsafe { x86::transpose_quarters(square) };
+    }
+    let _ = isa;
     std::array::from_fn(|i| Line(std::array::from_fn(|j| square[j].0[i])))
 }
 
@@ -379,6 +388,44 @@ mod x86 {
         }
         out
     }
+
+    /// The four quarters of 8 x 8 words, each transposed and put where the opposite one was.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn transpose_quarters(square: &Square) -> Square {
+        const HALF: usize = WORDS / 2;
+        let mut out = [Line::ZERO; WORDS];
+        for (row, column) in [(0, 0), (0, HALF), (HALF, 0), (HALF, HALF)] {
+            let mut a = [_mm256_setzero_si256(); HALF];
+            for (a, line) in a.iter_mut().zip(&square[row..]) {
+                // SAFETY: half a line is 32 aligned bytes.
+                *a = unsafe { _mm256_load_si256(line.0[column..].as_ptr().cast()) };
+            }
+            let mut b = a;
+            for i in (0..HALF).step_by(2) {
+                b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+                b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+            }
+            let mut c = b;
+            for i in (0..HALF).step_by(4) {
+                for j in 0..2 {
+                    c[i + 2 * j] = _mm256_unpacklo_epi64(b[i + j], b[i + 2 + j]);
+                    c[i + 2 * j + 1] = _mm256_unpackhi_epi64(b[i + j], b[i + 2 + j]);
+                }
+            }
+            // c[4g + j], lane l: column 4l + j of rows 4g..4g + 4.
+            for j in 0..4 {
+                let low = _mm256_permute2x128_si256::<0x20>(c[j], c[4 + j]);
+                let high = _mm256_permute2x128_si256::<0x31>(c[j], c[4 + j]);
+                for (line, words) in [(j, low), (4 + j, high)] {
+                    let to = &mut out[column + line].0[row..];
+                    // SAFETY: as above.
+                    unsafe { _mm256_store_si256(to.as_mut_ptr().cast(), words) };
+                }
+            }
+        }
+        out
+    }
 }
 
 #[cfg(test)]
@@ -391,7 +438,7 @@ mod tests {
             std::array::from_fn(|i| Line(std::array::from_fn(|j| (i * WORDS + j) as u32)));
         for level in crate::Level::ALL {
             let Some(isa) = level.isa() else { continue };
-            let turned = transpose(isa.avx512(), &square);
+            let turned = transpose(isa, &square);
             for (i, line) in turned.iter().enumerate() {
                 for (j, &word) in line.0.iter().enumerate() {
                     assert_eq!(word as usize, j * WORDS + i, "{level}: line {i}, word {j}");

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::buffer::{Line, WORDS};
-use super::{Operand, Write, amx, avx512, portable};
+use super::{Operand, Write, amx, avx2, avx512, portable};
 use crate::cpu::Isa;
 use crate::disjoint::Disjoint;
 use crate::{Dtype, Kernels, Matrix};
@@ -93,6 +93,7 @@ impl<'a> Product<'a> {
     fn rectangle(&self, isa: Isa, part: &Rectangle, out: &Disjoint<'_, f32>) {
         match isa {
             Isa::Reference | Isa::Portable => portable::rectangle(self, part, out),
+            Isa::Avx2(token) => avx2::rectangle(token, self, part, out),
             Isa::Avx512(token) => avx512::rectangle(token, self, part, out),
             Isa::Amx(token) if self.dtype == Dtype::Bf16 => {
                 amx::rectangle(token, self, part, out);
