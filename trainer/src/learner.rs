@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use engine::decoder::{Batch, Decoder, Gradients, HeadGradient, HeadInput, Keep, KvLayers, Tape};
-use kernels::{AttnSeq, Dtype, HeadScratch, Kernels, KvCache, TokenStats};
+use kernels::{AttnFamily, AttnSeq, Dtype, HeadScratch, Kernels, KvCache, TokenStats};
 
 /// Tokens of a block of the packed pass's KV memory.
 const BLOCK_SIZE: usize = 16;
@@ -168,7 +168,9 @@ impl Learner {
             dlogp: loss.dlogp,
             dentropy: loss.dentropy,
         };
-        let pass = (&layout.tokens[..], &layout.positions[..], &layout.seqs[..]);
+        let alone = |rows: &Range<usize>| AttnFamily { prompt: rows.clone(), branches: &[] };
+        let families: Vec<AttnFamily<'_>> = layout.seqs.iter().map(alone).collect();
+        let pass = (&layout.tokens[..], &layout.positions[..], &families[..]);
         decoder.backward(kernels, pass, &head, &mut self.tape, grads);
     }
 }

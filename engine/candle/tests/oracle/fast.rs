@@ -6,7 +6,7 @@ use engine::decoder::{
     Batch, Decoder, Gradients, HeadGradient, HeadInput, Keep, KvLayers, Tape, Weights,
 };
 use engine::{Dtype, Level, ModelConfig, ModelSource};
-use kernels::{AttnSeq, HeadScratch, Kernels, KvCache, TokenStats};
+use kernels::{AttnFamily, AttnSeq, HeadScratch, Kernels, KvCache, TokenStats};
 
 const BLOCK_SIZE: usize = 16;
 
@@ -62,7 +62,7 @@ impl Fast {
             dentropy: None,
         };
         let mut gradients = Gradients::new(config, Dtype::F32);
-        let whole = std::slice::from_ref(&(0..n)).to_vec();
+        let whole = [AttnFamily { prompt: 0..n, branches: &[] }];
         let pass = (&tokens[..n], &positions[..], &whole[..]);
         decoder.backward(kernels, pass, &head, &mut tape, &mut gradients);
         (log_probs, by_name(&gradients))
