@@ -39,8 +39,13 @@ impl Fast {
         let mut kv =
             KvCache::new(Dtype::F32, 1, blocks.len(), BLOCK_SIZE, config.kv_heads, config.head_dim);
         let seqs = [AttnSeq { first_row: 0, rows: n, start: 0, blocks: &blocks }];
-        let batch =
-            Batch { tokens: &tokens[..n], positions: &positions, slots: &positions, seqs: &seqs };
+        let batch = Batch {
+            tokens: &tokens[..n],
+            positions: &positions,
+            slots: &positions,
+            copies: &[],
+            seqs: &seqs,
+        };
         let mut tape = Tape::new(config, Dtype::F32, Keep::AllLayers);
         decoder.forward(kernels, &batch, (&mut kv, KvLayers::Shared), &mut tape);
         let rows: Vec<usize> = (prompt_len - 1..n).collect();
