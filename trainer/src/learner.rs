@@ -63,6 +63,12 @@ fn shared_rows(family: &[Packed<'_>]) -> usize {
     }
 }
 
+/// Rows that a family takes in a forward pass.
+pub(crate) fn family_rows(family: &[Packed<'_>]) -> usize {
+    let shared = shared_rows(family);
+    shared + family.iter().map(|sequence| sequence.rows().saturating_sub(shared)).sum::<usize>()
+}
+
 /// Buffers of packed passes, for one model.
 pub struct Learner {
     dtype: Dtype,
