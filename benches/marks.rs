@@ -1,5 +1,5 @@
 //! First speed marks: batched generation, a group with log-probabilities, and a GRPO step, beside the
-//! limits of the machine.
+//! limits of the machine; and what it saves to run a prompt once for its samples.
 //!
 //! ```text
 //! cargo bench --bench marks -- MODEL [peak GFLOP/s] [read GB/s]
@@ -8,7 +8,7 @@
 //! The two limits are what `cargo run --release -p kernels --example gemm_bench` measures. The limit of
 //! a phase is, step by step, the longer of reading the weights once and of the multiplications;
 //! attention and everything else count as nothing, and the head counts for every row, though a prefill
-//! needs it for its last only. Prompts are random tokens and end-of-text is
+//! needs it for its last only. In training a prompt counts once for its group. Prompts are random tokens and end-of-text is
 //! ignored, so lengths are exact. Leaves out text, rewards and files.
 
 use std::path::Path;
@@ -19,6 +19,7 @@ use engine::{Engine, EngineConfig, EosRule, ModelSource};
 use kernels::AdamW;
 use trainer::config::RlConfig;
 use trainer::loss::{ChoiceKey, TokenBatch};
+use trainer::packing::{Order, pack};
 use trainer::rollout::{Episode, RolloutSettings, generate};
 use trainer::{Learner, LossGradient, Optimizer, Packed, clip_scale, global_norm};
 
@@ -75,6 +76,7 @@ fn main() {
     throughput(&mut engine, &limits, (16, 1), (512 - 2, 1));
     throughput(&mut engine, &limits, (8, 8), (128, 128));
     grpo_step(&mut engine, &limits, (8, 8), (120, 128));
+    shared_prompts(&mut engine, (2, 8), (128, 16));
 }
 
 fn prompts(engine: &Engine, count: usize, len: usize, key: u64) -> Vec<Vec<u32>> {
@@ -134,14 +136,7 @@ fn grpo_step(
     (count, group): (usize, usize),
     (prompt, new): (usize, usize),
 ) {
-    let mut update = engine.begin_update().expect("the engine is idle");
-    let (decoder, _) = update.decoder();
-    let mut state = State {
-        optimizer: Optimizer::new(decoder),
-        learner: Learner::new(decoder, Keep::AllLayers),
-        grads: Gradients::new(&decoder.config, decoder.weights.dtype()),
-    };
-    drop(update);
+    let mut state = State::new(engine);
     for run in 0..3 {
         let begin = Instant::now();
         let prompts = prompts(engine, count, prompt, 200 + run);
@@ -151,9 +146,9 @@ fn grpo_step(
             episodes.iter().map(|e| [&prompts[e.prompt][..], &e.tokens].concat()).collect();
         let [forward, backward, optimized] = state.learn(engine, &episodes, &sequences);
         let all = begin.elapsed().as_secs_f64();
-        let tokens: usize = sequences.iter().map(Vec::len).sum();
+        let rows = count * (prompt + group * new);
         let limit = limits.generation(count * group, count, prompt, new)
-            + 6.0 * limits.params * tokens as f64 / limits.flops;
+            + 6.0 * limits.params * rows as f64 / limits.flops;
         println!(
             "GRPO step {count} x {group}, {prompt} + {new} tokens: {all:.2} s (generate {generated:.2}, \
              forward {forward:.2}, backward {backward:.2}, optimizer {optimized:.2}), \
@@ -170,6 +165,16 @@ struct State {
 }
 
 impl State {
+    fn new(engine: &mut Engine) -> Self {
+        let mut update = engine.begin_update().expect("the engine is idle");
+        let (decoder, _) = update.decoder();
+        Self {
+            optimizer: Optimizer::new(decoder),
+            learner: Learner::new(decoder, Keep::AllLayers),
+            grads: Gradients::new(&decoder.config, decoder.weights.dtype()),
+        }
+    }
+
     /// One update; seconds of forward, backward and optimizer.
     fn learn(
         &mut self,
@@ -183,12 +188,12 @@ impl State {
         let mut update = engine.begin_update().expect("the engine is idle");
         let (decoder, kernels) = update.decoder();
         self.grads.clear();
-        let per_pass = MICRO_BATCH_TOKENS / len;
-        for (episodes, sequences) in episodes.chunks(per_pass).zip(sequences.chunks(per_pass)) {
-            let packed: Vec<Packed<'_>> =
-                sequences.iter().map(|tokens| Packed { tokens, prompt_len: len - new }).collect();
+        let packed = pack_all(sequences, len - new);
+        for members in pack(&packed, MICRO_BATCH_TOKENS, Order::Given) {
+            let members = members[0]..members[members.len() - 1] + 1;
+            let (episodes, packed) = (&episodes[members.clone()], &packed[members]);
             let clock = Instant::now();
-            let stats = self.learner.forward(decoder, kernels, &packed, 1.0);
+            let stats = self.learner.forward(decoder, kernels, packed, 1.0);
             forward += clock.elapsed().as_secs_f64();
             let new: Vec<f32> = stats.iter().map(|s| s.log_prob).collect();
             let dlogp = derivatives(episodes, &new, tokens);
@@ -212,6 +217,57 @@ impl State {
         self.optimizer.apply(decoder, kernels, &self.grads, &settings);
         [forward, backward, clock.elapsed().as_secs_f64()]
     }
+
+    /// Seconds of forward and backward, for some loss.
+    fn pass(&mut self, engine: &Engine, packed: &[Packed<'_>]) -> f64 {
+        let (decoder, kernels) = (engine.decoder(), engine.kernels());
+        let clock = Instant::now();
+        for members in pack(packed, MICRO_BATCH_TOKENS, Order::Given) {
+            let packed = &packed[members[0]..members[members.len() - 1] + 1];
+            let stats = self.learner.forward(decoder, kernels, packed, 1.0);
+            let dlogp = vec![1e-3; stats.len()];
+            let gradient =
+                LossGradient { stats: &stats, inv_temperature: 1.0, dlogp: &dlogp, dentropy: None };
+            self.learner.backward(decoder, kernels, &gradient, &mut self.grads);
+        }
+        clock.elapsed().as_secs_f64()
+    }
+}
+
+/// Forward and backward over the samples of some prompts, in an order in which those of a prompt are
+/// neighbours and pass with it once, and in one in which nothing is shared; medians of three.
+fn shared_prompts(
+    engine: &mut Engine,
+    (count, group): (usize, usize),
+    (prompt, new): (usize, usize),
+) {
+    let mut state = State::new(engine);
+    let heads = prompts(engine, count, prompt, 300);
+    let tails = prompts(engine, count * group, new, 301);
+    let sequence = |p: usize, i: usize| [&heads[p][..], &tails[p * group + i]].concat();
+    let samples = |p: usize| (0..group).map(move |i| (p, i));
+    let together: Vec<_> = (0..count).flat_map(samples).map(|(p, i)| sequence(p, i)).collect();
+    let apart: Vec<_> = (0..group)
+        .flat_map(|i| (0..count).map(move |p| (p, i)))
+        .map(|(p, i)| sequence(p, i))
+        .collect();
+    let mut seconds = [[0.0; 3]; 2];
+    for run in 0..3 {
+        for (seconds, sequences) in seconds.iter_mut().zip([&together, &apart]) {
+            seconds[run] = state.pass(engine, &pack_all(sequences, prompt));
+        }
+    }
+    seconds.iter_mut().for_each(|seconds| seconds.sort_by(f64::total_cmp));
+    let [together, apart] = seconds;
+    println!(
+        "forward and backward {count} x {group}, {prompt} + {new} tokens: {:.2} s (spread {:.2}-{:.2}), \
+         {:.2} s (spread {:.2}-{:.2}) with nothing shared",
+        together[1], together[0], together[2], apart[1], apart[0], apart[2]
+    );
+}
+
+fn pack_all(sequences: &[Vec<u32>], prompt_len: usize) -> Vec<Packed<'_>> {
+    sequences.iter().map(|tokens| Packed { tokens, prompt_len }).collect()
 }
 
 /// Derivatives of the GRPO loss by log-probabilities `new` of a pass, as a mean over `tokens` tokens;

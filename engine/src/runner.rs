@@ -77,6 +77,7 @@ impl Runner {
             tokens: &self.tokens,
             positions: &self.positions,
             slots: &self.slots,
+            copies: &[],
             seqs: &seqs,
         };
         let kv = (&mut self.kv, KvLayers::Own);

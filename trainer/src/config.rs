@@ -249,7 +249,8 @@ pub struct TrainerConfig {
     pub test_freq: u64,
     /// Whether to validate before the first step; default true.
     pub val_before_train: bool,
-    /// Tokens a forward and backward pass holds at once; a longer response passes alone; default 4096.
+    /// Tokens a forward and backward pass holds at once, a prompt counted once for its samples; a longer
+    /// sequence passes alone; default 4096.
     pub max_tokens_per_microbatch: usize,
     /// Whether activations are computed again in the backward pass, to save memory; default false.
     pub recompute: bool,

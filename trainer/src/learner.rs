@@ -1,14 +1,24 @@
 //! Forward and backward over packed sequences: from tokens to log-probabilities, and from their
 //! derivatives to gradients.
 //!
-//! Sequences lie one after the other without padding. Keys and values go through the same paged
-//! kernels as in a rollout, over one layer's worth of blocks in plain order, so a log-probability here
-//! has the bits of the rollout's. Leaves out recomputation of layers in the backward pass.
+//! Sequences lie one after the other without padding. Neighbours that begin with the same prompt form
+//! a family, whose prompt is run once: first its rows, then each sequence's own.
+//!
+//! ```text
+//! sequences   [p p p a b c] [p p p d e] [q q r]     p and q: prompts; the last token is not run
+//! rows         p p p a b d q q
+//! targets      from rows p a b, p d, q: the last row of a prompt once for each of its sequences
+//! ```
+//!
+//! Keys and values go through the same paged kernels as in a rollout, over one layer's worth of blocks
+//! in plain order, so a log-probability here has the bits of the rollout's. A sequence reads the
+//! blocks that its prompt fills where the prompt put them; the beginning of the next block it has as a
+//! copy in front of its own positions. Leaves out recomputation of layers in the backward pass.
 
 use std::ops::Range;
 
 use engine::decoder::{Batch, Decoder, Gradients, HeadGradient, HeadInput, Keep, KvLayers, Tape};
-use kernels::{AttnSeq, Dtype, HeadScratch, Kernels, KvCache, TokenStats};
+use kernels::{AttnFamily, AttnSeq, Dtype, HeadScratch, Kernels, KvCache, TokenStats};
 
 /// Tokens of a block of the packed pass's KV memory.
 const BLOCK_SIZE: usize = 16;
@@ -28,10 +38,35 @@ impl Packed<'_> {
         self.tokens.len() - self.prompt_len
     }
 
-    /// Rows it takes in a forward pass: nothing follows the last token, so it is not run.
+    /// Rows it takes in a forward pass of its own: nothing follows the last token, so it is not run.
     pub fn rows(&self) -> usize {
         self.tokens.len() - 1
     }
+
+    fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.prompt_len]
+    }
+}
+
+/// The families of a pass: runs of neighbours with one prompt.
+pub(crate) fn families<'s, 'a>(
+    sequences: &'s [Packed<'a>],
+) -> impl Iterator<Item = &'s [Packed<'a>]> {
+    sequences.chunk_by(|a, b| a.prompt() == b.prompt())
+}
+
+/// Rows of a family that all its sequences share: the prompt's, or all rows of a single sequence.
+fn shared_rows(family: &[Packed<'_>]) -> usize {
+    match family {
+        [alone] => alone.rows(),
+        _ => family[0].prompt_len,
+    }
+}
+
+/// Rows that a family takes in a forward pass.
+pub(crate) fn family_rows(family: &[Packed<'_>]) -> usize {
+    let shared = shared_rows(family);
+    shared + family.iter().map(|sequence| sequence.rows().saturating_sub(shared)).sum::<usize>()
 }
 
 /// Buffers of packed passes, for one model.
@@ -47,14 +82,23 @@ pub struct Learner {
 /// Where everything lies in a packed pass of `M` rows with `R` targets.
 #[derive(Default)]
 struct Layout {
+    /// `[M]`.
     tokens: Vec<u32>,
     positions: Vec<u32>,
     slots: Vec<u32>,
-    /// Rows of each sequence.
-    seqs: Vec<Range<usize>>,
-    /// Blocks of each sequence, in plain order.
+    /// Slots that are copied to another after they are written.
+    copies: Vec<(u32, u32)>,
+    /// Rows that follow each other in position: each family's shared ones, then those of its branches.
+    pieces: Vec<Range<usize>>,
+    /// The position of the first row of each piece.
+    starts: Vec<usize>,
+    /// The blocks of each piece's positions from 0 on, as ranges of `blocks`.
+    tables: Vec<Range<usize>>,
     blocks: Vec<u32>,
-    block_ranges: Vec<Range<usize>>,
+    /// How many blocks there are.
+    num_blocks: usize,
+    /// The pieces of each family.
+    families: Vec<Range<usize>>,
     /// `[R]` rows whose next token is a target, and those tokens.
     rows: Vec<usize>,
     targets: Vec<u32>,
@@ -63,20 +107,76 @@ struct Layout {
 impl Layout {
     fn fill(&mut self, sequences: &[Packed<'_>]) {
         *self = Self::default();
-        for sequence in sequences {
-            let (first, rows) = (self.tokens.len(), sequence.rows());
-            let first_block = self.blocks.len();
-            let blocks = rows.div_ceil(BLOCK_SIZE);
-            self.blocks.extend((first_block..first_block + blocks).map(|block| block as u32));
-            self.block_ranges.push(first_block..first_block + blocks);
-            self.seqs.push(first..first + rows);
-            self.tokens.extend_from_slice(&sequence.tokens[..rows]);
-            self.positions.extend((0..rows).map(|position| position as u32));
-            let first_slot = first_block * BLOCK_SIZE;
-            self.slots.extend((first_slot..first_slot + rows).map(|slot| slot as u32));
-            self.rows.extend(first + sequence.prompt_len - 1..first + rows);
+        for family in families(sequences) {
+            self.add_family(family);
+        }
+    }
+
+    fn add_family(&mut self, family: &[Packed<'_>]) {
+        let (first_piece, first_row) = (self.pieces.len(), self.tokens.len());
+        let shared = shared_rows(family);
+        self.add_piece(&family[0].tokens[..shared], 0, 0..0);
+        let table = self.tables[first_piece].clone();
+        for sequence in family {
+            let end = shared.min(sequence.rows());
+            self.rows.extend(first_row + sequence.prompt_len - 1..first_row + end);
+            if sequence.rows() > shared {
+                let own_row = self.tokens.len();
+                let own = &sequence.tokens[shared..sequence.rows()];
+                self.add_piece(own, shared, table.clone());
+                self.rows.extend(own_row..self.tokens.len());
+            }
             self.targets.extend_from_slice(&sequence.tokens[sequence.prompt_len..]);
         }
+        self.families.push(first_piece..self.pieces.len());
+    }
+
+    /// Appends rows for `tokens` from position `start` on; the positions before are in the blocks that
+    /// the range `before` of `blocks` names.
+    fn add_piece(&mut self, tokens: &[u32], start: usize, before: Range<usize>) {
+        let (first_row, end) = (self.tokens.len(), start + tokens.len());
+        let (whole, part) = (start / BLOCK_SIZE, start % BLOCK_SIZE);
+        let first_entry = self.blocks.len();
+        let partial = before.start + whole;
+        self.blocks.extend_from_within(before.start..partial);
+        let first_block = self.num_blocks;
+        self.num_blocks += end.div_ceil(BLOCK_SIZE) - whole;
+        self.blocks.extend((first_block..self.num_blocks).map(|block| block as u32));
+        self.tables.push(first_entry..self.blocks.len());
+        let first_slot = first_block * BLOCK_SIZE;
+        let copy = |i: usize| {
+            (self.blocks[partial] * BLOCK_SIZE as u32 + i as u32, (first_slot + i) as u32)
+        };
+        self.copies.extend((0..part).map(copy));
+        self.slots.extend((first_slot + part..).take(tokens.len()).map(|slot| slot as u32));
+        self.positions.extend((start..end).map(|position| position as u32));
+        self.tokens.extend_from_slice(tokens);
+        self.pieces.push(first_row..self.tokens.len());
+        self.starts.push(start);
+    }
+
+    /// What attention sees in a forward pass.
+    fn seqs(&self) -> Vec<AttnSeq<'_>> {
+        let places = self.starts.iter().zip(&self.tables);
+        self.pieces
+            .iter()
+            .zip(places)
+            .map(|(rows, (start, table))| AttnSeq {
+                first_row: rows.start,
+                rows: rows.len(),
+                start: *start,
+                blocks: &self.blocks[table.clone()],
+            })
+            .collect()
+    }
+
+    /// What attention sees in a backward pass.
+    fn families(&self) -> Vec<AttnFamily<'_>> {
+        let family = |pieces: &Range<usize>| AttnFamily {
+            prompt: self.pieces[pieces.start].clone(),
+            branches: &self.pieces[pieces.start + 1..pieces.end],
+        };
+        self.families.iter().map(family).collect()
     }
 }
 
@@ -119,28 +219,18 @@ impl Learner {
 
     fn run_layers(&mut self, decoder: &Decoder, kernels: &Kernels) {
         let layout = &self.layout;
-        let blocks = layout.blocks.len().max(1);
+        let blocks = layout.num_blocks.max(1);
         if self.kv.as_ref().is_none_or(|(_, have)| *have < blocks) {
             let (kv_heads, head_dim) = (decoder.config.kv_heads, decoder.config.head_dim);
             let cache = KvCache::new(self.dtype, 1, blocks, BLOCK_SIZE, kv_heads, head_dim);
             self.kv = Some((cache, blocks));
         }
-        let seqs: Vec<AttnSeq<'_>> = layout
-            .seqs
-            .iter()
-            .zip(&layout.block_ranges)
-            .map(|(rows, blocks)| AttnSeq {
-                first_row: rows.start,
-                rows: rows.len(),
-                start: 0,
-                blocks: &layout.blocks[blocks.clone()],
-            })
-            .collect();
         let batch = Batch {
             tokens: &layout.tokens,
             positions: &layout.positions,
             slots: &layout.slots,
-            seqs: &seqs,
+            copies: &layout.copies,
+            seqs: &layout.seqs(),
         };
         let (kv, _) = self.kv.as_mut().expect("made above");
         decoder.forward(kernels, &batch, (kv, KvLayers::Shared), &mut self.tape);
@@ -168,7 +258,7 @@ impl Learner {
             dlogp: loss.dlogp,
             dentropy: loss.dentropy,
         };
-        let pass = (&layout.tokens[..], &layout.positions[..], &layout.seqs[..]);
+        let pass = (&layout.tokens[..], &layout.positions[..], &layout.families()[..]);
         decoder.backward(kernels, pass, &head, &mut self.tape, grads);
     }
 }
@@ -183,4 +273,54 @@ pub struct LossGradient<'a> {
     pub dlogp: &'a [f32],
     /// Derivative of the loss by each entropy, if it depends on them.
     pub dentropy: Option<&'a [f32]>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn packed(tokens: &[u32], prompt_len: usize) -> Packed<'_> {
+        Packed { tokens, prompt_len }
+    }
+
+    #[test]
+    fn a_prompt_lies_once_before_the_rows_of_its_sequences() {
+        let mut layout = Layout::default();
+        layout.fill(&[
+            packed(&[5, 6, 7, 1, 2, 3], 3),
+            packed(&[5, 6, 7, 4], 3),
+            packed(&[5, 6, 7, 8, 9], 3),
+            packed(&[5, 6, 4], 2),
+        ]);
+        assert_eq!(layout.tokens, [5, 6, 7, 1, 2, 8, 5, 6]);
+        assert_eq!(layout.positions, [0, 1, 2, 3, 4, 3, 0, 1]);
+        assert_eq!(layout.slots, [0, 1, 2, 19, 20, 35, 48, 49]);
+        let copies = [(0, 16), (1, 17), (2, 18), (0, 32), (1, 33), (2, 34)];
+        assert_eq!((layout.copies, layout.num_blocks), (copies.to_vec(), 4));
+        assert_eq!(layout.rows, [2, 3, 4, 2, 2, 5, 7]);
+        assert_eq!(layout.targets, [1, 2, 3, 4, 8, 9, 4]);
+        assert_eq!(layout.pieces, [0..3, 3..5, 5..6, 6..8]);
+        assert_eq!(layout.families, [0..3, 3..4]);
+    }
+
+    #[test]
+    fn whole_blocks_of_a_prompt_are_read_where_they_lie() {
+        let [a, b] = [17, 18].map(|len| [vec![1; 33], vec![3; len]].concat());
+        let mut layout = Layout::default();
+        layout.fill(&[packed(&a, 33), packed(&b, 33)]);
+        let tables: Vec<&[u32]> = layout.seqs().iter().map(|seq| seq.blocks).collect();
+        assert_eq!(tables, [&[0, 1, 2][..], &[0, 1, 3, 4], &[0, 1, 5, 6]]);
+        assert_eq!(layout.copies, [(32, 48), (32, 80)]);
+        assert_eq!((layout.slots[33], layout.slots[33 + 16]), (49, 81));
+    }
+
+    #[test]
+    fn sequences_without_own_rows_have_no_branch() {
+        let mut layout = Layout::default();
+        layout.fill(&[packed(&[5, 6], 2), packed(&[5, 6], 2), packed(&[5, 6, 7], 2)]);
+        assert_eq!((&layout.tokens[..], &layout.rows[..]), (&[5, 6][..], &[1][..]));
+        assert_eq!((layout.targets.len(), layout.families()[0].branches.len()), (1, 0));
+        layout.fill(&[packed(&[5, 6], 2), packed(&[5], 1)]);
+        assert_eq!((&layout.tokens[..], layout.rows.len()), (&[5][..], 0));
+    }
 }

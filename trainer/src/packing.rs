@@ -1,7 +1,10 @@
-//! Cuts a mini-batch into micro-batches of a bounded number of tokens, without padding.
+//! Cuts a mini-batch into micro-batches of a bounded number of rows, without padding.
 //!
-//! Deterministic; the gradient does not depend on the cut (see [`crate::agg`]). The samples of a
-//! prompt stay together as long as the whole group fits into the budget.
+//! Deterministic; the gradient does not depend on the cut (see [`crate::agg`]). Neighbours that begin
+//! with the same prompt, the samples of a group, share its rows, and stay together as long as the whole
+//! group fits into the budget. A larger group is cut into runs that each carry the prompt once.
+
+use crate::learner::{Packed, families, family_rows};
 
 /// In which order units are put into micro-batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,23 +15,26 @@ pub enum Order {
     LongestFirst,
 }
 
-/// The sequences (indices into `lengths`, ascending) of each micro-batch.
+/// The sequences (indices, ascending) of each micro-batch.
 ///
-/// `lengths` are in tokens; `groups[i]` names the group of sequence `i`; neighbours of one group are
-/// kept together if they fit. A sequence longer than `budget` gets a micro-batch of its own.
-///
-/// # Panics
-/// If the slices differ in length.
+/// The budget is in rows of a pass: a prompt's tokens once for all of its sequences in a micro-batch,
+/// and the tokens behind it, but for the last one, which is not run. A sequence that is longer gets a
+/// micro-batch of its own.
 ///
 /// ```
+/// use trainer::Packed;
 /// use trainer::packing::{Order, pack};
-/// assert_eq!(pack(&[3, 3, 4], &[0, 0, 1], 6, Order::Given), [vec![0, 1], vec![2]]);
+/// let sequence = |tokens| Packed { tokens, prompt_len: 2 };
+/// // 2 shared and 1 + 2 own rows; 4 rows.
+/// let sequences = [sequence(&[7, 8, 1, 2][..]), sequence(&[7, 8, 3, 4, 5]), sequence(&[9; 5])];
+/// assert_eq!(pack(&sequences, 5, Order::Given), [vec![0, 1], vec![2]]);
+/// assert_eq!(pack(&sequences, 9, Order::Given), [vec![0, 1, 2]]);
+/// assert_eq!(pack(&sequences, 4, Order::Given), [vec![0], vec![1], vec![2]]);
 /// ```
-pub fn pack(lengths: &[usize], groups: &[usize], budget: usize, order: Order) -> Vec<Vec<usize>> {
-    assert_eq!(lengths.len(), groups.len(), "each sequence needs a group");
-    let mut units = units(lengths, groups, budget);
+pub fn pack(sequences: &[Packed<'_>], budget: usize, order: Order) -> Vec<Vec<usize>> {
+    let mut units = units(sequences, budget);
     if order == Order::LongestFirst {
-        units.sort_by_key(|unit| std::cmp::Reverse(unit.tokens));
+        units.sort_by_key(|unit| std::cmp::Reverse(unit.rows));
     }
     let mut bins: Vec<Unit> = Vec::new();
     for unit in units {
@@ -36,9 +42,9 @@ pub fn pack(lengths: &[usize], groups: &[usize], budget: usize, order: Order) ->
             Order::Given => bins.len().saturating_sub(1)..bins.len(),
             Order::LongestFirst => 0..bins.len(),
         };
-        match bins[candidates].iter_mut().find(|bin| bin.tokens + unit.tokens <= budget) {
+        match bins[candidates].iter_mut().find(|bin| bin.rows + unit.rows <= budget) {
             Some(bin) => {
-                bin.tokens += unit.tokens;
+                bin.rows += unit.rows;
                 bin.members.extend(unit.members);
             }
             None => bins.push(unit),
@@ -49,20 +55,20 @@ pub fn pack(lengths: &[usize], groups: &[usize], budget: usize, order: Order) ->
 }
 
 struct Unit {
-    tokens: usize,
+    rows: usize,
     members: Vec<usize>,
 }
 
-/// Groups that fit as one unit each, the sequences of the others one by one.
-fn units(lengths: &[usize], groups: &[usize], budget: usize) -> Vec<Unit> {
-    let all: Vec<usize> = (0..lengths.len()).collect();
-    let mut out = Vec::new();
-    for group in all.chunk_by(|a, b| groups[*a] == groups[*b]) {
-        let tokens = group.iter().map(|i| lengths[*i]).sum();
-        if tokens <= budget {
-            out.push(Unit { tokens, members: group.to_vec() });
-        } else {
-            out.extend(group.iter().map(|i| Unit { tokens: lengths[*i], members: vec![*i] }));
+/// Groups that fit as one unit each, the others as runs that fit.
+fn units(sequences: &[Packed<'_>], budget: usize) -> Vec<Unit> {
+    let (mut out, mut first) = (Vec::new(), 0);
+    for mut rest in families(sequences) {
+        while !rest.is_empty() {
+            let fits = |len: &usize| family_rows(&rest[..*len]) <= budget;
+            let len = 1 + (2..=rest.len()).take_while(fits).count();
+            let (run, later) = rest.split_at(len);
+            out.push(Unit { rows: family_rows(run), members: (first..first + len).collect() });
+            (first, rest) = (first + len, later);
         }
     }
     out
@@ -73,34 +79,80 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Sequences of (group, length of the prompt, length of the response).
+    fn tokens(lens: &[(u32, usize, usize)]) -> Vec<(Vec<u32>, usize)> {
+        let one = |(group, prompt, response): &(u32, usize, usize)| {
+            ([vec![*group; *prompt], vec![1000; *response]].concat(), *prompt)
+        };
+        lens.iter().map(one).collect()
+    }
+
+    fn packed(tokens: &[(Vec<u32>, usize)]) -> Vec<Packed<'_>> {
+        tokens.iter().map(|(tokens, len)| Packed { tokens, prompt_len: *len }).collect()
+    }
+
+    fn cut(lens: &[(u32, usize, usize)], budget: usize, order: Order) -> Vec<Vec<usize>> {
+        pack(&packed(&tokens(lens)), budget, order)
+    }
+
     #[test]
     fn too_long_sequences_stand_alone_and_groups_are_split_only_then() {
-        let lengths = [5, 5, 20, 2, 2, 2];
-        let groups = [0, 0, 1, 2, 2, 2];
-        assert_eq!(pack(&lengths, &groups, 10, Order::Given), [vec![0, 1], vec![2], vec![3, 4, 5]]);
-        let split = pack(&[6, 6, 6, 3], &[0, 0, 0, 1], 12, Order::LongestFirst);
-        assert_eq!(split, [vec![0, 1], vec![2, 3]]);
-        assert_eq!(pack(&[], &[], 10, Order::Given), Vec::<Vec<usize>>::new());
+        let lens = [(0, 2, 3), (0, 2, 3), (1, 9, 12), (2, 1, 2), (2, 1, 2), (2, 1, 2)];
+        assert_eq!(cut(&lens, 6, Order::Given), [vec![0, 1], vec![2], vec![3, 4, 5]]);
+        let lens = [(0, 3, 4), (0, 3, 4), (0, 3, 4), (1, 2, 2)];
+        assert_eq!(cut(&lens, 9, Order::LongestFirst), [vec![0, 1], vec![2, 3]]);
+        assert_eq!(cut(&[], 10, Order::Given), Vec::<Vec<usize>>::new());
+    }
+
+    #[test]
+    fn a_group_too_large_is_cut_into_runs_with_the_prompt_once_each() {
+        // 100 rows of prompt, 9 of each response.
+        let lens = [(0, 100, 10); 8];
+        let want = [vec![0, 1, 2], vec![3, 4, 5], vec![6, 7]];
+        assert_eq!(cut(&lens, 130, Order::Given), want);
+        assert_eq!(cut(&lens, 172, Order::Given), [(0..8).collect::<Vec<_>>()]);
+        // Nothing fits, nor does the prompt alone.
+        assert_eq!(cut(&lens[..2], 50, Order::Given), [vec![0], vec![1]]);
+    }
+
+    #[test]
+    fn empty_and_short_responses_are_counted_as_they_pass() {
+        let rows = |lens: &[(u32, usize, usize)]| family_rows(&packed(&tokens(lens)));
+        assert_eq!([rows(&[(0, 5, 0)]), rows(&[(0, 5, 1)]), rows(&[(0, 5, 3)])], [4, 5, 7]);
+        assert_eq!(rows(&[(0, 5, 0), (0, 5, 0)]), 5);
+        assert_eq!(rows(&[(0, 5, 1), (0, 5, 0), (0, 5, 3)]), 7);
     }
 
     proptest! {
         #[test]
         fn every_sequence_is_packed_once_within_the_budget(
-            lengths in prop::collection::vec(0usize..40, 0..60),
-            size in 1usize..5,
+            lens in prop::collection::vec(0usize..40, 0..60),
+            prompts in prop::collection::vec(1usize..30, 60),
+            size in 1usize..7,
             budget in 1usize..90,
             longest in any::<bool>(),
         ) {
-            let groups: Vec<usize> = (0..lengths.len()).map(|i| i / size).collect();
+            let groups = lens.iter().enumerate().map(|(i, len)| (i / size, *len));
+            let lens: Vec<_> = groups.map(|(g, len)| (g as u32, prompts[g], len)).collect();
+            let tokens = tokens(&lens);
+            let sequences = packed(&tokens);
             let order = if longest { Order::LongestFirst } else { Order::Given };
-            let bins = pack(&lengths, &groups, budget, order);
+            let bins = pack(&sequences, budget, order);
             let mut seen: Vec<usize> = bins.concat();
             seen.sort_unstable();
-            prop_assert_eq!(seen, (0..lengths.len()).collect::<Vec<_>>());
+            prop_assert_eq!(seen, (0..lens.len()).collect::<Vec<_>>());
             for bin in &bins {
-                let tokens: usize = bin.iter().map(|i| lengths[*i]).sum();
-                prop_assert!(tokens <= budget || bin.len() == 1);
+                let members: Vec<_> = bin.iter().map(|i| sequences[*i]).collect();
+                let rows: usize = families(&members).map(family_rows).sum();
+                prop_assert!(rows <= budget || bin.len() == 1);
                 prop_assert!(bin.is_sorted());
+            }
+            for group in lens.chunk_by(|a, b| a.0 == b.0) {
+                let first = group[0].0 as usize * size;
+                let members = first..first + group.len();
+                let holders = bins.iter().filter(|bin| bin.iter().any(|i| members.contains(i)));
+                let whole = family_rows(&sequences[members.clone()]) <= budget;
+                prop_assert!(!whole || holders.count() == 1);
             }
             if order == Order::Given {
                 prop_assert!(bins.concat().is_sorted());

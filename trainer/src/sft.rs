@@ -231,11 +231,9 @@ fn learn(
 ) -> Result<(f64, f64)> {
     let (decoder, kernels) = update.decoder();
     let targets: usize = packed.iter().map(Packed::targets).sum();
-    let rows: Vec<usize> = packed.iter().map(Packed::rows).collect();
-    let groups: Vec<usize> = (0..rows.len()).collect();
     let mut loss = 0.0;
     state.grads.clear();
-    for micro in pack(&rows, &groups, config.trainer.max_tokens_per_microbatch, Order::Given) {
+    for micro in pack(packed, config.trainer.max_tokens_per_microbatch, Order::Given) {
         let micro = &packed[micro[0]..micro[micro.len() - 1] + 1];
         let stats = state.learner.forward(decoder, kernels, micro, 1.0);
         loss -= stats.iter().map(|s| f64::from(s.log_prob)).sum::<f64>() / targets as f64;

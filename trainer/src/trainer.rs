@@ -346,7 +346,6 @@ impl Rollouts {
         let per_token = |i: usize| vec![advantages.values[i] as f32; old[i].len()];
         MiniBatch {
             sequences: range.clone().map(|i| self.packed(i)).collect(),
-            groups: range.clone().map(|i| self.episodes[i].prompt).collect(),
             old: old[range.clone()].concat(),
             advantages: range.flat_map(per_token).collect(),
             weights,

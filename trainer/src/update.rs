@@ -19,8 +19,6 @@ use crate::packing::{Order, pack};
 /// Episodes of one update; per-token values lie one response after the other.
 pub(crate) struct MiniBatch<'a> {
     pub(crate) sequences: Vec<Packed<'a>>,
-    /// Which prompt each sequence answers.
-    pub(crate) groups: Vec<usize>,
     /// Log-probability of each response token under the weights that sampled it.
     pub(crate) old: Vec<f32>,
     /// Advantage of each response token.
@@ -194,9 +192,8 @@ struct Micro {
 
 impl Micro {
     fn cut(mini: &MiniBatch<'_>, budget: usize) -> Vec<Self> {
-        let rows: Vec<usize> = mini.sequences.iter().map(Packed::rows).collect();
         let mut end = 0;
-        pack(&rows, &mini.groups, budget, Order::Given)
+        pack(&mini.sequences, budget, Order::Given)
             .into_iter()
             .map(|members| {
                 let sequences = members[0]..members[members.len() - 1] + 1;

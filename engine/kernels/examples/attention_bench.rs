@@ -4,7 +4,9 @@
 //! several runs, for all 30 layers. Printed with it: FLOP per second (4 or 10 per row, position and
 //! element) and, for decoding, bytes of keys and values per second.
 
-use kernels::{Attention, AttnBackward, AttnScratch, AttnSeq, Dtype, Kernels, KvCache, Level};
+use kernels::{
+    Attention, AttnBackward, AttnFamily, AttnScratch, AttnSeq, Dtype, Kernels, KvCache, Level,
+};
 use std::time::Instant;
 
 const LAYERS: usize = 30;
@@ -78,7 +80,8 @@ fn backward(kernels: &Kernels, dtype: Dtype, count: usize, len: usize) {
     let rows = count * len;
     let (q, k) = (numbers(rows * HEADS * D), numbers(rows * KV_HEADS * D));
     let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), k.clone());
-    let seqs: Vec<_> = (0..count).map(|s| s * len..(s + 1) * len).collect();
+    let families: Vec<_> =
+        (0..count).map(|s| AttnFamily { prompt: s * len..(s + 1) * len, branches: &[] }).collect();
     let mut scratch = AttnScratch::new();
     let seconds = best_of(5, || {
         for _layer in 0..LAYERS {
@@ -89,7 +92,7 @@ fn backward(kernels: &Kernels, dtype: Dtype, count: usize, len: usize) {
                 v: &k,
                 out: &q,
                 dout: &q,
-                seqs: &seqs,
+                families: &families,
                 heads: HEADS,
                 kv_heads: KV_HEADS,
                 head_dim: D,

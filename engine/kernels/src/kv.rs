@@ -161,6 +161,24 @@ impl KvCache {
         }
     }
 
+    /// Copies key and value of one position to another, in one layer; all heads, bit by bit.
+    ///
+    /// # Panics
+    /// When the layer or one of the slots does not exist.
+    pub fn copy_slot(&mut self, layer: usize, from: u32, to: u32) {
+        let (shape, words) = (self.shape, self.shape.head_words());
+        let cache = &mut self.words[self.lead..];
+        for head in 0..shape.kv_heads {
+            let (source, lane) = shape.key_tile(layer, from, head);
+            let (target, target_lane) = shape.key_tile(layer, to, head);
+            for line in (0..words * TILE).step_by(TILE) {
+                cache[target + line + target_lane] = cache[source + line + lane];
+            }
+            let source = shape.value_row(layer, from, head);
+            cache.copy_within(source..source + words, shape.value_row(layer, to, head));
+        }
+    }
+
     /// All words, the first one on a 64-byte line.
     pub(crate) fn words(&self) -> &[u32] {
         &self.words[self.lead..]
@@ -392,6 +410,28 @@ mod tests {
             assert_eq!(kv.key(layer, 32 + 3, 1), numbers(32, layer as u32)[16..]);
             assert_eq!(kv.value(layer, 32 + 3, 0), numbers(32, 9)[..16]);
             assert_eq!(kv.value(layer, 3, 0), vec![0.0; 16]);
+        }
+    }
+
+    #[test]
+    fn a_slot_is_copied_in_one_layer_and_nothing_else_changes() {
+        let kernels = Kernels::new(Level::Portable, 1).unwrap();
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let (heads, d) = (2, 32);
+            let mut kv = KvCache::new(dtype, 2, 3, 16, heads, d);
+            let k = numbers(3 * 16 * heads * d, 3);
+            let v = numbers(3 * 16 * heads * d, 4);
+            let slots: Vec<u32> = (0..48).collect();
+            (0..2).for_each(|layer| kernels.kv_write(&mut kv, layer, &k, &v, &slots));
+            kv.copy_slot(1, 5, 38);
+            for (layer, slot) in (0..2).flat_map(|layer| slots.iter().map(move |s| (layer, *s))) {
+                let row = if (layer, slot) == (1, 38) { 5 } else { slot as usize };
+                for head in 0..heads {
+                    let part = (row * heads + head) * d..(row * heads + head + 1) * d;
+                    assert_eq!(kv.key(layer, slot, head), stored(dtype, &k[part.clone()]));
+                    assert_eq!(kv.value(layer, slot, head), stored(dtype, &v[part]));
+                }
+            }
         }
     }
 

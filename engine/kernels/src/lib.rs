@@ -27,7 +27,7 @@ mod swiglu;
 mod testing;
 
 pub use adamw::AdamW;
-pub use attention::{Attention, AttnBackward, AttnScratch, AttnSeq};
+pub use attention::{Attention, AttnBackward, AttnFamily, AttnScratch, AttnSeq};
 pub use cpu::{Level, features};
 pub use dtype::Dtype;
 pub use gemm::{Operand, Scratch, Write};

@@ -3,11 +3,9 @@
 //! Gradients are summed in f32, row-major, one buffer per parameter. A layer's norms, activations and
 //! rounded operands are computed again from its tape rather than kept.
 
-use std::ops::Range;
-
 use kernels::{
-    AttnBackward, AttnScratch, HeadBackward, HeadScratch, Kernels, Operand, RmsNormBackward,
-    Scratch, TokenStats, Write,
+    AttnBackward, AttnFamily, AttnScratch, HeadBackward, HeadScratch, Kernels, Operand,
+    RmsNormBackward, Scratch, TokenStats, Write,
 };
 
 use super::forward::{Decoder, HeadInput};
@@ -126,21 +124,21 @@ pub struct HeadGradient<'a> {
 impl Decoder {
     /// Adds the gradient of a loss that depends on the head's log-probabilities to `grads`.
     ///
-    /// `tape` is that of the forward pass over `tokens` at `positions`, with all layers kept; `seqs`
-    /// are the rows of each sequence, which all start at position 0.
+    /// `tape` is that of the forward pass over `tokens` at `positions`, with all layers kept; the
+    /// families are the rows of its sequences, which all start at position 0.
     ///
     /// # Panics
     /// When the tape kept one layer only, or lengths disagree.
     pub fn backward(
         &self,
         kernels: &Kernels,
-        pass: (&[u32], &[u32], &[Range<usize>]),
+        pass: (&[u32], &[u32], &[AttnFamily<'_>]),
         head: &HeadGradient<'_>,
         tape: &mut Tape,
         grads: &mut Gradients,
     ) {
         assert!(tape.keep() == Keep::AllLayers, "backward needs the tape of all layers");
-        let (tokens, positions, seqs) = pass;
+        let (tokens, positions, families) = pass;
         let mut dx = std::mem::take(&mut tape.x);
         self.head_backward(kernels, head, &mut dx, grads);
         for l in (0..self.config.layers).rev() {
@@ -151,7 +149,7 @@ impl Decoder {
             self.attention_backward(
                 kernels,
                 weights,
-                (layer, positions, seqs),
+                (layer, positions, families),
                 (&index, &mut dx),
                 grads,
             );
@@ -248,7 +246,7 @@ impl Decoder {
         &self,
         kernels: &Kernels,
         weights: &LayerWeights,
-        (layer, positions, seqs): (&LayerTape, &[u32], &[Range<usize>]),
+        (layer, positions, families): (&LayerTape, &[u32], &[AttnFamily<'_>]),
         (index, dx): (&LayerIndex, &mut Vec<f32>),
         grads: &mut Gradients,
     ) {
@@ -272,7 +270,7 @@ impl Decoder {
             v: &layer.v,
             out: &layer.attn,
             dout: &b.d_attn,
-            seqs,
+            families,
             heads: self.config.heads,
             kv_heads: self.config.kv_heads,
             head_dim: self.config.head_dim,

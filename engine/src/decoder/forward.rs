@@ -21,6 +21,9 @@ pub struct Batch<'a> {
     pub positions: &'a [u32],
     /// `[M]` where key and value of a row are kept: block x block size + offset.
     pub slots: &'a [u32],
+    /// Slots whose key and value are needed at a second slot too, from and to: sequences that share
+    /// rows which do not fill a block copy the beginning of that block.
+    pub copies: &'a [(u32, u32)],
     /// The sequences that the rows belong to, in order of rows.
     pub seqs: &'a [AttnSeq<'a>],
 }
@@ -110,6 +113,7 @@ impl Decoder {
             kernels.operand(norm, self.config.hidden_size, operand);
             self.project_qkv(kernels, weights, operand, batch.positions, layer);
             kernels.kv_write(kv, kv_layer, &layer.k, &layer.v, batch.slots);
+            batch.copies.iter().for_each(|(from, to)| kv.copy_slot(kv_layer, *from, *to));
             let task = Attention {
                 layer: kv_layer,
                 q: &layer.q,

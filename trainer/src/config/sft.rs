@@ -63,7 +63,7 @@ pub struct SftTrainerConfig {
     pub save_freq: u64,
     /// Steps between validations; 0: none; default 100.
     pub test_freq: u64,
-    /// Tokens a forward and backward pass holds at once; default 4096.
+    /// Tokens a forward and backward pass holds at once; a longer sequence passes alone; default 4096.
     pub max_tokens_per_microbatch: usize,
     /// Checkpoints kept; 0: all; default 1.
     pub keep_checkpoints: usize,

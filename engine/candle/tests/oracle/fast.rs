@@ -6,7 +6,7 @@ use engine::decoder::{
     Batch, Decoder, Gradients, HeadGradient, HeadInput, Keep, KvLayers, Tape, Weights,
 };
 use engine::{Dtype, Level, ModelConfig, ModelSource};
-use kernels::{AttnSeq, HeadScratch, Kernels, KvCache, TokenStats};
+use kernels::{AttnFamily, AttnSeq, HeadScratch, Kernels, KvCache, TokenStats};
 
 const BLOCK_SIZE: usize = 16;
 
@@ -39,8 +39,13 @@ impl Fast {
         let mut kv =
             KvCache::new(Dtype::F32, 1, blocks.len(), BLOCK_SIZE, config.kv_heads, config.head_dim);
         let seqs = [AttnSeq { first_row: 0, rows: n, start: 0, blocks: &blocks }];
-        let batch =
-            Batch { tokens: &tokens[..n], positions: &positions, slots: &positions, seqs: &seqs };
+        let batch = Batch {
+            tokens: &tokens[..n],
+            positions: &positions,
+            slots: &positions,
+            copies: &[],
+            seqs: &seqs,
+        };
         let mut tape = Tape::new(config, Dtype::F32, Keep::AllLayers);
         decoder.forward(kernels, &batch, (&mut kv, KvLayers::Shared), &mut tape);
         let rows: Vec<usize> = (prompt_len - 1..n).collect();
@@ -62,7 +67,7 @@ impl Fast {
             dentropy: None,
         };
         let mut gradients = Gradients::new(config, Dtype::F32);
-        let whole = std::slice::from_ref(&(0..n)).to_vec();
+        let whole = [AttnFamily { prompt: 0..n, branches: &[] }];
         let pass = (&tokens[..n], &positions[..], &whole[..]);
         decoder.backward(kernels, pass, &head, &mut tape, &mut gradients);
         (log_probs, by_name(&gradients))

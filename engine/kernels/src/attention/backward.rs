@@ -1,4 +1,4 @@
-//! The backward pass over packed sequences.
+//! The backward pass over packed sequences, those of a family with their common beginning only once.
 //!
 //! With P = softmax(scale Q K^T), recomputed, and D_r = dout_r . out_r:
 //!
@@ -6,8 +6,16 @@
 //! dV = P^T dOut     dP = dOut V^T     dS = scale * P * (dP - D)     dQ = dS K     dK = dS^T Q
 //! ```
 //!
-//! One task is one (sequence, kv head): it owns its gradients, adds up its rows in ascending order
+//! One task is one (family, kv head): it owns its gradients, adds up its rows in ascending order
 //! and keeps P and dS of [`CHUNK_ROWS`] rows at a time. 10 d FLOP per (row, position).
+//!
+//! ```text
+//! positions   0 ............ prompt.len() ........... longest sequence
+//! rows        | prompt       | branch 0              |
+//!                            | branch 1       |      the branches take turns in these places
+//! ```
+//! The prompt's keys and values are rounded once and stay; its dK and dV grow with the rows of every
+//! branch. Each branch puts its own behind them, and finds zeros in the places of its dK and dV.
 
 use super::tiles::{Ahead, Grow, MAX_ROWS, Panel, Products, ScoresOut, Softmax, Weights, stride};
 use super::{AttnScratch, Lane, check_groups};
@@ -23,6 +31,30 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// values is loaded and stored once for all of them.
 const CHUNK_ROWS: usize = 4 * MAX_ROWS;
 
+/// The rows of sequences that begin alike: those of their common beginning, once, and those that
+/// follow in each sequence.
+#[derive(Clone, Debug)]
+pub struct AttnFamily<'a> {
+    /// The rows that all of them share, from position 0 on; all rows of a sequence that shares none.
+    pub prompt: Range<usize>,
+    /// The other rows of each sequence, from position `prompt.len()` on; may be empty.
+    pub branches: &'a [Range<usize>],
+}
+
+impl AttnFamily<'_> {
+    /// All rows in pieces, each with the rows that all of the piece sees before its own.
+    pub(super) fn pieces(&self) -> impl Iterator<Item = (Range<usize>, &Range<usize>)> {
+        let nothing = self.prompt.start..self.prompt.start;
+        let behind = self.branches.iter().map(|branch| (self.prompt.clone(), branch));
+        std::iter::once((nothing, &self.prompt)).chain(behind)
+    }
+
+    /// Positions of the longest sequence.
+    fn positions(&self) -> usize {
+        self.prompt.len() + self.branches.iter().map(Range::len).max().unwrap_or(0)
+    }
+}
+
 /// What [`Kernels::attention_backward`] reads and writes.
 pub struct AttnBackward<'a> {
     /// The format of the cache in the forward pass.
@@ -37,8 +69,8 @@ pub struct AttnBackward<'a> {
     pub out: &'a [f32],
     /// The gradient of the output, shaped as `q`.
     pub dout: &'a [f32],
-    /// The rows of each sequence, ascending, without overlap; each starts at position 0.
-    pub seqs: &'a [Range<usize>],
+    /// The rows of all sequences, ascending, without overlap.
+    pub families: &'a [AttnFamily<'a>],
     /// Query heads.
     pub heads: usize,
     /// Heads of keys and values.
@@ -70,9 +102,12 @@ impl AttnBackward<'_> {
             assert!(x.len() == kv_len, "{} elements of {name}, {kv_len} are needed", x.len());
         }
         let mut end = 0;
-        for seq in self.seqs {
-            assert!(seq.start >= end && seq.end >= seq.start, "rows {seq:?}, expected {end} on");
-            end = seq.end;
+        for (_, rows) in self.families.iter().flat_map(AttnFamily::pieces) {
+            assert!(
+                rows.start >= end && rows.end >= rows.start,
+                "rows {rows:?}, expected {end} on"
+            );
+            end = rows.end;
         }
         assert!(end * width <= len, "sequences end at row {end}, q has {}", len / width);
     }
@@ -128,7 +163,7 @@ pub(super) fn run<P: Products>(
         dk: Disjoint::new(task.dk),
         dv: Disjoint::new(task.dv),
     };
-    let tasks = task.seqs.len() * kv_heads;
+    let tasks = task.families.len() * kv_heads;
     let threads = kernels.pool().threads().min(tasks);
     let lanes = Disjoint::new(scratch.lanes(threads));
     let next = AtomicUsize::new(0);
@@ -140,15 +175,23 @@ pub(super) fn run<P: Products>(
             if i >= tasks {
                 return;
             }
-            pass.compute(&task.seqs[i / kv_heads], i % kv_heads, &mut lane[0], &gradients);
+            pass.compute(&task.families[i / kv_heads], i % kv_heads, &mut lane[0], &gradients);
         }
     });
 }
 
-/// Rows of one (sequence, kv head), counted as token * group + head in group.
-struct Chunk<'a> {
-    seq: &'a Range<usize>,
+/// Neighbouring rows of a task that follow each other in position.
+#[derive(Clone, Copy)]
+struct Piece<'a> {
+    rows: &'a Range<usize>,
+    /// The position of the first.
+    start: usize,
     kv_head: usize,
+}
+
+/// Rows of a piece, counted as token * group + head in group.
+struct Chunk<'a> {
+    piece: Piece<'a>,
     first: usize,
     /// Positions that each row sees.
     lens: &'a [usize],
@@ -156,46 +199,87 @@ struct Chunk<'a> {
 }
 
 impl<P: Products> Backward<'_, P> {
-    fn compute(&self, seq: &Range<usize>, kv_head: usize, lane: &mut Lane, to: &Gradients<'_>) {
+    fn compute(
+        &self,
+        family: &AttnFamily<'_>,
+        kv_head: usize,
+        lane: &mut Lane,
+        to: &Gradients<'_>,
+    ) {
+        self.clear(family.positions().div_ceil(TILE), lane);
+        let prompt = Piece { rows: &family.prompt, start: 0, kv_head };
+        self.piece(prompt, lane, &to.dq);
+        for rows in family.branches {
+            let branch = Piece { rows, start: prompt.rows.len(), kv_head };
+            let (dk, dv) = self.key_gradients(lane);
+            dk[branch.start * self.d..].fill(0.0);
+            dv[branch.start * self.d..].fill(0.0);
+            self.piece(branch, lane, &to.dq);
+            self.hand_over(branch, lane, to);
+        }
+        self.hand_over(prompt, lane, to);
+    }
+
+    /// Makes room for that many tiles of positions; the last is filled up with zeros.
+    fn clear(&self, tiles: usize, lane: &mut Lane) {
+        let tile_words = TILE * self.d / per_word(self.dtype);
+        lane.tiles.clear();
+        lane.tiles.extend((0..tiles).map(|tile| tile * tile_words));
+        let Buffers { key_tiles, key_rows, value_tiles, dk, dv, .. } = &mut lane.backward;
+        for words in [key_tiles, key_rows, value_tiles] {
+            words.zeros(tiles * tile_words);
+        }
+        dk.zeros(tiles * TILE * self.d);
+        dv.zeros(tiles * TILE * self.d);
+    }
+
+    /// Gradients of the keys and values of all positions, `[positions][d]`.
+    fn key_gradients<'l>(&self, lane: &'l mut Lane) -> (&'l mut [f32], &'l mut [f32]) {
+        let len = lane.tiles.len() * TILE * self.d;
+        (lane.backward.dk.slice(len), lane.backward.dv.slice(len))
+    }
+
+    /// dQ of a piece's rows, and what they add to dK and dV.
+    fn piece(&self, piece: Piece<'_>, lane: &mut Lane, dq: &Disjoint<'_, f32>) {
         let group = self.heads / self.kv_heads;
-        let padded = seq.len().next_multiple_of(TILE);
-        self.round_keys_and_values(seq, kv_head, lane);
-        lane.backward.dk.zeros(padded * self.d);
-        lane.backward.dv.zeros(padded * self.d);
-        for first in (0..seq.len() * group).step_by(CHUNK_ROWS) {
-            let rows = CHUNK_ROWS.min(seq.len() * group - first);
+        self.round_keys_and_values(piece, lane);
+        for first in (0..piece.rows.len() * group).step_by(CHUNK_ROWS) {
+            let rows = CHUNK_ROWS.min(piece.rows.len() * group - first);
             let mut lens = [0; CHUNK_ROWS];
             let lens = &mut lens[..rows];
-            lens.iter_mut().enumerate().for_each(|(row, len)| *len = (first + row) / group + 1);
-            let chunk = Chunk { seq, kv_head, first, lens, stride: stride(lens[rows - 1]) };
-            self.chunk(&chunk, lane, &to.dq);
+            for (row, len) in lens.iter_mut().enumerate() {
+                *len = piece.start + (first + row) / group + 1;
+            }
+            let chunk = Chunk { piece, first, lens, stride: stride(lens[rows - 1]) };
+            self.chunk(&chunk, lane, dq);
         }
-        let dk = lane.backward.dk.slice(padded * self.d);
-        let dv = lane.backward.dv.slice(padded * self.d);
-        for (token, (dk, dv)) in
-            seq.clone().zip(dk.chunks_exact(self.d).zip(dv.chunks_exact(self.d)))
-        {
-            let place = (token * self.kv_heads + kv_head) * self.d;
-            // SAFETY: sequences do not overlap, and each (sequence, kv head) is one task.
+    }
+
+    /// Writes dK and dV of a piece's own positions to their place.
+    fn hand_over(&self, piece: Piece<'_>, lane: &mut Lane, to: &Gradients<'_>) {
+        let (dk, dv) = self.key_gradients(lane);
+        let skip = piece.start * self.d;
+        let each = dk[skip..].chunks_exact(self.d).zip(dv[skip..].chunks_exact(self.d));
+        for (token, (dk, dv)) in piece.rows.clone().zip(each) {
+            let place = (token * self.kv_heads + piece.kv_head) * self.d;
+            // SAFETY: families do not overlap, and each (family, kv head) is one task.
             unsafe { to.dk.part(place, place + self.d) }.copy_from_slice(dk);
             // SAFETY: as above.
             unsafe { to.dv.part(place, place + self.d) }.copy_from_slice(dv);
         }
     }
 
-    /// Keys as tiles and as rows, values as tiles; the last tile is filled up with zeros.
-    fn round_keys_and_values(&self, seq: &Range<usize>, kv_head: usize, lane: &mut Lane) {
+    /// Keys as tiles and as rows, values as tiles.
+    fn round_keys_and_values(&self, piece: Piece<'_>, lane: &mut Lane) {
         let words = self.d / per_word(self.dtype);
-        let tiles = seq.len().div_ceil(TILE);
-        lane.tiles.clear();
-        lane.tiles.extend((0..tiles).map(|tile| tile * TILE * words));
-        let key_tiles = lane.backward.key_tiles.zeros(tiles * TILE * words);
-        let key_rows = lane.backward.key_rows.zeros(tiles * TILE * words);
-        let value_tiles = lane.backward.value_tiles.zeros(tiles * TILE * words);
+        let len = lane.tiles.len() * TILE * words;
+        let key_tiles = lane.backward.key_tiles.slice(len);
+        let key_rows = lane.backward.key_rows.slice(len);
+        let value_tiles = lane.backward.value_tiles.slice(len);
         let mut value = [0; MAX_HEAD_DIM];
         let value = &mut value[..words];
-        for (position, token) in seq.clone().enumerate() {
-            let place = (token * self.kv_heads + kv_head) * self.d;
+        for (position, token) in (piece.start..).zip(piece.rows.clone()) {
+            let place = (token * self.kv_heads + piece.kv_head) * self.d;
             let key = &mut key_rows[position * words..][..words];
             round_words(self.dtype, &self.k[place..][..self.d], key);
             round_words(self.dtype, &self.v[place..][..self.d], value);
@@ -209,8 +293,8 @@ impl<P: Products> Backward<'_, P> {
     fn place(&self, chunk: &Chunk<'_>, row: usize) -> usize {
         let group = self.heads / self.kv_heads;
         let row = chunk.first + row;
-        let head = chunk.kv_head * group + row % group;
-        ((chunk.seq.start + row / group) * self.heads + head) * self.d
+        let head = chunk.piece.kv_head * group + row % group;
+        ((chunk.piece.rows.start + row / group) * self.heads + head) * self.d
     }
 
     fn chunk(&self, chunk: &Chunk<'_>, lane: &mut Lane, dq: &Disjoint<'_, f32>) {
@@ -236,7 +320,7 @@ impl<P: Products> Backward<'_, P> {
             first += lens.len();
         }
         let Buffers { q, dout, p, ds, dk, dv, .. } = &mut lane.backward;
-        let padded = chunk.seq.len().next_multiple_of(TILE);
+        let padded = lane.tiles.len() * TILE;
         let p = Weights { rows: p.slice(rows * stride), stride, lens: chunk.lens };
         self.products.mix_transposed(p, dout.slice(rows * d), dv.slice(padded * d));
         let ds = Weights { rows: ds.slice(rows * stride), stride, lens: chunk.lens };
@@ -294,7 +378,7 @@ impl<P: Products> Backward<'_, P> {
         self.products.mix(Weights { rows: ds, stride, lens }, panel(key_rows.slice(words)), mixed);
         for (row, mixed) in mixed.chunks_exact(d).enumerate() {
             let place = self.place(chunk, first + row);
-            // SAFETY: sequences do not overlap, and each row and head belongs to one task.
+            // SAFETY: families do not overlap, and each row and head belongs to one task.
             unsafe { dq.part(place, place + d) }.copy_from_slice(mixed);
         }
     }

@@ -24,7 +24,7 @@ mod reference;
 mod tests;
 mod tiles;
 
-pub use backward::AttnBackward;
+pub use backward::{AttnBackward, AttnFamily};
 
 use crate::kv::{KvCache, TILE};
 use crate::{Kernels, Level};
@@ -130,15 +130,16 @@ impl Kernels {
         forward::run(self, lanes::Lanes(self.isa), (kv, task), out, scratch);
     }
 
-    /// Gradients of attention over packed sequences, each from position 0. `dq`, `dk` and `dv` are
-    /// set; rows of no sequence are left as they are.
+    /// Gradients of attention over packed sequences, each from position 0; rows that several share are
+    /// there once. `dq`, `dk` and `dv` are set; rows of no sequence are left as they are.
     ///
     /// The keys, values and queries are rounded inside as the forward pass rounds them, and the
-    /// probabilities recomputed. In bf16 the gradient of the output is rounded as well. A gradient of keys and values sums over the rows of its own sequence in ascending
-    /// order, so it depends neither on the rest of the batch nor on the number of threads.
+    /// probabilities recomputed. In bf16 the gradient of the output is rounded as well. A gradient of
+    /// keys and values sums over the rows of its own family in ascending order, so it depends neither
+    /// on the rest of the batch nor on the number of threads.
     ///
     /// # Panics
-    /// When a slice has the wrong length or the sequences overlap or are out of order.
+    /// When a slice has the wrong length or the rows overlap or are out of order.
     pub fn attention_backward(&self, task: AttnBackward<'_>, scratch: &mut AttnScratch) {
         task.check();
         if self.level() == Level::Reference {

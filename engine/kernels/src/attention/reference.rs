@@ -1,6 +1,6 @@
 //! Attention as it is defined: one row after the other, in f64, nothing saved.
 
-use super::{Attention, AttnBackward};
+use super::{Attention, AttnBackward, AttnFamily};
 use crate::Dtype;
 use crate::kv::KvCache;
 use half::bf16;
@@ -56,40 +56,40 @@ pub(super) fn forward(kv: &KvCache, task: &Attention<'_>, out: &mut [f32]) {
 pub(super) fn backward(task: AttnBackward<'_>) {
     let AttnBackward { dtype, heads, kv_heads, .. } = task;
     let (d, group) = (task.head_dim, heads / kv_heads);
-    for seq in task.seqs {
-        for kv_head in 0..kv_heads {
-            let place = |t: usize| ((seq.start + t) * kv_heads + kv_head) * d;
+    let (mut dk, mut dv) = (vec![0.0; task.k.len()], vec![0.0; task.v.len()]);
+    for (before, rows) in task.families.iter().flat_map(AttnFamily::pieces) {
+        for (row, head) in rows.clone().flat_map(|row| (0..heads).map(move |head| (row, head))) {
+            let places: Vec<usize> = before
+                .clone()
+                .chain(rows.start..=row)
+                .map(|seen| (seen * kv_heads + head / group) * d)
+                .collect();
             let of = |x: &[f32]| -> Vec<Vec<f64>> {
-                (0..seq.len()).map(|t| rounded(dtype, &x[place(t)..place(t) + d])).collect()
+                places.iter().map(|&place| rounded(dtype, &x[place..place + d])).collect()
             };
             let (keys, values) = (of(task.k), of(task.v));
-            let mut dk = vec![vec![0.0; d]; seq.len()];
-            let mut dv = vec![vec![0.0; d]; seq.len()];
-            for row in 0..seq.len() * group {
-                let (t, head) = (row / group, kv_head * group + row % group);
-                let at = ((seq.start + t) * heads + head) * d;
-                let q = rounded(dtype, &task.q[at..at + d]);
-                let dout = rounded(Dtype::F32, &task.dout[at..at + d]);
-                let out = rounded(Dtype::F32, &task.out[at..at + d]);
-                let delta = dot(&dout, &out);
-                let mut dq = vec![0.0; d];
-                let p = probabilities(&q, &keys[..=t], task.scale);
-                for (j, p) in p.into_iter().enumerate() {
-                    let ds = p * (dot(&dout, &values[j]) - delta) * f64::from(task.scale);
-                    for i in 0..d {
-                        dq[i] += ds * keys[j][i];
-                        dk[j][i] += ds * q[i];
-                        dv[j][i] += p * dout[i];
-                    }
-                }
-                task.dq[at..at + d].iter_mut().zip(dq).for_each(|(to, x)| *to = x as f32);
-            }
-            for t in 0..seq.len() {
+            let at = (row * heads + head) * d;
+            let q = rounded(dtype, &task.q[at..at + d]);
+            let dout = rounded(Dtype::F32, &task.dout[at..at + d]);
+            let out = rounded(Dtype::F32, &task.out[at..at + d]);
+            let delta = dot(&dout, &out);
+            let mut dq = vec![0.0; d];
+            let p = probabilities(&q, &keys, task.scale);
+            for (j, (p, place)) in p.into_iter().zip(&places).enumerate() {
+                let ds = p * (dot(&dout, &values[j]) - delta) * f64::from(task.scale);
                 for i in 0..d {
-                    task.dk[place(t) + i] = dk[t][i] as f32;
-                    task.dv[place(t) + i] = dv[t][i] as f32;
+                    dq[i] += ds * keys[j][i];
+                    dk[place + i] += ds * q[i];
+                    dv[place + i] += p * dout[i];
                 }
             }
+            task.dq[at..at + d].iter_mut().zip(dq).for_each(|(to, x)| *to = x as f32);
+        }
+    }
+    for (_, rows) in task.families.iter().flat_map(AttnFamily::pieces) {
+        for i in rows.start * kv_heads * d..rows.end * kv_heads * d {
+            task.dk[i] = dk[i] as f32;
+            task.dv[i] = dv[i] as f32;
         }
     }
 }

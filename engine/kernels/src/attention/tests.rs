@@ -1,5 +1,7 @@
 //! Agreement with the definition, and equality to the bit where the module promises it.
 
+mod families;
+
 use super::*;
 use crate::Dtype;
 use std::ops::Range;
@@ -375,6 +377,13 @@ impl Packed {
 
     /// Gradients of q, k and v.
     fn backward(&self, kernels: &Kernels) -> [Vec<f32>; 3] {
+        let alone = |rows: &Range<usize>| AttnFamily { prompt: rows.clone(), branches: &[] };
+        let families: Vec<AttnFamily<'_>> = self.seqs.iter().map(alone).collect();
+        self.backward_of(kernels, &families)
+    }
+
+    /// The same where the rows belong to these families.
+    fn backward_of(&self, kernels: &Kernels, families: &[AttnFamily<'_>]) -> [Vec<f32>; 3] {
         let mut dq = vec![f32::NAN; self.tokens.q.len()];
         let mut dk = vec![f32::NAN; self.tokens.k.len()];
         let mut dv = vec![f32::NAN; self.tokens.v.len()];
@@ -385,7 +394,7 @@ impl Packed {
             v: &self.tokens.v,
             out: &self.out,
             dout: &self.dout,
-            seqs: &self.seqs,
+            families,
             heads: self.shape.heads,
             kv_heads: self.shape.kv_heads,
             head_dim: self.shape.d,
