@@ -13,7 +13,7 @@ use kernels::Dtype;
 use serde::Deserialize;
 use serde::de::{self, MapAccess, Visitor};
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::ops::Range;
@@ -112,6 +112,14 @@ impl SafeTensors {
         stored.check_rows(name, &rows).map_err(|e| e.in_file(file.path()))?;
         file.read_rows(stored, rows, out)
     }
+}
+
+/// The names of the files that an index divides a model into, which lie beside it.
+///
+/// # Errors
+/// When the index cannot be read or names something else.
+pub fn shards(index: &Path) -> Result<BTreeSet<String>> {
+    Ok(read_index(index)?.into_values().collect())
 }
 
 /// Weight name to file name; only plain names of files beside the index are accepted.
