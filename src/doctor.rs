@@ -32,7 +32,7 @@ const READ_FOR: Duration = Duration::from_millis(250);
 pub(crate) fn run(args: &DoctorArgs, terminal: &Terminal) -> Result<()> {
     let config = model::engine_config(&args.common, &args.engine)?;
     output::print(&machine(&config))?;
-    let source = model::open(&args.model)?;
+    let source = model::open(&args.model, terminal)?;
     let plan = MemoryPlan::new(source.config(), &config)?;
     output::print(&format!("\nmodel        {}\n{}\n{plan}", args.model, shape(source.config())))?;
     terminal.info("measuring memory bandwidth");
