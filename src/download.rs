@@ -10,6 +10,9 @@ use crate::progress::{self, REDRAW, RELINE};
 use crate::signals;
 use crate::terminal::{Shown, Terminal};
 
+/// Files that are not worth a line of their own have fewer bytes.
+const SMALL_BYTES: u64 = 100_000;
+
 /// Downloads what the cache lacks of a model; a signal ends the command at once, the next one resumes.
 pub(crate) fn download(
     id: &HubId,
@@ -62,7 +65,10 @@ impl<'a> Display<'a> {
         }
         let whole = done == total;
         let every = if self.shown == Shown::Bar { REDRAW } else { RELINE };
-        if self.shown == Shown::Nothing || (!whole && self.drawn.elapsed() < every) {
+        if total < SMALL_BYTES
+            || self.shown == Shown::Nothing
+            || (!whole && self.drawn.elapsed() < every)
+        {
             return;
         }
         self.drawn = Instant::now();

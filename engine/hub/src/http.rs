@@ -14,6 +14,8 @@ use crate::Patience;
 
 /// Redirects followed for one request.
 const MAX_REDIRECTS: usize = 8;
+/// How the standard library says that a name has no address, for which it has no kind.
+const LOOKUP: &str = "failed to lookup address";
 /// Longest wait that a server may ask for.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 
@@ -163,6 +165,9 @@ impl<'a> Client<'a> {
                 if matches!(error.kind(), Io::ConnectionRefused | Io::InvalidData) =>
             {
                 Error::network(format!("{host}: {error}")).into()
+            }
+            ureq::Error::Io(error) if error.to_string().contains(LOOKUP) => {
+                Error::network(format!("{host}: unknown host")).into()
             }
             ureq::Error::Io(error) => Trouble::again(format!("{place}: {error}")),
             ureq::Error::Protocol(error) => Trouble::again(format!("{place}: {error}")),

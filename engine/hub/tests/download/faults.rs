@@ -197,6 +197,10 @@ fn addresses_that_do_not_work_are_named() {
     let message = found.unwrap_err().to_string();
     assert!(message.starts_with(&format!("http://{closed}: ")), "{message}");
     assert_eq!(retries, Vec::<String>::new());
+    // No resolver asks anybody about an empty label.
+    let (found, retries) = find("org/tiny", &cache.settings("http://a..b"));
+    assert_eq!(found.unwrap_err().to_string(), "http://a..b: unknown host");
+    assert_eq!(retries, Vec::<String>::new());
     let message = refused("org/tiny", &cache.settings("hub.example"));
     assert!(message.contains("HF_ENDPOINT"), "{message}");
     let hub = StandIn::start(|_| Reply::body("<html>"));
