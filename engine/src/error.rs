@@ -55,6 +55,11 @@ impl Error {
         &self.kind
     }
 
+    /// The kind, to take apart.
+    pub fn into_kind(self) -> ErrorKind {
+        self.kind
+    }
+
     /// A missing or invalid model.
     pub fn model(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Model(message.into()))

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Cursor;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 pub use manifest::{MANIFEST, verify};
 
@@ -243,7 +243,7 @@ impl CheckpointWriter<'_> {
             write(&mut file)?;
             file.flush()
         };
-        run().map_err(|e| Error::io(self.store.step_dir(self.step).join(name), e))
+        run().map_err(|e| self.named(Error::io(&path, e)))
     }
 
     /// Writes [`STATE`].
@@ -257,13 +257,30 @@ impl CheckpointWriter<'_> {
         })
     }
 
+    /// The same error; a file of this checkpoint is named by the place it was to have.
+    #[must_use]
+    pub fn named(&self, error: Error) -> Error {
+        let place = |path: PathBuf| match path.strip_prefix(&self.path) {
+            Ok(name) => self.store.step_dir(self.step).join(name),
+            Err(_) => path,
+        };
+        match error.into_kind() {
+            ErrorKind::Io { path, source } => Error::io(place(path), source),
+            ErrorKind::Engine(inner) => Error::engine(match inner.into_kind() {
+                engine::ErrorKind::Io { path, source } => engine::Error::io(place(path), source),
+                kind => engine::Error::new(kind),
+            }),
+            kind => Error::new(kind),
+        }
+    }
+
     /// Makes the checkpoint visible, durable and the latest, then removes the oldest.
     ///
     /// # Errors
     /// If a file cannot be written or synced; then the checkpoints are as they were before.
     pub fn publish(self) -> Result<Checkpoint> {
-        manifest::write(&self.path)?;
-        sync_tree(&self.path)?;
+        let written = manifest::write(&self.path).and_then(|()| sync_tree(&self.path));
+        written.map_err(|e| self.named(e))?;
         let path = self.store.step_dir(self.step);
         let old = self.path.with_file_name(format!("{REPLACED}{STEP}{}", self.step));
         let swap = || {

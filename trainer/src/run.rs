@@ -201,8 +201,10 @@ impl Run {
         let begin = Instant::now();
         let writer = self.store.begin(self.trainer.steps())?;
         let optimizer = &self.trainer.state.optimizer;
-        save_model(&self.files, writer.path(), optimizer.specs(), optimizer.masters())?;
-        save_optimizer(writer.path(), optimizer)?;
+        let specs = optimizer.specs();
+        save_model(&self.files, writer.path(), specs, optimizer.masters())
+            .and_then(|()| save_optimizer(writer.path(), optimizer))
+            .map_err(|e| writer.named(e))?;
         writer.state(&self.trainer.train_state())?;
         metrics.set(name::TIME_SAVE_CHECKPOINT, begin.elapsed().as_secs_f64());
         self.metrics.write(metrics)?;
