@@ -5,6 +5,8 @@ mod e2e {
     mod cli;
     mod generate;
     mod hub;
+    #[cfg(target_os = "linux")]
+    mod memory;
     mod rl;
     mod rl_faults;
     mod score;
