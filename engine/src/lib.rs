@@ -25,7 +25,7 @@ mod update;
 pub use config::EngineConfig;
 pub use engine::{Engine, Score};
 pub use error::{Error, ErrorKind, Result};
-pub use kernels::{Dtype, Level};
+pub use kernels::{Dtype, Kernels, Level, features, probe};
 pub use load::load_text;
 pub use memory::{MemoryPlan, available_memory_bytes};
 pub use model::{GenerationDefaults, ModelConfig, ModelSource};
