@@ -5,7 +5,7 @@
 //! cargo bench --bench marks -- MODEL [peak GFLOP/s] [read GB/s]
 //! ```
 //!
-//! The two limits are what `cargo run --release -p kernels --example gemm_bench` measures. The limit of
+//! The two limits are measured where they are not given. The limit of
 //! a phase is, step by step, the longer of reading the weights once and of the multiplications;
 //! attention and everything else count as nothing, and the head counts for every row, though a prefill
 //! needs it for its last only. In training a prompt counts once for its group. Prompts are random tokens and end-of-text is
@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use engine::decoder::{Gradients, Keep};
 use engine::{Engine, EngineConfig, EosRule, ModelSource};
-use kernels::AdamW;
+use kernels::{AdamW, probe};
 use trainer::config::RlConfig;
 use trainer::loss::{ChoiceKey, TokenBatch};
 use trainer::packing::{Order, pack};
@@ -50,13 +50,15 @@ fn main() {
         println!("marks: left out, no model was named (cargo bench --bench marks -- MODEL)");
         return;
     };
-    let number = |i: usize, or: f64| arguments.get(i).map_or(or, |n| n.parse().expect("a number"));
+    let number = |i: usize| arguments.get(i).map(|n| 1e9 * n.parse::<f64>().expect("a number"));
     let source = ModelSource::open(Path::new(model)).expect("the model opens");
     let config = EngineConfig { max_model_len: Some(512), ..EngineConfig::default() };
     let mut engine = Engine::load(&source, &config).expect("the model loads");
     let limits = Limits {
-        flops: number(1, 473.0) * 1e9,
-        bytes: number(2, 37.0) * 1e9,
+        flops: number(1)
+            .or_else(|| probe::multiply_peak(engine.kernels(), engine.dtype()))
+            .expect("the peak of these kernels is not measured, name it"),
+        bytes: number(2).unwrap_or_else(|| probe::read_bandwidth(engine.kernels().pool())),
         params: source.config().parameters() as f64,
     };
     println!(

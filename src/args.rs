@@ -15,8 +15,10 @@ use crate::device::DeviceArg;
 pub(crate) const DEFAULT_MODEL: &str = "builtin:arith";
 
 const AFTER: &str = concat!(
-    "MODEL is a Hugging Face directory, a .gguf file, a hub id (Qwen/Qwen2.5-0.5B-Instruct), or\n",
-    "builtin:arith, the small policy that comes with the program.\n",
+    "MODEL is a Hugging Face directory, a .gguf file, a hub id (Qwen/Qwen2.5-0.5B-Instruct, or\n",
+    "org/name:file.gguf), or builtin:arith, the small policy that comes with the program. What the\n",
+    "hub cache lacks of a hub id is downloaded: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN,\n",
+    "HF_HUB_OFFLINE=1, HTTPS_PROXY and NO_PROXY are honoured.\n",
     "\n",
     "Every flag can also be set by an environment variable (--max-model-len: ENGINE_MAX_MODEL_LEN) or\n",
     "by a key of the file given with --config (max_model_len = 4096); the command line wins over the\n",

@@ -44,7 +44,7 @@ impl Opened {
         if config.threads.is_some() {
             terminal.warn(&format!("--threads has no effect with --device {name}"));
         }
-        let source = model::open(model)?;
+        let source = model::open(model, terminal)?;
         let (tokenizer, chat_template) = load_text(&source)?;
         let engine = CandleEngine::load(&source, &device, config)?;
         terminal.info(&format!("{} on {name}, {:?}", source.name(), engine.model().dtype()));

@@ -1,43 +1,25 @@
 //! `engine doctor`: what was detected, what will run, what a model takes, what can be hoped for.
 
-use std::hint::black_box;
 use std::thread;
-use std::time::{Duration, Instant};
 
-use engine::{EngineConfig, Level, MemoryPlan, ModelConfig, available_memory_bytes};
+use engine::{
+    EngineConfig, Kernels, Level, MemoryPlan, ModelConfig, available_memory_bytes, features, probe,
+};
 
 use crate::args::DoctorArgs;
-use crate::exit::Result;
+use crate::exit::{Failure, Result};
 use crate::terminal::Terminal;
 use crate::{model, output};
-
-/// Processor features that decide which kernels run, as Linux spells them.
-const FEATURES: [&str; 9] = [
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512bw",
-    "avx512dq",
-    "avx512vl",
-    "avx512_bf16",
-    "amx_tile",
-    "amx_bf16",
-];
-/// Memory that each thread reads to measure bandwidth: more than any cache holds.
-const READ_BYTES: usize = 256 << 20;
-/// How long the measurement goes on at least.
-const READ_FOR: Duration = Duration::from_millis(250);
 
 /// Runs the command.
 pub(crate) fn run(args: &DoctorArgs, terminal: &Terminal) -> Result<()> {
     let config = model::engine_config(&args.common, &args.engine)?;
     output::print(&machine(&config))?;
-    let source = model::open(&args.model)?;
+    let source = model::open(&args.model, terminal)?;
     let plan = MemoryPlan::new(source.config(), &config)?;
     output::print(&format!("\nmodel        {}\n{}\n{plan}", args.model, shape(source.config())))?;
-    terminal.info("measuring memory bandwidth");
-    let bandwidth = read_bandwidth(config.resolved_threads());
-    output::print(&estimate(&plan, bandwidth))
+    terminal.info("measuring memory and multipliers");
+    output::print(&estimate(&plan, source.config(), &config)?)
 }
 
 fn machine(config: &EngineConfig) -> String {
@@ -46,10 +28,13 @@ fn machine(config: &EngineConfig) -> String {
     let memory = memory.map_or("unknown".to_owned(), |bytes| format!("{:.1} GiB", gib(bytes)));
     let levels = Level::ALL.into_iter().filter(|level| level.available());
     let levels: Vec<&str> = levels.map(Level::name).collect();
-    let (cpu, features) = processor();
+    let features = match features().as_slice() {
+        [] => "none that kernels ask for".to_owned(),
+        found => found.join(" "),
+    };
     let candle = if cfg!(feature = "candle") { "cpu, candle-cpu" } else { "cpu" };
     [
-        format!("processor    {cpu}"),
+        format!("processor    {}", processor()),
         format!("cpu features {features}"),
         format!("cores        {cores}, {} used", config.resolved_threads()),
         format!("memory       {memory} available"),
@@ -60,18 +45,13 @@ fn machine(config: &EngineConfig) -> String {
     .join("\n")
 }
 
-/// The processor's name and those of its features that kernels ask for, as the system reports them.
-fn processor() -> (String, String) {
+/// The processor's name, as the system reports it.
+fn processor() -> String {
+    // Without the file there is no name to show.
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let value = |key: &str| {
-        let line = text.lines().find(|line| line.starts_with(key));
-        line.and_then(|line| line.split_once(':')).map_or("", |(_, value)| value.trim())
-    };
-    let or_unknown =
-        |text: &str| if text.is_empty() { "unknown".to_owned() } else { text.to_owned() };
-    let has: Vec<&str> = value("flags").split_whitespace().collect();
-    let found = FEATURES.into_iter().filter(|feature| has.contains(feature));
-    (or_unknown(value("model name")), or_unknown(&found.collect::<Vec<_>>().join(" ")))
+    let line = text.lines().find(|line| line.starts_with("model name"));
+    let name = line.and_then(|line| line.split_once(':')).map(|(_, name)| name.trim());
+    name.unwrap_or("unknown").to_owned()
 }
 
 fn shape(model: &ModelConfig) -> String {
@@ -87,33 +67,26 @@ fn shape(model: &ModelConfig) -> String {
     )
 }
 
-/// Decoding one token for any number of sequences reads every weight once.
-fn estimate(plan: &MemoryPlan, bandwidth: f64) -> String {
+/// Decoding one token for any number of sequences reads every weight once; a prompt's token multiplies
+/// with every weight once.
+fn estimate(plan: &MemoryPlan, model: &ModelConfig, config: &EngineConfig) -> Result<String> {
+    let level = config.resolved_level();
+    let kernels = Kernels::new(level, config.resolved_threads())
+        .ok_or_else(|| Failure::running(format!("{level} kernels do not run here")))?;
+    let bandwidth = probe::read_bandwidth(kernels.pool());
     let steps = bandwidth / plan.weights_bytes.max(1) as f64;
-    format!(
-        "\nbandwidth    {:.1} GB/s read (measured)\ndecode limit {steps:.0} steps/s by reading the weights",
-        bandwidth / 1e9
-    )
+    let mut lines = vec![
+        format!("\nbandwidth    {:.1} GB/s read (measured)", bandwidth / 1e9),
+        format!("decode limit {steps:.0} steps/s by reading the weights"),
+    ];
+    if let Some(peak) = probe::multiply_peak(&kernels, config.resolved_dtype()) {
+        let tokens = peak / (2.0 * model.parameters().max(1) as f64);
+        lines.push(format!("multiply     {:.0} GFLOP/s (measured)", peak / 1e9));
+        lines.push(format!("prompt limit {tokens:.0} tokens/s by multiplying with the weights"));
+    }
+    Ok(lines.join("\n"))
 }
 
 fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
-}
-
-/// Bytes a second that `threads` threads read from memory together.
-fn read_bandwidth(threads: usize) -> f64 {
-    let words = READ_BYTES / size_of::<u64>();
-    let read = || {
-        let memory = vec![1_u64; words];
-        let (begun, mut bytes) = (Instant::now(), 0);
-        while begun.elapsed() < READ_FOR {
-            black_box(memory.iter().fold(0_u64, |sum, word| sum.wrapping_add(*word)));
-            bytes += READ_BYTES;
-        }
-        bytes as f64 / begun.elapsed().as_secs_f64()
-    };
-    thread::scope(|scope| {
-        let readers: Vec<_> = (0..threads.min(16)).map(|_| scope.spawn(read)).collect();
-        readers.into_iter().map(|reader| reader.join().unwrap_or(0.0)).sum()
-    })
 }

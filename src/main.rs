@@ -14,6 +14,7 @@ mod candle;
 mod candle;
 mod device;
 mod doctor;
+mod download;
 mod exit;
 mod generate;
 mod input;

@@ -7,6 +7,7 @@ use engine::model::open_builtin;
 use engine::{Dtype, Engine, EngineConfig, Level, ModelSource, PrefixCache};
 
 use crate::args::{CommonArgs, DtypeArg, EngineArgs};
+use crate::download::download;
 use crate::exit::{Failure, Result};
 use crate::terminal::Terminal;
 
@@ -78,15 +79,25 @@ fn level() -> Result<Option<Level>> {
     })
 }
 
-/// Opens a model by path, hub id or name; every fault is the model's.
-pub(crate) fn open(name: &str) -> Result<ModelSource> {
-    source(name).map_err(|error| Failure::from(error).blame_data())
+/// Opens a model by path, hub id or name; every fault but that of a download is the model's.
+pub(crate) fn open(name: &str, terminal: &Terminal) -> Result<ModelSource> {
+    let found = locate(name, terminal)?;
+    open_located(found).map_err(|error| Failure::from(error).blame_data())
 }
 
 /// Opens a model by path, hub id or name.
-pub(crate) fn source(name: &str) -> engine::Result<ModelSource> {
-    let hub = HubSettings::from_lookup(|variable| env::var(variable).ok());
-    match hub::resolve(name, &hub, hub::no_download)? {
+pub(crate) fn source(name: &str, terminal: &Terminal) -> engine::Result<ModelSource> {
+    open_located(locate(name, terminal)?)
+}
+
+/// Finds a model, downloading what the cache lacks of a hub id.
+fn locate(name: &str, terminal: &Terminal) -> engine::Result<Located> {
+    let settings = HubSettings::from_lookup(|variable| env::var(variable).ok());
+    hub::resolve(name, &settings, |id, settings| download(id, settings, terminal))
+}
+
+fn open_located(found: Located) -> engine::Result<ModelSource> {
+    match found {
         Located::Path(path) => ModelSource::open(&path),
         Located::Builtin(builtin) => open_builtin(builtin),
     }
@@ -94,7 +105,7 @@ pub(crate) fn source(name: &str) -> engine::Result<ModelSource> {
 
 /// Opens a model and loads it, saying so.
 pub(crate) fn load(name: &str, config: &EngineConfig, terminal: &Terminal) -> Result<Engine> {
-    let source = open(name)?;
+    let source = open(name, terminal)?;
     let begun = std::time::Instant::now();
     let engine = Engine::load(&source, config)?;
     let (dtype, took) = (engine.dtype().name(), begun.elapsed().as_secs_f64());

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use crate::terminal::{Shown, Terminal};
 
 /// Time between two drawings of a bar.
-const REDRAW: Duration = Duration::from_millis(100);
+pub(crate) const REDRAW: Duration = Duration::from_millis(100);
 /// Time between two lines.
-const RELINE: Duration = Duration::from_secs(10);
+pub(crate) const RELINE: Duration = Duration::from_secs(10);
 /// Cells of a bar.
 const WIDTH: usize = 24;
 
@@ -47,23 +47,14 @@ impl<'a> Progress<'a> {
         if self.shown != Shown::Nothing {
             self.draw(done, tokens);
         }
-        if self.shown == Shown::Bar {
-            let _closed = writeln!(stderr().lock());
-        }
+        end(self.terminal);
     }
 
     fn draw(&mut self, done: usize, tokens: usize) {
         self.drawn = Some(Instant::now());
         let rate = tokens as f64 / self.begun.elapsed().as_secs_f64().max(1e-9);
         let text = format!("{done}/{} {}, {rate:.1} tokens/s", self.total, self.what);
-        if self.shown == Shown::Lines {
-            self.terminal.info(&text);
-            return;
-        }
-        let cells = WIDTH * done / self.total.max(1);
-        let bar = format!("{}{}", "=".repeat(cells), " ".repeat(WIDTH.saturating_sub(cells)));
-        // Without a reader there is nobody left to show it to.
-        let _closed = write!(stderr().lock(), "\r[{bar}] {text}\x1b[K");
+        draw(self.terminal, done as f64 / self.total.max(1) as f64, &text);
     }
 }
 
@@ -73,5 +64,26 @@ impl Drop for Progress<'_> {
         if self.shown == Shown::Bar && self.drawn.is_some_and(|drawn| drawn.elapsed() < REDRAW) {
             let _closed = write!(stderr().lock(), "\r");
         }
+    }
+}
+
+/// Draws a bar of which `fraction` is full over the line, or logs `text`.
+pub(crate) fn draw(terminal: &Terminal, fraction: f64, text: &str) {
+    match terminal.progress() {
+        Shown::Nothing => {}
+        Shown::Lines => terminal.info(text),
+        Shown::Bar => {
+            let cells = (WIDTH as f64 * fraction.clamp(0.0, 1.0)) as usize;
+            let bar = format!("{}{}", "=".repeat(cells), " ".repeat(WIDTH - cells));
+            // Without a reader there is nobody left to show it to.
+            let _closed = write!(stderr().lock(), "\r[{bar}] {text}\x1b[K");
+        }
+    }
+}
+
+/// Leaves a bar as it is and begins a new line.
+pub(crate) fn end(terminal: &Terminal) {
+    if terminal.progress() == Shown::Bar {
+        let _closed = writeln!(stderr().lock());
     }
 }

@@ -51,7 +51,8 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
     let engine = sized(&request.engine, &config);
     if request.mode == Mode::DryRun {
         let tokens = config.trainer.max_tokens_per_microbatch;
-        return dry_run(&config.to_toml(), &config.model.path, &engine, tokens);
+        let source = model::open(&config.model.path, terminal)?;
+        return dry_run(&config.to_toml(), &source, &engine, tokens);
     }
     match (&args.device, &resume) {
         (DeviceArg::Cpu, _) => train(&config, &engine, &resume, terminal),
@@ -126,7 +127,7 @@ fn train(
     let signals = Signals::listen()?;
     let mut open = |checkpoint: Option<&Path>| match checkpoint {
         Some(path) => Engine::load(&ModelSource::open(path)?, engine_config),
-        None => Engine::load(&model::source(&config.model.path)?, engine_config),
+        None => Engine::load(&model::source(&config.model.path, terminal)?, engine_config),
     };
     let total = config.trainer.total_steps;
     let mut tell = |progress: Progress| self::tell(terminal, total, &progress);
@@ -145,11 +146,10 @@ fn train(
 /// Prints the resolved configuration and what the model and its training will take.
 pub(crate) fn dry_run(
     config: &str,
-    model: &str,
+    source: &ModelSource,
     engine: &engine::EngineConfig,
     tokens: usize,
 ) -> Result<()> {
-    let source = model::open(model)?;
     let model = source.config();
     let plan = MemoryPlan::new(model, engine)?;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);

@@ -32,11 +32,12 @@ fn train(request: &RunRequest, terminal: &Terminal) -> Result<()> {
         .map_err(|error| in_file(error, file))?;
     if request.mode == Mode::DryRun {
         let tokens = config.trainer.max_tokens_per_microbatch;
-        return dry_run(&config.to_toml(), &config.model.path, &request.engine, tokens);
+        let source = model::open(&config.model.path, terminal)?;
+        return dry_run(&config.to_toml(), &source, &request.engine, tokens);
     }
     let signals = Signals::listen()?;
     let source = match config.model.config_json.as_str() {
-        "" => model::open(&config.model.path)?,
+        "" => model::open(&config.model.path, terminal)?,
         json => fresh(Path::new(json), &config)?,
     };
     let engine = Engine::load(&source, &request.engine)?;

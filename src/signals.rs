@@ -1,6 +1,7 @@
 //! SIGINT and SIGTERM: the first asks the command to end, the second ends it at once.
 
 use std::process::exit;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
@@ -10,6 +11,25 @@ use crate::exit::{Failure, Result};
 
 /// The exit code of an interrupted process.
 const INTERRUPTED: i32 = 130;
+
+/// Whether the first signal is enough.
+static AT_ONCE: AtomicBool = AtomicBool::new(false);
+
+/// While this lives, the first signal ends the command at once.
+#[must_use]
+pub(crate) struct AtOnce(());
+
+/// Lets the first signal end the command at once: for work that loses nothing by it.
+pub(crate) fn end_at_once() -> AtOnce {
+    AT_ONCE.store(true, Ordering::Relaxed);
+    AtOnce(())
+}
+
+impl Drop for AtOnce {
+    fn drop(&mut self) {
+        AT_ONCE.store(false, Ordering::Relaxed);
+    }
+}
 
 /// Knows whether the command has been asked to end.
 #[derive(Clone, Debug)]
@@ -34,7 +54,7 @@ impl Signals {
                     _ = interrupt.recv() => {}
                     _ = terminate.recv() => {}
                 }
-                if attempt == 1 {
+                if attempt == 1 || AT_ONCE.load(Ordering::Relaxed) {
                     exit(INTERRUPTED);
                 }
                 ask.send_replace(true);

@@ -4,10 +4,16 @@
 mod e2e {
     mod cli;
     mod generate;
+    mod hub;
+    #[cfg(target_os = "linux")]
+    mod memory;
     mod rl;
     mod rl_faults;
     mod score;
     mod serve;
+    #[expect(dead_code, reason = "the rest is for the tests of the client")]
+    #[path = "../../engine/hub/tests/download/stand_in.rs"]
+    mod stand_in;
     pub(crate) mod support;
     mod train;
 }

@@ -31,6 +31,8 @@ pub enum ErrorKind {
     Busy(String),
     /// A computation produced a value that is not finite.
     Numeric(String),
+    /// A machine that holds models did not answer as it should; a later try can succeed.
+    Network(String),
     /// The engine itself is at fault.
     Internal(String),
     /// The operating system refused an operation on a file.
@@ -51,6 +53,11 @@ impl Error {
     /// The kind, to match on.
     pub fn kind(&self) -> &ErrorKind {
         &self.kind
+    }
+
+    /// The kind, to take apart.
+    pub fn into_kind(self) -> ErrorKind {
+        self.kind
     }
 
     /// A missing or invalid model.
@@ -83,6 +90,11 @@ impl Error {
         Self::new(ErrorKind::Numeric(message.into()))
     }
 
+    /// A download that failed on its way.
+    pub fn network(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Network(message.into()))
+    }
+
     /// A fault of the engine itself.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Internal(message.into()))
@@ -104,6 +116,7 @@ impl Error {
             ErrorKind::Request(m) => ErrorKind::Request(name(m)),
             ErrorKind::Busy(m) => ErrorKind::Busy(name(m)),
             ErrorKind::Numeric(m) => ErrorKind::Numeric(name(m)),
+            ErrorKind::Network(m) => ErrorKind::Network(name(m)),
             ErrorKind::Internal(m) => ErrorKind::Internal(name(m)),
             io @ ErrorKind::Io { .. } => io,
         })
@@ -120,6 +133,7 @@ impl fmt::Display for Error {
             | ErrorKind::Request(m)
             | ErrorKind::Busy(m)
             | ErrorKind::Numeric(m)
+            | ErrorKind::Network(m)
             | ErrorKind::Internal(m) => m.clone(),
             ErrorKind::Io { path, source } => format!("{}: {source}", path.display()),
         };

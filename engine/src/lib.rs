@@ -25,9 +25,9 @@ mod update;
 pub use config::EngineConfig;
 pub use engine::{Engine, Score};
 pub use error::{Error, ErrorKind, Result};
-pub use kernels::{Dtype, Level};
+pub use kernels::{Dtype, Kernels, Level, features, probe};
 pub use load::load_text;
-pub use memory::{MemoryPlan, available_memory_bytes, weights_bytes};
+pub use memory::{MemoryPlan, available_memory_bytes};
 pub use model::{GenerationDefaults, ModelConfig, ModelSource};
 pub use request::{
     EosRule, Event, FinishReason, Finished, MAX_LOGPROBS, MAX_SAMPLES, Request, RequestId,

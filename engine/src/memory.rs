@@ -4,10 +4,10 @@
 
 use std::fmt;
 
-use kernels::{Dtype, KvCache};
+use kernels::KvCache;
 
 use crate::config::EngineConfig;
-use crate::decoder::{Keep, Tape, param_specs};
+use crate::decoder::{Keep, Tape};
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 
@@ -44,7 +44,7 @@ impl MemoryPlan {
     /// When the KV cache cannot hold one sequence of the longest length, or a setting is out of range.
     pub fn new(model: &ModelConfig, config: &EngineConfig) -> Result<Self> {
         let dtype = config.resolved_dtype();
-        let weights_bytes = weights_bytes(model, dtype);
+        let weights_bytes = model.weights_bytes(dtype);
         let block_bytes = KvCache::bytes_per_block(
             dtype,
             model.layers,
@@ -102,11 +102,6 @@ impl MemoryPlan {
     pub fn total_bytes(&self) -> u64 {
         self.weights_bytes + self.kv_bytes + self.activation_bytes + self.logits_bytes
     }
-}
-
-/// Bytes of a model's weights in `dtype`.
-pub fn weights_bytes(model: &ModelConfig, dtype: Dtype) -> u64 {
-    param_specs(model).iter().map(|spec| spec.len() as u64).sum::<u64>() * dtype.size_bytes() as u64
 }
 
 /// Memory that can be taken without swapping; `None` where the system does not say.

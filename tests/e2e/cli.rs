@@ -135,6 +135,8 @@ fn doctor_says_what_will_run() {
     command.arg("doctor").arg(folder.tiny_model()).args(SMALL).env("ENGINE_CPU", "portable");
     let ran = run(&mut command);
     assert_eq!(ran.code, Some(0), "{ran:?}");
+    let found = ::engine::features().join(" ");
+    assert!(ran.stdout.contains(&format!("cpu features {found}")), "{}", ran.stdout);
     for part in ["cores", "kernels      portable", "weights", "kv cache", "vocabulary 512", "GB/s"]
     {
         assert!(ran.stdout.contains(part), "no {part}: {}", ran.stdout);

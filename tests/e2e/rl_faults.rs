@@ -115,8 +115,32 @@ fn a_checkpoint_that_does_not_fit_is_not_there() {
     let mut limited = Command::new("sh");
     limited.args(["-c", "trap '' XFSZ; ulimit -f 1000; exec \"$0\" \"$@\""]);
     limited.arg(inner.get_program()).args(inner.get_args());
-    fails(&mut limited, 1, "File too large");
+    let optimizer = "limited/checkpoints/step_1/trainer/optimizer.safetensors: File too large";
+    fails(&mut limited, 1, optimizer);
     assert_no_checkpoint(&lab.folder.path("limited"));
+}
+
+#[test]
+fn a_run_begun_anew_never_goes_on_from_an_older_one() {
+    let lab = Lab::new();
+    let two = ["trainer.total_steps=2"];
+    assert_eq!(run(&mut lab.rl("run", &two)).code, Some(0));
+    // The new run ends before its first checkpoint.
+    let mut inner = lab.rl("run", &two);
+    inner.args(["--resume", "never"]);
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "trap '' XFSZ; ulimit -f 1000; exec \"$0\" \"$@\""]);
+    let ran = run(limited.arg(inner.get_program()).args(inner.get_args()));
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    let dir = lab.folder.path("run");
+    let aside = dir.join("checkpoints.old-1");
+    let note = format!("an older run's checkpoints are now in {}", aside.display());
+    assert!(ran.stderr.contains(&note), "{ran:?}");
+    assert_no_checkpoint(&dir);
+    assert!(aside.join("step_2/model.safetensors").is_file());
+    let ran = run(&mut lab.rl("run", &two));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(!ran.stderr.contains("going on after"), "{ran:?}");
 }
 
 /// A file system of a given size, taken away when dropped.

@@ -4,6 +4,7 @@
 //! RUN/latest                     one line, `checkpoints/step_20`
 //! RUN/checkpoints/step_20/       model files, trainer/..., MANIFEST.sha256
 //! RUN/checkpoints/.tmp-step_30-  being written; removed at the next start
+//! RUN/checkpoints.old-1/         those of an older run, when a new one began in its folder
 //! ```
 //!
 //! Order of a save: files into the temporary folder; the manifest (as `sha256sum` writes it) last;
@@ -21,7 +22,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Cursor;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 pub use manifest::{MANIFEST, verify};
 
@@ -150,6 +151,41 @@ impl CheckpointStore {
         find_latest(&self.run)
     }
 
+    /// Makes way for a run that begins at the checkpoint `from`, or anew: whoever looks for the newest
+    /// checkpoint from here on finds that one, or none. Those of an older run are moved aside, all at once;
+    /// returns where they are.
+    ///
+    /// # Errors
+    /// If the folder cannot be changed; then the checkpoints are as they were before.
+    pub fn restart(&self, from: Option<&Path>) -> Result<Option<PathBuf>> {
+        let dir = self.run.join(CHECKPOINTS);
+        if let Some(from) = from {
+            let failed = |e| Error::io(from, e);
+            let from = from.canonicalize().map_err(failed)?;
+            let step = from.file_name().and_then(|name| step_of(&name.to_string_lossy()));
+            let ours = dir.canonicalize().is_ok_and(|dir| from.parent() == Some(&dir));
+            if let Some(step) = step.filter(|_| ours) {
+                return self.point_latest(step).map(|()| None);
+            }
+        }
+        if steps(&self.run)?.is_empty() {
+            return Ok(None);
+        }
+        let mut names = (1_u64..).map(|n| self.run.join(format!("{CHECKPOINTS}.old-{n}")));
+        let aside = names.find(|path| !path.exists()).expect("there is always another number");
+        let latest = self.run.join(LATEST);
+        let swap = || {
+            fs::rename(&dir, &aside)?;
+            fs::create_dir(&dir)?;
+            if latest.exists() {
+                fs::remove_file(&latest)?;
+            }
+            sync_dir(&self.run)
+        };
+        swap().map_err(|e| Error::io(&dir, e))?;
+        Ok(Some(aside))
+    }
+
     fn step_dir(&self, step: u64) -> PathBuf {
         self.run.join(CHECKPOINTS).join(format!("{STEP}{step}"))
     }
@@ -243,7 +279,7 @@ impl CheckpointWriter<'_> {
             write(&mut file)?;
             file.flush()
         };
-        run().map_err(|e| Error::io(self.store.step_dir(self.step).join(name), e))
+        run().map_err(|e| self.named(Error::io(&path, e)))
     }
 
     /// Writes [`STATE`].
@@ -257,13 +293,30 @@ impl CheckpointWriter<'_> {
         })
     }
 
+    /// The same error; a file of this checkpoint is named by the place it was to have.
+    #[must_use]
+    pub fn named(&self, error: Error) -> Error {
+        let place = |path: PathBuf| match path.strip_prefix(&self.path) {
+            Ok(name) => self.store.step_dir(self.step).join(name),
+            Err(_) => path,
+        };
+        match error.into_kind() {
+            ErrorKind::Io { path, source } => Error::io(place(path), source),
+            ErrorKind::Engine(inner) => Error::engine(match inner.into_kind() {
+                engine::ErrorKind::Io { path, source } => engine::Error::io(place(path), source),
+                kind => engine::Error::new(kind),
+            }),
+            kind => Error::new(kind),
+        }
+    }
+
     /// Makes the checkpoint visible, durable and the latest, then removes the oldest.
     ///
     /// # Errors
     /// If a file cannot be written or synced; then the checkpoints are as they were before.
     pub fn publish(self) -> Result<Checkpoint> {
-        manifest::write(&self.path)?;
-        sync_tree(&self.path)?;
+        let written = manifest::write(&self.path).and_then(|()| sync_tree(&self.path));
+        written.map_err(|e| self.named(e))?;
         let path = self.store.step_dir(self.step);
         let old = self.path.with_file_name(format!("{REPLACED}{STEP}{}", self.step));
         let swap = || {

@@ -58,6 +58,11 @@ impl Error {
         &self.kind
     }
 
+    /// The kind, to take apart.
+    pub fn into_kind(self) -> ErrorKind {
+        self.kind
+    }
+
     /// An invalid setting.
     pub fn config(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Config(message.into()))

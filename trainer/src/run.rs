@@ -24,10 +24,10 @@ use crate::trainer::{Trainer, Validation};
 pub enum Resume {
     /// At the newest whole checkpoint of the output folder, if there is one.
     Auto,
-    /// Anew. What an older run left in the output folder is replaced as this one gets there; until its
-    /// first checkpoint, [`Resume::Auto`] would still go on from the older run's.
+    /// Anew. Checkpoints that an older run left in the output folder are moved aside before the first step,
+    /// so that [`Resume::Auto`] never takes them for this run's; its other files are replaced.
     Never,
-    /// At this checkpoint.
+    /// At this checkpoint. Those of an older run are moved aside, unless it is one of them.
     From(PathBuf),
 }
 
@@ -83,6 +83,11 @@ pub fn run_rl(
     trainer.check_prompts(&val, &config.data.val_files)?;
     if let Some(checkpoint) = &from {
         trainer.restore(checkpoint)?;
+    }
+    if *resume != Resume::Auto
+        && let Some(aside) = store.restart(from.as_deref())?
+    {
+        tell(Progress::Note(format!("an older run's checkpoints are now in {}", aside.display())));
     }
     let path = output.join("config.toml");
     std::fs::write(&path, config.to_toml()).map_err(|e| Error::io(&path, e))?;
@@ -201,8 +206,10 @@ impl Run {
         let begin = Instant::now();
         let writer = self.store.begin(self.trainer.steps())?;
         let optimizer = &self.trainer.state.optimizer;
-        save_model(&self.files, writer.path(), optimizer.specs(), optimizer.masters())?;
-        save_optimizer(writer.path(), optimizer)?;
+        let specs = optimizer.specs();
+        save_model(&self.files, writer.path(), specs, optimizer.masters())
+            .and_then(|()| save_optimizer(writer.path(), optimizer))
+            .map_err(|e| writer.named(e))?;
         writer.state(&self.trainer.train_state())?;
         metrics.set(name::TIME_SAVE_CHECKPOINT, begin.elapsed().as_secs_f64());
         self.metrics.write(metrics)?;

@@ -113,7 +113,8 @@ pub fn run_sft(
         if due(t.save_freq) || last {
             let writer = store.begin(step)?;
             let optimizer = &sft.state.optimizer;
-            save_model(&files, writer.path(), optimizer.specs(), optimizer.masters())?;
+            save_model(&files, writer.path(), optimizer.specs(), optimizer.masters())
+                .map_err(|e| writer.named(e))?;
             let path = writer.publish()?.path;
             tell(Progress::Saved(path.clone()));
             if last {

@@ -8,10 +8,9 @@
 //! products, and the rate at which the forward product reads its weights. Leaves out statistics:
 //! the best run is the one that other work on the machine disturbed least.
 
-use std::hint::black_box;
 use std::time::Instant;
 
-use kernels::{Dtype, Kernels, Level, Matrix, Operand, Scratch, ThreadPool, Write};
+use kernels::{Dtype, Kernels, Level, Matrix, Operand, Scratch, Write, probe};
 
 /// Model, inputs K, outputs N.
 const SHAPES: [(&str, usize, usize); 8] = [
@@ -38,8 +37,11 @@ fn main() {
     let dtype = if arguments.next().as_deref() == Some("f32") { Dtype::F32 } else { Dtype::Bf16 };
     let kernels = Kernels::new(level, threads).expect("LEVEL runs here");
     println!("{level}, {threads} threads, weights {}", dtype.name());
-    println!("register peak: {}", peak::describe(kernels.pool()));
-    println!("read bandwidth: {:.1} GB/s", bandwidth(kernels.pool()));
+    match probe::multiply_peak(&kernels, dtype) {
+        Some(flops) => println!("register peak: {:.0} GFLOP/s", flops / 1e9),
+        None => println!("register peak: not measured"),
+    }
+    println!("read bandwidth: {:.1} GB/s", probe::read_bandwidth(kernels.pool()) / 1e9);
     println!("{:24} {:>6} {:>8} {:>8} {:>8} {:>8}", "", "rows", "forward", "GB/s", "dx", "dw");
     let only = arguments.next();
     for (name, k, n) in SHAPES {
@@ -97,95 +99,4 @@ fn best(mut f: impl FnMut()) -> f64 {
         best = best.min(call.elapsed().as_secs_f64());
     }
     best
-}
-
-/// GB/s of all threads reading memory once with plain loads.
-fn bandwidth(pool: &ThreadPool) -> f64 {
-    let words = vec![1_u64; COLD_BYTES / 8];
-    let parts = pool.threads() * 8;
-    let part = words.len() / parts;
-    let seconds = best(|| {
-        pool.run(parts, &|i| {
-            let mut sums = [0_u64; 8];
-            for line in words[i * part..][..part].chunks_exact(8) {
-                sums.iter_mut().zip(line).for_each(|(sum, &word)| *sum ^= word);
-            }
-            black_box(sums);
-        });
-    });
-    1e-9 * COLD_BYTES as f64 / seconds
-}
-
-#[cfg(target_arch = "x86_64")]
-mod peak {
-    //! What the multipliers do when nothing comes from memory.
-
-    use super::{ThreadPool, best, black_box};
-    use std::arch::x86_64::*;
-
-    const CHAINS: usize = 24;
-    const STEPS: usize = 100_000;
-
-    pub(super) fn describe(pool: &ThreadPool) -> String {
-        let mut text = Vec::new();
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: the features were found.
-            text.push(format!("{:.0} f32 (AVX2)", rate(pool, 16.0, &|| unsafe { fma_avx2() })));
-        }
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature was found.
-            text.push(format!("{:.0} f32 (AVX-512)", rate(pool, 32.0, &|| unsafe { fma() })));
-        }
-        if is_x86_feature_detected!("avx512bf16") {
-            // SAFETY: the feature was found.
-            text.push(format!("{:.0} bf16 (AVX-512)", rate(pool, 64.0, &|| unsafe { dot() })));
-        }
-        format!("GFLOP/s {}", text.join(", "))
-    }
-
-    fn rate(pool: &ThreadPool, flops: f64, f: &(dyn Fn() + Sync)) -> f64 {
-        let seconds = best(|| pool.run(pool.threads(), &|_| f()));
-        1e-9 * (pool.threads() * CHAINS * STEPS) as f64 * flops / seconds
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    fn fma_avx2() {
-        let x = _mm256_set1_ps(black_box(0.5));
-        for _ in 0..CHAINS / 12 {
-            let mut sums = [x; 12];
-            for _ in 0..STEPS {
-                sums.iter_mut().for_each(|sum| *sum = _mm256_fmadd_ps(x, x, *sum));
-            }
-            black_box(sums);
-        }
-    }
-
-    #[target_feature(enable = "avx512f")]
-    fn fma() {
-        let x = _mm512_set1_ps(black_box(0.5));
-        let mut sums = [x; CHAINS];
-        for _ in 0..STEPS {
-            sums.iter_mut().for_each(|sum| *sum = _mm512_fmadd_ps(x, x, *sum));
-        }
-        black_box(sums);
-    }
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn dot() {
-        let x = _mm512_cvtne2ps_pbh(_mm512_set1_ps(black_box(0.5)), _mm512_set1_ps(0.25));
-        let mut sums = [_mm512_setzero_ps(); CHAINS];
-        for _ in 0..STEPS {
-            sums.iter_mut().for_each(|sum| *sum = _mm512_dpbf16_ps(*sum, x, x));
-        }
-        black_box(sums);
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-mod peak {
-    //! Not measured on other processors.
-
-    pub(super) fn describe(_pool: &super::ThreadPool) -> String {
-        "not measured".to_owned()
-    }
 }

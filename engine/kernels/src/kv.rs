@@ -317,7 +317,7 @@ pub(crate) fn check_head_dim(head_dim: usize) {
 
 /// `len` words that the system zeroes when they are first touched, from the returned index on:
 /// a 64-byte line, and for large caches the start of a huge page.
-fn zeroed(len: usize) -> (Vec<u32>, usize) {
+pub(crate) fn zeroed(len: usize) -> (Vec<u32>, usize) {
     let align = if len >= HUGE_PAGE_WORDS { HUGE_PAGE_WORDS } else { TILE };
     let words = vec![0; len + align];
     let lead = words.as_ptr().align_offset(4 * align).min(align);

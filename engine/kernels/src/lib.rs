@@ -17,6 +17,7 @@ mod kv;
 mod matrix;
 mod norm;
 mod pool;
+pub mod probe;
 mod rope;
 mod sample;
 mod simd;

@@ -1,11 +1,12 @@
 //! What a MODEL argument names: a path, a model that ships with the program, or a hub id.
 //!
-//! A hub id (`org/name`) is looked up in the local cache of Hugging Face's tools:
+//! A hub id (`org/name`, or `org/name:file.gguf`) is looked up in the local cache of Hugging Face's tools:
 //! `CACHE/models--org--name/refs/main` holds a revision, `snapshots/REVISION/` the files. Leaves out
 //! downloading: [`resolve`] takes it as a function, and a program without one passes [`no_download`].
 //! Reads no environment; [`HubSettings::from_lookup`] is given a way to look variables up.
 
 use crate::error::{Error, Result};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -20,11 +21,27 @@ pub struct HubSettings {
     pub token: Option<String>,
     /// Never download (`HF_HUB_OFFLINE`).
     pub offline: bool,
+    /// Proxy for `https` addresses (`HTTPS_PROXY`); may hold a password, never shown.
+    pub proxy: Option<String>,
+    /// Hosts reached without the proxy, separated by commas (`NO_PROXY`).
+    pub no_proxy: Option<String>,
 }
 
-/// A checked hub id, `org/name`.
+/// A checked hub id: `org/name`, or `org/name:file.gguf` for one file of several.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HubId(String);
+pub struct HubId {
+    name: String,
+    file: Option<String>,
+}
+
+/// What the cache holds of a hub model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cached {
+    /// Weights, configuration and tokenizer: what to open.
+    Whole(PathBuf),
+    /// A snapshot in which some of that is missing: its directory.
+    Part(PathBuf),
+}
 
 /// A model that ships with the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +86,8 @@ impl HubSettings {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             token: get("HF_TOKEN"),
             offline: get("HF_HUB_OFFLINE").is_some_and(on),
+            proxy: get("HTTPS_PROXY").or_else(|| get("https_proxy")),
+            no_proxy: get("NO_PROXY").or_else(|| get("no_proxy")),
         }
     }
 }
@@ -80,35 +99,56 @@ impl fmt::Debug for HubSettings {
             .field("endpoint", &self.endpoint)
             .field("token", &self.token.as_ref().map(|_| "(set)"))
             .field("offline", &self.offline)
+            .field("proxy", &self.proxy.as_ref().map(|_| "(set)"))
+            .field("no_proxy", &self.no_proxy)
             .finish()
     }
 }
 
 impl HubId {
-    /// Accepts `org/name` of letters, digits, `-`, `_` and `.`, as the hub does.
+    /// Accepts `org/name` of letters, digits, `-`, `_` and `.`, as the hub does, with or without
+    /// `:file.gguf`.
+    ///
+    /// ```
+    /// # use engine::model::hub::HubId;
+    /// let id = HubId::parse("org/name:small/q4.gguf").expect("a hub id");
+    /// assert_eq!((id.as_str(), id.file()), ("org/name", Some("small/q4.gguf")));
+    /// ```
     pub fn parse(text: &str) -> Option<Self> {
         let plain = |part: &str| {
             let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
             (1..=96).contains(&part.len()) && part.chars().all(allowed) && !part.starts_with('.')
         };
-        let (org, name) = text.split_once('/')?;
-        (plain(org) && plain(name)).then(|| Self(text.to_owned()))
+        let (name, file) = match text.split_once(':') {
+            Some((name, file)) => (name, Some(file)),
+            None => (text, None),
+        };
+        let (org, model) = name.split_once('/')?;
+        let gguf = |file: &str| file.ends_with(".gguf") && is_file_name(file);
+        let valid = plain(org) && plain(model) && file.is_none_or(gguf);
+        valid.then(|| Self { name: name.to_owned(), file: file.map(str::to_owned) })
     }
 
-    /// The id as it was given.
+    /// `org/name`.
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.name
+    }
+
+    /// The file that was named, if one was.
+    pub fn file(&self) -> Option<&str> {
+        self.file.as_deref()
     }
 
     /// This model's folder in a cache directory.
     pub fn folder(&self, cache: &Path) -> PathBuf {
-        cache.join(format!("models--{}", self.0.replace('/', "--")))
+        cache.join(format!("models--{}", self.name.replace('/', "--")))
     }
 }
 
 impl fmt::Display for HubId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.name)?;
+        self.file.as_ref().map_or(Ok(()), |file| write!(f, ":{file}"))
     }
 }
 
@@ -142,7 +182,7 @@ pub fn resolve(
         return Ok(Located::Path(path.to_owned()));
     }
     let id = match HubId::parse(model) {
-        Some(id) if !model.ends_with(".gguf") => id,
+        Some(id) if id.file().is_some() || !model.ends_with(".gguf") => id,
         _ => {
             return Err(Error::model(format!(
                 "no model at {model:?}: expected a directory, a .gguf file, a hub id like org/name or \
@@ -150,17 +190,20 @@ pub fn resolve(
             )));
         }
     };
-    if let Some(snapshot) = cached(&id, hub)? {
-        return Ok(Located::Path(snapshot));
+    match cached(&id, hub)? {
+        Some(Cached::Whole(path)) => Ok(Located::Path(path)),
+        // Opening it names what is missing.
+        Some(Cached::Part(path)) if hub.offline => Ok(Located::Path(path)),
+        _ if hub.offline => no_download(&id, hub).map(Located::Path),
+        _ => download(&id, hub).map(Located::Path),
     }
-    if hub.offline { no_download(&id, hub) } else { download(&id, hub) }.map(Located::Path)
 }
 
-/// The snapshot of `main` in the cache, if there is one.
+/// What the cache holds of the snapshot of `main`, if there is one.
 ///
 /// # Errors
 /// When the cache holds a revision that is not a plain name.
-pub fn cached(id: &HubId, hub: &HubSettings) -> Result<Option<PathBuf>> {
+pub fn cached(id: &HubId, hub: &HubSettings) -> Result<Option<Cached>> {
     let folder = id.folder(&hub.cache);
     let reference = folder.join("refs").join("main");
     if !reference.is_file() {
@@ -173,7 +216,61 @@ pub fn cached(id: &HubId, hub: &HubSettings) -> Result<Option<PathBuf>> {
         return Err(Error::model(message).in_file(&reference));
     }
     let snapshot = folder.join("snapshots").join(revision);
-    Ok(snapshot.is_dir().then_some(snapshot))
+    if !snapshot.is_dir() {
+        return Ok(None);
+    }
+    Ok(Some(match whole(id, &snapshot)? {
+        Some(path) => Cached::Whole(path),
+        None => Cached::Part(snapshot),
+    }))
+}
+
+/// What to open in a snapshot, if everything is there.
+fn whole(id: &HubId, snapshot: &Path) -> Result<Option<PathBuf>> {
+    if let Some(file) = id.file() {
+        let path = snapshot.join(file);
+        return Ok(gguf_is_whole(&path).then_some(path));
+    }
+    if ["config.json", "tokenizer.json"].iter().all(|name| snapshot.join(name).exists()) {
+        let index = snapshot.join("model.safetensors.index.json");
+        let shards = || {
+            let shards = index.exists().then(|| super::safetensors::shards(&index));
+            // A broken index is fetched again.
+            let shards: BTreeSet<String> = shards.and_then(Result::ok).unwrap_or_default();
+            !shards.is_empty() && shards.iter().all(|name| snapshot.join(name).exists())
+        };
+        if snapshot.join("model.safetensors").exists() || shards() {
+            return Ok(Some(snapshot.to_owned()));
+        }
+    }
+    Ok(match super::source::gguf_files(snapshot)?.as_slice() {
+        [one] if gguf_is_whole(one) => Some(one.clone()),
+        _ => None,
+    })
+}
+
+/// Whether a GGUF file is there with all parts it is split into, by their names.
+fn gguf_is_whole(path: &Path) -> bool {
+    let name = path.to_string_lossy();
+    gguf_parts(&name).iter().all(|part| Path::new(part).exists())
+}
+
+/// The files that make up the model that begins in `first`: itself, or `x-00001-of-0000N.gguf` to
+/// `x-0000N-of-0000N.gguf`.
+pub fn gguf_parts(first: &str) -> Vec<String> {
+    let split = || {
+        let (stem, count) = first.strip_suffix(".gguf")?.rsplit_once("-00001-of-")?;
+        let parts: u16 = count.parse().ok().filter(|n| (1..=999).contains(n))?;
+        Some((1..=parts).map(|part| format!("{stem}-{part:05}-of-{count}.gguf")).collect())
+    };
+    split().unwrap_or_else(|| vec![first.to_owned()])
+}
+
+/// Whether this names a file inside a repository and nothing outside of it.
+pub fn is_file_name(name: &str) -> bool {
+    let plain = |part: &str| !part.is_empty() && !part.starts_with('.');
+    let safe = |c: char| !c.is_control() && !"\\:".contains(c);
+    name.len() <= 255 && name.chars().all(safe) && name.split('/').all(plain)
 }
 
 /// The download of a program that cannot: says where the model was looked for.
@@ -188,71 +285,4 @@ pub fn no_download(id: &HubId, hub: &HubSettings) -> Result<PathBuf> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn settings(cache: &Path) -> HubSettings {
-        let (endpoint, token) = ("http://hub".to_owned(), Some("secret".to_owned()));
-        HubSettings { cache: cache.to_owned(), endpoint, token, offline: false }
-    }
-
-    #[test]
-    fn variables_follow_the_precedence_of_the_hub_tools() {
-        let with = |pairs: &'static [(&str, &str)]| {
-            HubSettings::from_lookup(move |name| {
-                pairs.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned())
-            })
-        };
-        let hub = with(&[("HOME", "/h"), ("HF_HOME", "~/hf"), ("HF_ENDPOINT", "http://m/")]);
-        assert_eq!((hub.cache.to_str(), hub.endpoint.as_str()), (Some("/h/hf/hub"), "http://m"));
-        let hub = with(&[("HF_HUB_CACHE", "/c"), ("HF_HOME", "/hf"), ("HF_HUB_OFFLINE", "1")]);
-        assert_eq!((hub.cache.to_str(), hub.offline), (Some("/c"), true));
-        assert!(!with(&[("HF_HUB_OFFLINE", "0")]).offline);
-        let shown = format!("{:?}", settings(Path::new("/c")));
-        assert!(!shown.contains("secret"), "{shown}");
-    }
-
-    #[test]
-    fn ids_are_checked() {
-        assert_eq!(
-            HubId::parse("Qwen/Qwen2.5-0.5B").map(|i| i.0),
-            Some("Qwen/Qwen2.5-0.5B".into())
-        );
-        for bad in ["gpt2", "../x", "a/b/c", "a/", "/a", "a/..", "a b/c", "./dir"] {
-            assert_eq!(HubId::parse(bad), None, "{bad}");
-        }
-    }
-
-    #[test]
-    fn a_cached_model_is_found_and_a_missing_one_is_explained() {
-        let cache = crate::model::source::tests::scratch("hub");
-        let hub = settings(&cache.path);
-        let folder = cache.path.join("models--org--name");
-        let error = resolve("org/name", &hub, no_download).unwrap_err().to_string();
-        assert!(error.contains("models--org--name/refs/main"), "{error}");
-        let fetched = resolve("org/name", &hub, |id, hub| Ok(hub.cache.join(id.as_str())));
-        assert_eq!(fetched.unwrap(), Located::Path(cache.path.join("org/name")));
-        let offline = HubSettings { offline: true, ..hub.clone() };
-        let error = resolve("org/name", &offline, |_, _| panic!("offline")).unwrap_err();
-        assert!(error.to_string().contains("offline"), "{error}");
-
-        std::fs::create_dir_all(folder.join("refs")).unwrap();
-        std::fs::create_dir_all(folder.join("snapshots/abc123")).unwrap();
-        std::fs::write(folder.join("refs/main"), "abc123\n").unwrap();
-        let found = resolve("org/name", &hub, no_download).unwrap();
-        assert_eq!(found, Located::Path(folder.join("snapshots/abc123")));
-        std::fs::write(folder.join("refs/main"), "../../..").unwrap();
-        assert!(resolve("org/name", &hub, no_download).is_err());
-    }
-
-    #[test]
-    fn paths_and_builtins_come_first() {
-        let dir = crate::model::source::tests::scratch("hub-path");
-        let hub = settings(&dir.path);
-        let text = dir.path.to_str().unwrap();
-        assert_eq!(resolve(text, &hub, no_download).unwrap(), Located::Path(dir.path.clone()));
-        assert!(resolve("builtin:other", &hub, no_download).is_err());
-        let error = resolve("missing/model.gguf", &hub, no_download).unwrap_err().to_string();
-        assert!(error.starts_with("no model at \"missing/model.gguf\""), "{error}");
-    }
-}
+mod tests;

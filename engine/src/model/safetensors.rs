@@ -13,7 +13,7 @@ use kernels::Dtype;
 use serde::Deserialize;
 use serde::de::{self, MapAccess, Visitor};
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::ops::Range;
@@ -112,6 +112,14 @@ impl SafeTensors {
         stored.check_rows(name, &rows).map_err(|e| e.in_file(file.path()))?;
         file.read_rows(stored, rows, out)
     }
+}
+
+/// The names of the files that an index divides a model into, which lie beside it.
+///
+/// # Errors
+/// When the index cannot be read or names something else.
+pub fn shards(index: &Path) -> Result<BTreeSet<String>> {
+    Ok(read_index(index)?.into_values().collect())
 }
 
 /// Weight name to file name; only plain names of files beside the index are accepted.
@@ -304,7 +312,7 @@ impl Writer {
     pub fn create(path: &Path, tensors: &[TensorSpec], dtype: Dtype) -> Result<Self> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let partial = path.with_file_name(format!("{name}.partial"));
-        let file = File::create(&partial).map_err(|e| Error::io(&partial, e))?;
+        let file = File::create(&partial).map_err(|e| Error::io(path, e))?;
         let mut writer = Self {
             path: path.to_owned(),
             partial,
@@ -355,15 +363,15 @@ impl Writer {
     pub fn finish(mut self) -> Result<()> {
         assert_eq!(self.left, 0, "{} numbers were not written", self.left);
         let file = self.file.take().expect("taken only here, by value");
-        let failed = |e| Error::io(&self.partial, e);
+        let failed = |e| Error::io(&self.path, e);
         let file = file.into_inner().map_err(|e| failed(e.into_error()))?;
         file.sync_all().map_err(failed)?;
-        std::fs::rename(&self.partial, &self.path).map_err(|e| Error::io(&self.path, e))
+        std::fs::rename(&self.partial, &self.path).map_err(failed)
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let file = self.file.as_mut().expect("taken only by finish, by value");
-        file.write_all(bytes).map_err(|e| Error::io(&self.partial, e))
+        file.write_all(bytes).map_err(|e| Error::io(&self.path, e))
     }
 }
 

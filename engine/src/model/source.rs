@@ -318,7 +318,7 @@ fn template_of(tokenizer_config: &str) -> Result<Option<String>> {
 }
 
 /// The `.gguf` files of a directory that a model can be opened from (first parts of split ones), sorted.
-fn gguf_files(directory: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn gguf_files(directory: &Path) -> Result<Vec<PathBuf>> {
     let failed = |e| Error::io(directory, e);
     let mut found = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(failed)? {

@@ -49,6 +49,51 @@ fn a_published_checkpoint_is_whole_latest_and_the_oldest_goes() {
 }
 
 #[test]
+fn a_new_run_moves_the_checkpoints_of_an_older_one_aside() {
+    let dir = TestDir::new("restart");
+    let store = CheckpointStore::open(dir.path(), 0).unwrap();
+    assert_eq!(store.restart(None).unwrap(), None);
+    for number in 1..=2 {
+        save(&store, 3);
+        let aside = dir.path().join(format!("checkpoints.old-{number}"));
+        assert_eq!(store.restart(None).unwrap(), Some(aside.clone()));
+        assert_eq!(store.find_latest().unwrap(), Found::default());
+        assert!(!dir.path().join("latest").exists());
+        verify(&aside.join("step_3")).unwrap();
+    }
+    let [first, second] = [1, 2].map(|step| save(&store, step));
+    assert_eq!(store.restart(Some(&first.path)).unwrap(), None);
+    assert_eq!(store.find_latest().unwrap().checkpoint, Some(first));
+    let elsewhere = dir.path().join("checkpoints.old-1/step_3");
+    assert_eq!(
+        store.restart(Some(&elsewhere)).unwrap(),
+        Some(dir.path().join("checkpoints.old-3"))
+    );
+    assert_eq!(store.find_latest().unwrap(), Found::default());
+    assert!(!second.path.exists());
+    verify(&dir.path().join("checkpoints.old-3/step_2")).unwrap();
+    assert!(store.restart(Some(&dir.path().join("absent"))).is_err());
+}
+
+#[test]
+fn errors_name_the_place_a_file_was_to_have() {
+    let dir = TestDir::new("named");
+    let store = CheckpointStore::open(dir.path(), 0).unwrap();
+    let writer = store.begin(7).unwrap();
+    let full = || io::Error::from(io::ErrorKind::StorageFull);
+    let inside = writer.path().join("trainer/x");
+    let step = dir.path().join("checkpoints/step_7/trainer/x");
+    for error in [
+        Error::io(&inside, full()),
+        Error::engine(engine::Error::io(&inside, full())),
+        Error::io(&step, full()),
+    ] {
+        let message = writer.named(error).to_string();
+        assert_eq!(message, format!("{}: {}", step.display(), full()));
+    }
+}
+
+#[test]
 fn a_step_can_be_saved_again() {
     let dir = TestDir::new("again");
     let store = CheckpointStore::open(dir.path(), 0).unwrap();
