@@ -32,12 +32,13 @@ enum Cause {
 #[derive(Debug)]
 pub(crate) struct Failure {
     cause: Cause,
-    message: String,
+    /// What happened, and around it the places where it did.
+    error: anyhow::Error,
 }
 
 impl Failure {
     fn new(cause: Cause, message: impl Into<String>) -> Self {
-        Self { cause, message: message.into() }
+        Self { cause, error: anyhow::Error::msg(message.into()) }
     }
 
     /// Something failed while running.
@@ -100,7 +101,7 @@ impl Failure {
 
     /// The same failure with `place` before its message.
     pub(crate) fn at(self, place: impl fmt::Display) -> Self {
-        Self { message: format!("{place}: {}", self.message), ..self }
+        Self { error: self.error.context(place.to_string()), ..self }
     }
 
     /// Whether it only means that nobody reads the output any more.
@@ -126,7 +127,8 @@ impl Failure {
 impl fmt::Display for Failure {
     /// One line, whatever a message brought along.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut words = self.message.lines().map(str::trim).filter(|line| !line.is_empty());
+        let message = format!("{:#}", self.error);
+        let mut words = message.lines().map(str::trim).filter(|line| !line.is_empty());
         f.write_str(words.next().unwrap_or("failed"))?;
         words.try_for_each(|line| write!(f, "; {line}"))
     }
