@@ -4,6 +4,7 @@ use std::path::Path;
 
 use engine::decoder::{Keep, Tape};
 use engine::{Engine, MemoryPlan, ModelSource};
+use trainer::config::kept_for_backward;
 use trainer::{Interrupt, Optimizer, Progress, Resume, RlConfig, run_rl};
 
 use crate::args_run::{RlArgs, RunArgs};
@@ -50,9 +51,10 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
         .map_err(|error| in_file(error, file))?;
     let engine = sized(&request.engine, &config);
     if request.mode == Mode::DryRun {
-        let tokens = config.trainer.max_tokens_per_microbatch;
+        let keep = kept_for_backward(config.trainer.recompute);
+        let passes = (keep, config.trainer.max_tokens_per_microbatch);
         let source = model::open(&config.model.path, terminal)?;
-        return dry_run(&config.to_toml(), &source, &engine, tokens);
+        return dry_run(&config.to_toml(), &source, &engine, passes);
     }
     match (&args.device, &resume) {
         (DeviceArg::Cpu, _) => train(&config, &engine, &resume, terminal),
@@ -143,18 +145,19 @@ fn train(
     }
 }
 
-/// Prints the resolved configuration and what the model and its training will take.
+/// Prints the resolved configuration and what the model and its training will take, with passes that
+/// keep so much of so many tokens.
 pub(crate) fn dry_run(
     config: &str,
     source: &ModelSource,
     engine: &engine::EngineConfig,
-    tokens: usize,
+    (keep, tokens): (Keep, usize),
 ) -> Result<()> {
     let model = source.config();
     let plan = MemoryPlan::new(model, engine)?;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let optimizer = Optimizer::bytes(model.parameters());
-    let tape = Tape::bytes(model, Keep::AllLayers, tokens);
+    let tape = Tape::bytes(model, keep, tokens);
     let mut lines: Vec<String> = plan.to_string().lines().map(|line| format!("# {line}")).collect();
     lines.push("# memory of training".to_owned());
     lines.push(format!(

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use engine::{Engine, ModelConfig, ModelSource};
+use trainer::config::kept_for_backward;
 use trainer::{Progress, SftConfig, initial_weights, run_sft};
 
 use crate::args_run::SftArgs;
@@ -31,9 +32,10 @@ fn train(request: &RunRequest, terminal: &Terminal) -> Result<()> {
     let config = SftConfig::resolve(file.map(|file| file.text.as_str()), &request.overrides)
         .map_err(|error| in_file(error, file))?;
     if request.mode == Mode::DryRun {
-        let tokens = config.trainer.max_tokens_per_microbatch;
+        let keep = kept_for_backward(config.trainer.recompute);
+        let passes = (keep, config.trainer.max_tokens_per_microbatch);
         let source = model::open(&config.model.path, terminal)?;
-        return dry_run(&config.to_toml(), &source, &request.engine, tokens);
+        return dry_run(&config.to_toml(), &source, &request.engine, passes);
     }
     let signals = Signals::listen()?;
     let source = match config.model.config_json.as_str() {

@@ -10,6 +10,7 @@ mod presets;
 mod sft;
 mod validate;
 
+use engine::decoder::Keep;
 use kernels::AdamW;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -252,7 +253,8 @@ pub struct TrainerConfig {
     /// Tokens a forward and backward pass holds at once, a prompt counted once for its samples; a longer
     /// sequence passes alone; default 4096.
     pub max_tokens_per_microbatch: usize,
-    /// Whether activations are computed again in the backward pass, to save memory; default false.
+    /// Whether layers run again in the backward pass, to the same bits, so that a pass holds their inputs
+    /// instead of all activations; default false.
     pub recompute: bool,
     /// Checkpoints kept; 0: all; default 2.
     pub keep_checkpoints: usize,
@@ -368,6 +370,11 @@ impl AlgorithmConfig {
             }),
         }
     }
+}
+
+/// What the forward passes of training keep, by the key `trainer.recompute`.
+pub fn kept_for_backward(recompute: bool) -> Keep {
+    if recompute { Keep::Inputs } else { Keep::AllLayers }
 }
 
 impl OptimizerConfig {

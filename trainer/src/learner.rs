@@ -13,11 +13,13 @@
 //! Keys and values go through the same paged kernels as in a rollout, over one layer's worth of blocks
 //! in plain order, so a log-probability here has the bits of the rollout's. A sequence reads the
 //! blocks that its prompt fills where the prompt put them; the beginning of the next block it has as a
-//! copy in front of its own positions. Leaves out recomputation of layers in the backward pass.
+//! copy in front of its own positions.
 
 use std::ops::Range;
 
-use engine::decoder::{Batch, Decoder, Gradients, HeadGradient, HeadInput, Keep, KvLayers, Tape};
+use engine::decoder::{
+    Batch, Decoder, Gradients, HeadGradient, HeadInput, Keep, KvLayers, PackedPass, Tape,
+};
 use kernels::{AttnFamily, AttnSeq, Dtype, HeadScratch, Kernels, KvCache, TokenStats};
 
 /// Tokens of a block of the packed pass's KV memory.
@@ -155,6 +157,17 @@ impl Layout {
         self.starts.push(start);
     }
 
+    /// The rows of the pass, whose sequences are `seqs`.
+    fn batch<'a>(&'a self, seqs: &'a [AttnSeq<'a>]) -> Batch<'a> {
+        Batch {
+            tokens: &self.tokens,
+            positions: &self.positions,
+            slots: &self.slots,
+            copies: &self.copies,
+            seqs,
+        }
+    }
+
     /// What attention sees in a forward pass.
     fn seqs(&self) -> Vec<AttnSeq<'_>> {
         let places = self.starts.iter().zip(&self.tables);
@@ -181,7 +194,8 @@ impl Layout {
 }
 
 impl Learner {
-    /// A learner that can run backward (`Keep::AllLayers`) or forward only.
+    /// A learner that can run backward (`Keep::AllLayers`, or with less memory `Keep::Inputs`) or forward
+    /// only.
     pub fn new(decoder: &Decoder, keep: Keep) -> Self {
         let dtype = decoder.weights.dtype();
         Self {
@@ -225,15 +239,9 @@ impl Learner {
             let cache = KvCache::new(self.dtype, 1, blocks, BLOCK_SIZE, kv_heads, head_dim);
             self.kv = Some((cache, blocks));
         }
-        let batch = Batch {
-            tokens: &layout.tokens,
-            positions: &layout.positions,
-            slots: &layout.slots,
-            copies: &layout.copies,
-            seqs: &layout.seqs(),
-        };
         let (kv, _) = self.kv.as_mut().expect("made above");
-        decoder.forward(kernels, &batch, (kv, KvLayers::Shared), &mut self.tape);
+        let seqs = layout.seqs();
+        decoder.forward(kernels, &layout.batch(&seqs), (kv, KvLayers::Shared), &mut self.tape);
     }
 
     /// Adds to `grads` the gradient of a loss whose derivatives by the targets' log-probabilities (and
@@ -258,7 +266,9 @@ impl Learner {
             dlogp: loss.dlogp,
             dentropy: loss.dentropy,
         };
-        let pass = (&layout.tokens[..], &layout.positions[..], &layout.families()[..]);
+        let (kv, _) = self.kv.as_mut().expect("made by the forward pass");
+        let (seqs, families) = (layout.seqs(), layout.families());
+        let pass = PackedPass { batch: &layout.batch(&seqs), families: &families, kv };
         decoder.backward(kernels, pass, &head, &mut self.tape, grads);
     }
 }

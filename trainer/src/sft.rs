@@ -11,7 +11,7 @@ use engine::model::safetensors::Writer;
 use engine::{Dtype, Engine, EosRule, WeightsUpdate};
 
 use crate::checkpoint::CheckpointStore;
-use crate::config::SftConfig;
+use crate::config::{SftConfig, kept_for_backward};
 use crate::data::{self, Cursor, Sampler, SftRow, Visit};
 use crate::encode::PromptEncoder;
 use crate::error::{Error, Result};
@@ -153,7 +153,8 @@ impl<'a> Sft<'a> {
         let visit = if d.shuffle { Visit::Shuffled(d.seed) } else { Visit::InOrder };
         let sampler = Sampler::new(rows.len(), visit, Cursor::default());
         let mut update = engine.begin_update().map_err(Error::engine)?;
-        let state = UpdateState::new(update.decoder().0);
+        let state =
+            UpdateState::new(update.decoder().0, kept_for_backward(config.trainer.recompute));
         drop(update);
         Ok(Self { engine, config, state, rows, val, sampler, encoder, eos })
     }

@@ -10,7 +10,7 @@ use std::time::Instant;
 use engine::{Engine, EosRule, FinishReason};
 
 use crate::advantage::{self, Advantages, EPSILON, Scale};
-use crate::config::RlConfig;
+use crate::config::{RlConfig, kept_for_backward};
 use crate::covariance::{CovStats, token_covariances};
 use crate::data::{Cursor, Row, Sampler, Visit};
 use crate::encode::PromptEncoder;
@@ -83,7 +83,8 @@ impl Trainer {
         };
         let sampler = Sampler::new(rows.rows.len(), visit, Cursor::default());
         let mut update = engine.begin_update().map_err(Error::engine)?;
-        let state = UpdateState::new(update.decoder().0);
+        let state =
+            UpdateState::new(update.decoder().0, kept_for_backward(config.trainer.recompute));
         drop(update);
         let trainer = Self { engine, config, state, rows, sampler, steps: 0, encoder, rewards };
         trainer.check_prompts(&trainer.rows.rows, &trainer.config.data.train_files)?;

@@ -56,10 +56,10 @@ pub(crate) struct UpdateState {
 }
 
 impl UpdateState {
-    pub(crate) fn new(decoder: &mut Decoder) -> Self {
+    pub(crate) fn new(decoder: &mut Decoder, keep: Keep) -> Self {
         let dtype = decoder.weights.dtype();
         Self {
-            learner: Learner::new(decoder, Keep::AllLayers),
+            learner: Learner::new(decoder, keep),
             grads: Gradients::new(&decoder.config, dtype),
             optimizer: Optimizer::new(decoder),
         }

@@ -92,15 +92,15 @@ fn log_probs_have_the_bits_of_each_sequence_alone() {
     }
 }
 
-/// Gradients of a loss whose derivatives by log-probability and entropy are those given.
+/// Adds the gradients of a loss whose derivatives by log-probability and entropy are those given.
 fn gradients(
-    engine: &Engine,
+    (engine, keep): (&Engine, Keep),
     packed: &[Packed<'_>],
     (dlogp, dentropy): (&[f32], &[f32]),
     grads: &mut Gradients,
 ) {
     let (decoder, kernels) = (engine.decoder(), engine.kernels());
-    let mut learner = Learner::new(decoder, Keep::AllLayers);
+    let mut learner = Learner::new(decoder, keep);
     let stats = learner.forward(decoder, kernels, packed, INV_TEMPERATURE);
     let loss = LossGradient {
         stats: &stats,
@@ -111,25 +111,52 @@ fn gradients(
     learner.backward(decoder, kernels, &loss, grads);
 }
 
-#[test]
-fn gradients_are_those_of_the_sequences_alone_summed() {
-    let sequences = sequences();
-    let packed = packed(&sequences);
+/// Derivatives of some loss by the targets' log-probabilities and entropies.
+fn derivatives(packed: &[Packed<'_>]) -> (Vec<f32>, Vec<f32>) {
     let targets: usize = packed.iter().map(Packed::targets).sum();
     let numbers = |key: u64| -> Vec<f32> {
         tokens(&[key], targets).iter().map(|t| *t as f32 / 256.0 - 1.0).collect()
     };
-    let (dlogp, dentropy) = (numbers(4), numbers(5));
+    (numbers(4), numbers(5))
+}
+
+#[test]
+fn layers_that_run_again_give_the_same_bits() {
+    let sequences = sequences();
+    let packed = packed(&sequences);
+    let (dlogp, dentropy) = derivatives(&packed);
+    for (name, dtype, engine) in engines() {
+        let [kept, again] = [Keep::AllLayers, Keep::Inputs].map(|keep| {
+            let mut grads = Gradients::new(engine.model(), dtype);
+            gradients((&engine, keep), &packed, (&dlogp, &dentropy), &mut grads);
+            let bits = |sum: &Vec<f32>| sum.iter().map(|x| x.to_bits()).collect();
+            grads.sums().iter().map(bits).collect::<Vec<Vec<u32>>>()
+        });
+        assert!(kept.iter().flatten().any(|bits| *bits != 0), "{name}: no gradient");
+        assert!(kept == again, "{name}");
+    }
+}
+
+#[test]
+fn gradients_are_those_of_the_sequences_alone_summed() {
+    let sequences = sequences();
+    let packed = packed(&sequences);
+    let (dlogp, dentropy) = derivatives(&packed);
     for (name, dtype, engine) in engines() {
         let mut shared = Gradients::new(engine.model(), dtype);
-        gradients(&engine, &packed, (&dlogp, &dentropy), &mut shared);
+        gradients((&engine, Keep::AllLayers), &packed, (&dlogp, &dentropy), &mut shared);
         let mut alone = Gradients::new(engine.model(), dtype);
         let mut first = 0;
         for one in &packed {
             let part = first..first + one.targets();
             first = part.end;
             let derivatives = (&dlogp[part.clone()], &dentropy[part]);
-            gradients(&engine, std::slice::from_ref(one), derivatives, &mut alone);
+            gradients(
+                (&engine, Keep::AllLayers),
+                std::slice::from_ref(one),
+                derivatives,
+                &mut alone,
+            );
         }
         let limit = if dtype == Dtype::F32 { 1e-5 } else { 2e-2 };
         for (i, (a, b)) in shared.sums().iter().zip(alone.sums()).enumerate() {

@@ -4,11 +4,11 @@
 //! rounded operands are computed again from its tape rather than kept.
 
 use kernels::{
-    AttnBackward, AttnFamily, AttnScratch, HeadBackward, HeadScratch, Kernels, Operand,
+    AttnBackward, AttnFamily, AttnScratch, HeadBackward, HeadScratch, Kernels, KvCache, Operand,
     RmsNormBackward, Scratch, TokenStats, Write,
 };
 
-use super::forward::{Decoder, HeadInput};
+use super::forward::{Batch, Decoder, HeadInput};
 use super::tape::{Keep, LayerTape, Tape};
 use super::weights::{LayerWeights, ParamSpec, param_specs};
 use crate::model::ModelConfig;
@@ -121,40 +121,57 @@ pub struct HeadGradient<'a> {
     pub dentropy: Option<&'a [f32]>,
 }
 
+/// A forward pass over whole sequences, as its backward needs it.
+pub struct PackedPass<'a> {
+    /// Its rows.
+    pub batch: &'a Batch<'a>,
+    /// The rows of its sequences, which all start at position 0.
+    pub families: &'a [AttnFamily<'a>],
+    /// The one layer's worth of cache it ran over; layers that run again do so over it too.
+    pub kv: &'a mut KvCache,
+}
+
 impl Decoder {
-    /// Adds the gradient of a loss that depends on the head's log-probabilities to `grads`.
-    ///
-    /// `tape` is that of the forward pass over `tokens` at `positions`, with all layers kept; the
-    /// families are the rows of its sequences, which all start at position 0.
+    /// Adds the gradient of a loss that depends on the head's log-probabilities to `grads`. `tape` is
+    /// that of the forward pass.
     ///
     /// # Panics
     /// When the tape kept one layer only, or lengths disagree.
     pub fn backward(
         &self,
         kernels: &Kernels,
-        pass: (&[u32], &[u32], &[AttnFamily<'_>]),
+        pass: PackedPass<'_>,
         head: &HeadGradient<'_>,
         tape: &mut Tape,
         grads: &mut Gradients,
     ) {
-        assert!(tape.keep() == Keep::AllLayers, "backward needs the tape of all layers");
-        let (tokens, positions, families) = pass;
+        assert!(tape.keep() != Keep::OneLayer, "backward needs a tape that kept the layers");
+        let PackedPass { batch, families, kv } = pass;
         let mut dx = std::mem::take(&mut tape.x);
         self.head_backward(kernels, head, &mut dx, grads);
         for l in (0..self.config.layers).rev() {
             let index = LayerIndex::new(&self.config, l);
             let weights = &self.weights.layers[l];
-            let layer = &tape.layers[l];
+            let layer = match tape.inputs.get(l) {
+                None => &tape.layers[l],
+                Some(input) => {
+                    let layer = &mut tape.layers[0];
+                    layer.x.copy_from_slice(input);
+                    let to = (&mut *layer, &mut tape.work);
+                    self.layer(kernels, weights, batch, (&mut *kv, 0), to);
+                    layer
+                }
+            };
             self.mlp_backward(kernels, weights, layer, (&index, &mut dx), grads);
             self.attention_backward(
                 kernels,
                 weights,
-                (layer, positions, families),
+                (layer, batch.positions, families),
                 (&index, &mut dx),
                 grads,
             );
         }
-        kernels.embed_backward(&dx, tokens, &mut grads.sums[0]);
+        kernels.embed_backward(&dx, batch.tokens, &mut grads.sums[0]);
         tape.x = dx;
     }
 

@@ -9,7 +9,7 @@
 
 use kernels::{Attention, AttnSeq, Dtype, Kernels, KvCache, Operand, RopeTable, Write};
 
-use super::tape::{Keep, LayerTape, Tape};
+use super::tape::{Keep, LayerTape, Tape, Work};
 use super::weights::{LayerWeights, Weights};
 use crate::model::ModelConfig;
 
@@ -98,41 +98,56 @@ impl Decoder {
         tape.resize(&self.config, batch.tokens.len());
         kernels.embed(&self.weights.embed, batch.tokens, &mut tape.x);
         for (l, weights) in self.weights.layers.iter().enumerate() {
-            let kept = match tape.keep() {
-                Keep::OneLayer => 0,
-                Keep::AllLayers => l,
-            };
-            let kv_layer = match kv_layers {
-                KvLayers::Own => l,
-                KvLayers::Shared => 0,
-            };
-            let Tape { layers, x, norm, act, operand, attn, .. } = tape;
+            let kept = if tape.keep() == Keep::AllLayers { l } else { 0 };
+            let kv_layer = if kv_layers == KvLayers::Own { l } else { 0 };
+            let Tape { layers, inputs, x, work, .. } = tape;
             let layer = &mut layers[kept];
             layer.x.copy_from_slice(x);
-            kernels.rms_norm(x, &weights.attn_norm, self.config.rms_eps, norm);
-            kernels.operand(norm, self.config.hidden_size, operand);
-            self.project_qkv(kernels, weights, operand, batch.positions, layer);
-            kernels.kv_write(kv, kv_layer, &layer.k, &layer.v, batch.slots);
-            batch.copies.iter().for_each(|(from, to)| kv.copy_slot(kv_layer, *from, *to));
-            let task = Attention {
-                layer: kv_layer,
-                q: &layer.q,
-                seqs: batch.seqs,
-                heads: self.config.heads,
-                scale: self.scale,
-            };
-            kernels.attention(kv, task, &mut layer.attn, attn);
-            kernels.operand(&layer.attn, self.q_width(), operand);
-            kernels.matmul(operand, &weights.o, 0..weights.o.rows(), None, Write::Add, x);
-            layer.mid.copy_from_slice(x);
-            kernels.rms_norm(x, &weights.mlp_norm, self.config.rms_eps, norm);
-            kernels.operand(norm, self.config.hidden_size, operand);
-            let wide = 0..weights.gate_up.rows();
-            kernels.matmul(operand, &weights.gate_up, wide, None, Write::Set, &mut layer.gate_up);
-            kernels.swiglu(&layer.gate_up, self.config.intermediate_size, act);
-            kernels.operand(act, self.config.intermediate_size, operand);
-            kernels.matmul(operand, &weights.down, 0..weights.down.rows(), None, Write::Add, x);
+            if let Some(input) = inputs.get_mut(l) {
+                input.copy_from_slice(x);
+            }
+            self.layer(kernels, weights, batch, (kv, kv_layer), (layer, work));
+            x.copy_from_slice(&layer.mid);
+            kernels.swiglu(&layer.gate_up, self.config.intermediate_size, &mut work.act);
+            kernels.operand(&work.act, self.config.intermediate_size, &mut work.operand);
+            let all = 0..weights.down.rows();
+            kernels.matmul(&work.operand, &weights.down, all, None, Write::Add, x);
         }
+    }
+
+    /// A layer from what enters it, `layer.x`, up to what its feed-forward activates: everything that
+    /// its backward reads.
+    pub(super) fn layer(
+        &self,
+        kernels: &Kernels,
+        weights: &LayerWeights,
+        batch: &Batch<'_>,
+        (kv, kv_layer): (&mut KvCache, usize),
+        (layer, work): (&mut LayerTape, &mut Work),
+    ) {
+        let Work { norm, operand, attn, .. } = work;
+        let (hidden, eps) = (self.config.hidden_size, self.config.rms_eps);
+        kernels.rms_norm(&layer.x, &weights.attn_norm, eps, norm);
+        kernels.operand(norm, hidden, operand);
+        self.project_qkv(kernels, weights, operand, batch.positions, layer);
+        kernels.kv_write(kv, kv_layer, &layer.k, &layer.v, batch.slots);
+        batch.copies.iter().for_each(|(from, to)| kv.copy_slot(kv_layer, *from, *to));
+        let task = Attention {
+            layer: kv_layer,
+            q: &layer.q,
+            seqs: batch.seqs,
+            heads: self.config.heads,
+            scale: self.scale,
+        };
+        kernels.attention(kv, task, &mut layer.attn, attn);
+        kernels.operand(&layer.attn, self.q_width(), operand);
+        layer.mid.copy_from_slice(&layer.x);
+        let all = 0..weights.o.rows();
+        kernels.matmul(operand, &weights.o, all, None, Write::Add, &mut layer.mid);
+        kernels.rms_norm(&layer.mid, &weights.mlp_norm, eps, norm);
+        kernels.operand(norm, hidden, operand);
+        let wide = 0..weights.gate_up.rows();
+        kernels.matmul(operand, &weights.gate_up, wide, None, Write::Set, &mut layer.gate_up);
     }
 
     /// Queries, keys and values of the normed rows in `operand`, rotated to their positions.

@@ -12,7 +12,7 @@ mod forward;
 mod tape;
 mod weights;
 
-pub use backward::{Gradients, HeadGradient};
+pub use backward::{Gradients, HeadGradient, PackedPass};
 pub use forward::{Batch, Decoder, HeadInput, KvLayers};
 pub use tape::{Keep, Tape};
 pub use weights::{LayerWeights, ParamMut, ParamShape, ParamSpec, Weights, param_specs};

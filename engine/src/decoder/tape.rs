@@ -1,4 +1,4 @@
-//! The intermediate values of a forward pass: one layer's, used again, or all layers', for backward.
+//! The intermediate values of a forward pass: one layer's, used again, or what backward needs of all.
 
 use kernels::{AttnScratch, Operand};
 
@@ -7,10 +7,27 @@ use crate::model::ModelConfig;
 /// Whether a forward pass keeps what its backward needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
-    /// Only the layer at work.
+    /// Only the layer at work: there will be no backward.
     OneLayer,
+    /// What entered each layer; a layer runs again, to the same bits, when its backward needs the rest.
+    Inputs,
     /// Every layer.
     AllLayers,
+}
+
+impl Keep {
+    /// Layers whose intermediate values are held, of `layers`.
+    fn whole_layers(self, layers: usize) -> usize {
+        match self {
+            Self::OneLayer | Self::Inputs => 1,
+            Self::AllLayers => layers,
+        }
+    }
+
+    /// Further inputs of layers that are held, of `layers`.
+    fn inputs(self, layers: usize) -> usize {
+        if self == Self::Inputs { layers } else { 0 }
+    }
 }
 
 /// What one layer's backward reads; `M` rows. Everything else is computed again from these.
@@ -56,8 +73,15 @@ impl LayerTape {
 pub struct Tape {
     keep: Keep,
     pub(super) layers: Vec<LayerTape>,
+    /// `[M, H]` each: what entered the layers, where they are to run again.
+    pub(super) inputs: Vec<Vec<f32>>,
     /// `[M, H]`: the residual stream, after the last layer when the pass is done.
     pub(super) x: Vec<f32>,
+    pub(super) work: Work,
+}
+
+/// Values that nothing reads after the layer at work.
+pub(super) struct Work {
     /// `[M, H]`: a norm's output.
     pub(super) norm: Vec<f32>,
     /// `[M, I]`: the activated feed-forward values.
@@ -70,22 +94,22 @@ pub struct Tape {
 impl Tape {
     /// Empty buffers.
     pub fn new(config: &ModelConfig, dtype: kernels::Dtype, keep: Keep) -> Self {
-        let layers = match keep {
-            Keep::OneLayer => 1,
-            Keep::AllLayers => config.layers,
-        };
+        let layers = keep.whole_layers(config.layers);
         Self {
             keep,
             layers: (0..layers).map(|_| LayerTape::default()).collect(),
+            inputs: vec![Vec::new(); keep.inputs(config.layers)],
             x: Vec::new(),
-            norm: Vec::new(),
-            act: Vec::new(),
-            operand: Operand::new(dtype),
-            attn: AttnScratch::new(),
+            work: Work {
+                norm: Vec::new(),
+                act: Vec::new(),
+                operand: Operand::new(dtype),
+                attn: AttnScratch::new(),
+            },
         }
     }
 
-    /// Whether all layers are kept.
+    /// What is kept.
     pub fn keep(&self) -> Keep {
         self.keep
     }
@@ -100,18 +124,17 @@ impl Tape {
         let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let norms = if config.qk_norm { q + kv } else { 0 };
         let layer = 2 * config.hidden_size + norms + 2 * q + 2 * kv + 2 * config.intermediate_size;
-        let layers = match keep {
-            Keep::OneLayer => 1,
-            Keep::AllLayers => config.layers,
-        };
+        let layers = keep.whole_layers(config.layers) * layer;
+        let inputs = keep.inputs(config.layers) * config.hidden_size;
         let shared = 2 * config.hidden_size + 2 * config.intermediate_size;
-        4 * (rows as u64) * (layers as u64 * layer as u64 + shared as u64)
+        4 * (rows as u64) * (layers + inputs + shared) as u64
     }
 
     pub(super) fn resize(&mut self, config: &ModelConfig, rows: usize) {
         self.layers.iter_mut().for_each(|layer| layer.resize(config, rows));
+        self.inputs.iter_mut().for_each(|x| x.resize(rows * config.hidden_size, 0.0));
         self.x.resize(rows * config.hidden_size, 0.0);
-        self.norm.resize(rows * config.hidden_size, 0.0);
-        self.act.resize(rows * config.intermediate_size, 0.0);
+        self.work.norm.resize(rows * config.hidden_size, 0.0);
+        self.work.act.resize(rows * config.intermediate_size, 0.0);
     }
 }

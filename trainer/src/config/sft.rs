@@ -65,6 +65,8 @@ pub struct SftTrainerConfig {
     pub test_freq: u64,
     /// Tokens a forward and backward pass holds at once; a longer sequence passes alone; default 4096.
     pub max_tokens_per_microbatch: usize,
+    /// Whether layers run again in the backward pass, to save memory; default false.
+    pub recompute: bool,
     /// Checkpoints kept; 0: all; default 1.
     pub keep_checkpoints: usize,
     /// The folder of the run; default `runs/sft`.
@@ -94,6 +96,7 @@ impl Default for SftConfig {
                 save_freq: 0,
                 test_freq: 100,
                 max_tokens_per_microbatch: 4096,
+                recompute: false,
                 keep_checkpoints: 1,
                 output: "runs/sft".to_owned(),
                 seed: 0,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use engine::decoder::{
-    Batch, Decoder, Gradients, HeadGradient, HeadInput, Keep, KvLayers, Tape, Weights,
+    Batch, Decoder, Gradients, HeadGradient, HeadInput, Keep, KvLayers, PackedPass, Tape, Weights,
 };
 use engine::{Dtype, Level, ModelConfig, ModelSource};
 use kernels::{AttnFamily, AttnSeq, HeadScratch, Kernels, KvCache, TokenStats};
@@ -68,7 +68,7 @@ impl Fast {
         };
         let mut gradients = Gradients::new(config, Dtype::F32);
         let whole = [AttnFamily { prompt: 0..n, branches: &[] }];
-        let pass = (&tokens[..n], &positions[..], &whole[..]);
+        let pass = PackedPass { batch: &batch, families: &whole, kv: &mut kv };
         decoder.backward(kernels, pass, &head, &mut tape, &mut gradients);
         (log_probs, by_name(&gradients))
     }
