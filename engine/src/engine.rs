@@ -361,14 +361,14 @@ impl Engine {
         };
         let drawn = |i: usize| {
             let row = &logits[i * vocab..(i + 1) * vocab];
-            let top = samples[i].0.params.logprobs;
+            let chosen = (tokens[i], raw[i].log_prob);
+            let top = |k| sampler::top_logprobs(row, raw[i].log_sum_exp, chosen, k);
             raw[i].log_sum_exp.is_finite().then(|| Drawn {
                 token: tokens[i],
                 logprob: changed[i].unwrap_or(scaled[i].log_prob),
                 raw_logprob: raw[i].log_prob,
                 entropy: scaled[i].entropy,
-                top: top
-                    .map_or_else(Vec::new, |k| sampler::top_logprobs(row, raw[i].log_sum_exp, k)),
+                top: samples[i].0.params.logprobs.map_or_else(Vec::new, top),
             })
         };
         (0..rows.len()).map(drawn).collect()

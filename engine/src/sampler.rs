@@ -155,7 +155,13 @@ fn pick(candidates: &[(u32, f32)], uniform: f64) -> Draw {
 
 /// The `k` largest logits as (token, log-probability), largest first, given the log of the sum of
 /// exponentials.
-pub(crate) fn top_logprobs(logits: &[f32], log_sum_exp: f32, k: usize) -> Vec<(u32, f32)> {
+/// The chosen token keeps the log-probability it is reported with, which is rounded once only.
+pub(crate) fn top_logprobs(
+    logits: &[f32],
+    log_sum_exp: f32,
+    (chosen, log_prob): (u32, f32),
+    k: usize,
+) -> Vec<(u32, f32)> {
     let mut top: Vec<(u32, f32)> = Vec::with_capacity(k + 1);
     for (token, z) in logits.iter().enumerate() {
         if top.len() == k && top.last().is_none_or(|last| *z <= last.1) {
@@ -165,7 +171,9 @@ pub(crate) fn top_logprobs(logits: &[f32], log_sum_exp: f32, k: usize) -> Vec<(u
         top.insert(at, (token as u32, *z));
         top.truncate(k);
     }
-    top.iter_mut().for_each(|(_, z)| *z -= log_sum_exp);
+    for (token, z) in &mut top {
+        *z = if *token == chosen { log_prob } else { *z - log_sum_exp };
+    }
     top
 }
 
@@ -258,7 +266,7 @@ mod tests {
 
     #[test]
     fn top_logprobs_are_sorted_and_complete() {
-        let top = top_logprobs(&[0.0, 3.0, 1.0, 3.0, 2.0], 1.0, 3);
-        assert_eq!(top, vec![(1, 2.0), (3, 2.0), (4, 1.0)]);
+        let top = top_logprobs(&[0.0, 3.0, 1.0, 3.0, 2.0], 1.0, (3, 1.5), 3);
+        assert_eq!(top, vec![(1, 2.0), (3, 1.5), (4, 1.0)]);
     }
 }
