@@ -75,6 +75,7 @@ fn supported(device: &str, config: &RlConfig) -> Result<()> {
         ("rollout.top_k", rollout.top_k != -1),
         ("rollout.stop", !rollout.stop.is_empty()),
         ("algorithm.entropy_coeff", algorithm.entropy_coeff != 0.0),
+        ("trainer.recompute", config.trainer.recompute),
         ("algorithm.cov_scope = microbatch", algorithm.cov_scope == CovScope::Microbatch),
     ];
     match asked.into_iter().find(|(_, asked)| *asked) {
