@@ -292,6 +292,12 @@ impl Rollouts {
             .zip(&lengths)
             .flat_map(|(i, len)| vec![self.advantages.values[i] as f32; *len])
             .collect();
+        let mut end = 0;
+        let range = |len: &usize| {
+            end += len;
+            end - len..end
+        };
+        let responses: Vec<Range<usize>> = lengths.iter().map(range).collect();
         let batch = TokenBatch {
             log_prob: new,
             old_log_prob: &old,
@@ -299,6 +305,7 @@ impl Rollouts {
             mask: &mask,
             weight: &agg::weights(mode, &lengths, &mask, norm),
             scopes: std::slice::from_ref(&all),
+            responses: &responses,
         };
         config.algorithm.policy_loss().evaluate(&batch, key)
     }

@@ -27,6 +27,19 @@ pub(crate) struct MiniBatch<'a> {
     pub(crate) weights: WeightsAge,
 }
 
+impl MiniBatch<'_> {
+    /// The tokens of each response.
+    fn responses(&self) -> Vec<Range<usize>> {
+        let mut end = 0;
+        let range = |sequence: &Packed<'_>| {
+            let start = end;
+            end += sequence.targets();
+            start..end
+        };
+        self.sequences.iter().map(range).collect()
+    }
+}
+
 /// Whether the weights have changed since a mini-batch was sampled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WeightsAge {
@@ -237,6 +250,7 @@ fn evaluate(
         mask: &vec![true; mini.old.len()],
         weight: weights,
         scopes: &scopes,
+        responses: &mini.responses(),
     };
     config.algorithm.policy_loss().evaluate(&batch, key)
 }
