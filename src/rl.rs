@@ -52,7 +52,11 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
     if request.mode == Mode::DryRun {
         let tokens = config.trainer.max_tokens_per_microbatch;
         let source = model::open(&config.model.path, terminal)?;
-        return dry_run(&config.to_toml(), &source, &engine, tokens);
+        let weights = match config.algorithm.needs_reference() {
+            true => Copies::WithReference,
+            false => Copies::One,
+        };
+        return dry_run(&config.to_toml(), &source, &engine, (tokens, weights));
     }
     match (&args.device, &resume) {
         (DeviceArg::Cpu, _) => train(&config, &engine, &resume, terminal),
@@ -143,12 +147,21 @@ fn train(
     }
 }
 
+/// How many sets of weights a run holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Copies {
+    /// Those that are trained.
+    One,
+    /// And those of the reference policy.
+    WithReference,
+}
+
 /// Prints the resolved configuration and what the model and its training will take.
 pub(crate) fn dry_run(
     config: &str,
     source: &ModelSource,
     engine: &engine::EngineConfig,
-    tokens: usize,
+    (tokens, copies): (usize, Copies),
 ) -> Result<()> {
     let model = source.config();
     let plan = MemoryPlan::new(model, engine)?;
@@ -162,7 +175,17 @@ pub(crate) fn dry_run(
         mib(optimizer)
     ));
     lines.push(format!("# activations  {:>10.1} MiB  {tokens} tokens a pass", mib(tape)));
-    let all = plan.total_bytes() + optimizer + tape;
+    let reference = match copies {
+        Copies::One => 0,
+        Copies::WithReference => plan.weights_bytes + Tape::bytes(model, Keep::OneLayer, tokens),
+    };
+    if reference > 0 {
+        lines.push(format!(
+            "# reference    {:>10.1} MiB  weights of the policy at the start, {tokens} tokens a pass",
+            mib(reference)
+        ));
+    }
+    let all = plan.total_bytes() + optimizer + tape + reference;
     lines.push(format!("# all together {:>10.1} MiB", mib(all)));
     output::print(&format!("{}\n\n# memory of the engine\n{}", config.trim_end(), lines.join("\n")))
 }

@@ -9,7 +9,7 @@ use trainer::{Progress, SftConfig, initial_weights, run_sft};
 use crate::args_run::SftArgs;
 use crate::exit::{Failure, Result};
 use crate::layers::RunConfig;
-use crate::rl::{Mode, RunRequest, dry_run, in_file, request, tell};
+use crate::rl::{Copies, Mode, RunRequest, dry_run, in_file, request, tell};
 use crate::signals::Signals;
 use crate::terminal::Terminal;
 use crate::{model, output};
@@ -33,7 +33,7 @@ fn train(request: &RunRequest, terminal: &Terminal) -> Result<()> {
     if request.mode == Mode::DryRun {
         let tokens = config.trainer.max_tokens_per_microbatch;
         let source = model::open(&config.model.path, terminal)?;
-        return dry_run(&config.to_toml(), &source, &request.engine, tokens);
+        return dry_run(&config.to_toml(), &source, &request.engine, (tokens, Copies::One));
     }
     let signals = Signals::listen()?;
     let source = match config.model.config_json.as_str() {

@@ -18,8 +18,8 @@ use candle_backend::{
 };
 use engine::{EngineConfig, FinishReason};
 use trainer::advantage::{self, Advantages, EPSILON, Scale};
-use trainer::agg;
-use trainer::config::CovScope;
+use trainer::agg::{self, AggScope};
+use trainer::config::{AdvEstimator, CovScope, RolloutIs};
 use trainer::data::{Cursor, Row, Sampler, Visit};
 use trainer::loss::{ChoiceKey, LossOutput, TokenBatch};
 use trainer::metrics::{Metrics, MetricsWriter, name};
@@ -76,6 +76,20 @@ fn supported(device: &str, config: &RlConfig) -> Result<()> {
         ("rollout.stop", !rollout.stop.is_empty()),
         ("algorithm.entropy_coeff", algorithm.entropy_coeff != 0.0),
         ("algorithm.cov_scope = microbatch", algorithm.cov_scope == CovScope::Microbatch),
+        ("algorithm.agg_scope = legacy", algorithm.agg_scope == AggScope::Legacy),
+        (
+            "an algorithm.adv_estimator other than grpo",
+            algorithm.adv_estimator != AdvEstimator::Grpo,
+        ),
+        ("algorithm.use_kl_loss", algorithm.use_kl_loss),
+        ("algorithm.use_kl_in_reward", algorithm.use_kl_in_reward),
+        ("algorithm.mask_truncated", algorithm.mask_truncated),
+        ("algorithm.filter_groups", algorithm.filter_groups),
+        ("algorithm.overlong_buffer", algorithm.overlong_buffer.enable),
+        (
+            "algorithm.rollout_correction",
+            algorithm.rollout_correction.rollout_is != RolloutIs::None,
+        ),
     ];
     match asked.into_iter().find(|(_, asked)| *asked) {
         None => Ok(()),

@@ -7,6 +7,7 @@
 
 pub mod advantage;
 pub mod agg;
+mod batch;
 pub mod checkpoint;
 pub mod config;
 pub mod correction;
@@ -21,13 +22,16 @@ pub mod kl;
 mod learner;
 pub mod loss;
 pub mod metrics;
+mod objective;
 mod optimizer;
 pub mod packing;
 pub mod random;
+mod reference;
 pub mod report;
 pub mod rollout;
 mod run;
 pub mod samples;
+mod sampling;
 mod save;
 pub mod schedule;
 mod score;
