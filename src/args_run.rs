@@ -14,6 +14,10 @@ pub(crate) const RL_EXAMPLES: &str = concat!(
     "  engine rl --method grpo --model smollm2-135m.gguf --train-files train.jsonl --output runs/add\n",
     "  engine rl --config run.toml --set optimizer.lr=1e-6 --set rollout.n=16 --dry-run\n",
     "\n",
+    "Methods: grpo dr_grpo rloo reinforce_pp reinforce_pp_baseline remax opo dapo clip_higher clip_cov\n",
+    "kl_cov gspo cispo gpg sapo gmpo; with the sizes and rates of published scripts as well: paper-7b\n",
+    "paper-32b verl. --dry-run prints all that a method sets; any key can be overridden.\n",
+    "\n",
     "The file of --config has the sections model, data, rollout, algorithm, optimizer, reward and\n",
     "trainer; --set wins over it, and flags win over both.",
 );
@@ -28,7 +32,7 @@ pub(crate) const SFT_EXAMPLES: &str = concat!(
 /// `engine rl`.
 #[derive(Debug, Args)]
 pub(crate) struct RlArgs {
-    /// Vetted preset of the algorithm, e.g. grpo, clip_higher, clip_cov or kl_cov
+    /// Vetted preset of the algorithm, e.g. grpo, dapo, clip_cov or kl_cov; all are listed below
     #[arg(long, value_name = "NAME")]
     pub(crate) method: Option<String>,
     #[command(flatten)]

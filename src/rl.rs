@@ -52,9 +52,13 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
     let engine = sized(&request.engine, &config);
     if request.mode == Mode::DryRun {
         let keep = kept_for_backward(config.trainer.recompute);
-        let passes = (keep, config.trainer.max_tokens_per_microbatch);
         let source = model::open(&config.model.path, terminal)?;
-        return dry_run(&config.to_toml(), &source, &engine, passes);
+        let copies = match config.algorithm.needs_reference() {
+            true => Copies::WithReference,
+            false => Copies::One,
+        };
+        let training = Footprint { copies, keep, tokens: config.trainer.max_tokens_per_microbatch };
+        return dry_run(&config.to_toml(), &source, &engine, &training);
     }
     match (&args.device, &resume) {
         (DeviceArg::Cpu, _) => train(&config, &engine, &resume, terminal),
@@ -145,13 +149,31 @@ fn train(
     }
 }
 
-/// Prints the resolved configuration and what the model and its training will take, with passes that
-/// keep so much of so many tokens.
+/// How many sets of weights a run holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Copies {
+    /// Those that are trained.
+    One,
+    /// And those of the reference policy.
+    WithReference,
+}
+
+/// What training holds in memory besides the engine.
+pub(crate) struct Footprint {
+    /// Sets of weights.
+    pub(crate) copies: Copies,
+    /// What a pass keeps,
+    pub(crate) keep: Keep,
+    /// of how many tokens.
+    pub(crate) tokens: usize,
+}
+
+/// Prints the resolved configuration and what the model and its training will take.
 pub(crate) fn dry_run(
     config: &str,
     source: &ModelSource,
     engine: &engine::EngineConfig,
-    (keep, tokens): (Keep, usize),
+    &Footprint { copies, keep, tokens }: &Footprint,
 ) -> Result<()> {
     let model = source.config();
     let plan = MemoryPlan::new(model, engine)?;
@@ -165,7 +187,17 @@ pub(crate) fn dry_run(
         mib(optimizer)
     ));
     lines.push(format!("# activations  {:>10.1} MiB  {tokens} tokens a pass", mib(tape)));
-    let all = plan.total_bytes() + optimizer + tape;
+    let reference = match copies {
+        Copies::One => 0,
+        Copies::WithReference => plan.weights_bytes + Tape::bytes(model, Keep::OneLayer, tokens),
+    };
+    if reference > 0 {
+        lines.push(format!(
+            "# reference    {:>10.1} MiB  weights of the policy at the start, {tokens} tokens a pass",
+            mib(reference)
+        ));
+    }
+    let all = plan.total_bytes() + optimizer + tape + reference;
     lines.push(format!("# all together {:>10.1} MiB", mib(all)));
     output::print(&format!("{}\n\n# memory of the engine\n{}", config.trim_end(), lines.join("\n")))
 }

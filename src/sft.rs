@@ -10,7 +10,7 @@ use trainer::{Progress, SftConfig, initial_weights, run_sft};
 use crate::args_run::SftArgs;
 use crate::exit::{Failure, Result};
 use crate::layers::RunConfig;
-use crate::rl::{Mode, RunRequest, dry_run, in_file, request, tell};
+use crate::rl::{Copies, Footprint, Mode, RunRequest, dry_run, in_file, request, tell};
 use crate::signals::Signals;
 use crate::terminal::Terminal;
 use crate::{model, output};
@@ -33,9 +33,10 @@ fn train(request: &RunRequest, terminal: &Terminal) -> Result<()> {
         .map_err(|error| in_file(error, file))?;
     if request.mode == Mode::DryRun {
         let keep = kept_for_backward(config.trainer.recompute);
-        let passes = (keep, config.trainer.max_tokens_per_microbatch);
         let source = model::open(&config.model.path, terminal)?;
-        return dry_run(&config.to_toml(), &source, &request.engine, passes);
+        let tokens = config.trainer.max_tokens_per_microbatch;
+        let training = Footprint { copies: Copies::One, keep, tokens };
+        return dry_run(&config.to_toml(), &source, &request.engine, &training);
     }
     let signals = Signals::listen()?;
     let source = match config.model.config_json.as_str() {

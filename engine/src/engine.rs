@@ -175,6 +175,11 @@ impl Engine {
         &self.runner.decoder
     }
 
+    /// Gives up all but the model: its weights as they are now.
+    pub fn into_decoder(self) -> Decoder {
+        self.runner.decoder
+    }
+
     /// Takes in a request; its samples begin with the next step.
     ///
     /// # Errors

@@ -18,8 +18,8 @@ use candle_backend::{
 };
 use engine::{EngineConfig, FinishReason};
 use trainer::advantage::{self, Advantages, EPSILON, Scale};
-use trainer::agg;
-use trainer::config::CovScope;
+use trainer::agg::{self, AggScope};
+use trainer::config::{AdvEstimator, CovScope, RolloutIs};
 use trainer::data::{Cursor, Row, Sampler, Visit};
 use trainer::loss::{ChoiceKey, LossOutput, TokenBatch};
 use trainer::metrics::{Metrics, MetricsWriter, name};
@@ -77,6 +77,20 @@ fn supported(device: &str, config: &RlConfig) -> Result<()> {
         ("algorithm.entropy_coeff", algorithm.entropy_coeff != 0.0),
         ("trainer.recompute", config.trainer.recompute),
         ("algorithm.cov_scope = microbatch", algorithm.cov_scope == CovScope::Microbatch),
+        ("algorithm.agg_scope = legacy", algorithm.agg_scope == AggScope::Legacy),
+        (
+            "an algorithm.adv_estimator other than grpo",
+            algorithm.adv_estimator != AdvEstimator::Grpo,
+        ),
+        ("algorithm.use_kl_loss", algorithm.use_kl_loss),
+        ("algorithm.use_kl_in_reward", algorithm.use_kl_in_reward),
+        ("algorithm.mask_truncated", algorithm.mask_truncated),
+        ("algorithm.filter_groups", algorithm.filter_groups),
+        ("algorithm.overlong_buffer", algorithm.overlong_buffer.enable),
+        (
+            "algorithm.rollout_correction",
+            algorithm.rollout_correction.rollout_is != RolloutIs::None,
+        ),
     ];
     match asked.into_iter().find(|(_, asked)| *asked) {
         None => Ok(()),
@@ -293,6 +307,12 @@ impl Rollouts {
             .zip(&lengths)
             .flat_map(|(i, len)| vec![self.advantages.values[i] as f32; *len])
             .collect();
+        let mut end = 0;
+        let range = |len: &usize| {
+            end += len;
+            end - len..end
+        };
+        let responses: Vec<Range<usize>> = lengths.iter().map(range).collect();
         let batch = TokenBatch {
             log_prob: new,
             old_log_prob: &old,
@@ -300,6 +320,7 @@ impl Rollouts {
             mask: &mask,
             weight: &agg::weights(mode, &lengths, &mask, norm),
             scopes: std::slice::from_ref(&all),
+            responses: &responses,
         };
         config.algorithm.policy_loss().evaluate(&batch, key)
     }

@@ -13,6 +13,12 @@
 //! | `seq-mean-token-sum-norm` | 1 / L, L a constant (the longest response allowed) |
 //!
 //! Responses without a valid token are left out; without any valid token the loss is 0.
+//!
+//! [`legacy_weights`] reproduces what verl's and the paper's actors optimise instead: each micro-batch is
+//! aggregated by itself and weighs as much as its share of the responses, so `token-mean` is no mean over
+//! the tokens of the mini-batch.
+
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +73,49 @@ pub fn weights(mode: AggMode, lengths: &[usize], mask: &[bool], norm: f64) -> Ve
         let row = out.len()..out.len() + length;
         out.extend(mask[row].iter().map(|m| if *m { weight } else { 0.0 }));
     }
+    out
+}
+
+/// Over what the denominators of a loss are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AggScope {
+    /// The whole mini-batch ([`weights`]).
+    Global,
+    /// Each micro-batch ([`legacy_weights`]).
+    Legacy,
+}
+
+/// As [`weights`], with the denominators of each micro-batch: `micro_batches` are ranges of responses
+/// that cover all of them in order.
+///
+/// # Panics
+/// If `lengths` do not add up to the length of `mask`, or the ranges do not cover the responses.
+///
+/// ```
+/// use trainer::agg::{AggMode, legacy_weights};
+/// let mask = [true; 4];
+/// let each = [0..1, 1..2];
+/// let w = legacy_weights((AggMode::TokenMean, 4.0), &[3, 1], &mask, &each);
+/// assert_eq!(w[3], 3.0 * w[0]);
+/// ```
+pub fn legacy_weights(
+    (mode, norm): (AggMode, f64),
+    lengths: &[usize],
+    mask: &[bool],
+    micro_batches: &[Range<usize>],
+) -> Vec<f64> {
+    let covered: usize = micro_batches.iter().map(Range::len).sum();
+    assert_eq!(covered, lengths.len(), "micro-batches must cover the responses");
+    let (mut out, mut rest) = (Vec::with_capacity(mask.len()), mask);
+    for rows in micro_batches {
+        let lengths_here = &lengths[rows.clone()];
+        let (own, tail) = rest.split_at(lengths_here.iter().sum());
+        rest = tail;
+        let share = rows.len() as f64 / lengths.len() as f64;
+        out.extend(weights(mode, lengths_here, own, norm).into_iter().map(|w| w * share));
+    }
+    assert!(rest.is_empty(), "lengths must cover the mask");
     out
 }
 

@@ -5,23 +5,26 @@
 //! error that names the nearest. [`RlConfig::to_toml`] writes every key with its value; read back, it
 //! gives the same configuration. Leaves out what the engine needs to run a model (memory, threads).
 
+mod algorithm;
 mod layers;
 mod presets;
 mod sft;
 mod validate;
+mod warnings;
 
 use engine::decoder::Keep;
 use kernels::AdamW;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::agg::AggMode;
 use crate::error::Result;
-use crate::kl::KlEstimator;
-use crate::loss::{Clip, ClipCov, ClipRange, KlCov, LOG_RATIO_CLAMP, PolicyLoss};
 use crate::optimizer::clip_scale;
 use crate::schedule::{LrShape, Schedule};
 
+pub use algorithm::{
+    AdvEstimator, AlgorithmConfig, CorrectionConfig, CovScope, FilterMetric, KlControl,
+    KlCtrlConfig, LossMode, OverlongConfig, RolloutIs,
+};
 pub use presets::Method;
 pub use sft::{SftConfig, SftDataConfig, SftModelConfig, SftTrainerConfig};
 
@@ -101,99 +104,6 @@ pub struct RolloutConfig {
     pub top_k: i64,
     /// Texts that end a response; default none.
     pub stop: Vec<String>,
-}
-
-/// `[algorithm]`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct AlgorithmConfig {
-    /// The preset this section started from.
-    pub method: Method,
-    /// Default `grpo`.
-    pub adv_estimator: AdvEstimator,
-    /// Default by method: `vanilla`, `clip_cov` or `kl_cov`.
-    pub loss_mode: LossMode,
-    /// Whether GRPO divides by the group's standard deviation; default true.
-    pub norm_adv_by_std_in_grpo: bool,
-    /// Default `token-mean`.
-    pub loss_agg_mode: AggMode,
-    /// Prompts an optimizer update; 0 or left out: an eighth of `data.train_batch_size`, at least 1.
-    #[serde(default)]
-    pub mini_batch_size: usize,
-    /// Passes over a step's responses; default 1.
-    pub ppo_epochs: usize,
-    /// At least 0; default 0.2, under `clip_cov` 1.
-    pub clip_ratio_low: f64,
-    /// At least 0; default 0.2, under `clip_higher` 0.28, under `clip_cov` 1.
-    pub clip_ratio_high: f64,
-    /// Dual clip of `vanilla`, above 1; default 3, as in verl.
-    pub clip_ratio_c: f64,
-    /// Share of tokens that Clip-Cov drops, in [0, 1]; default 2e-4.
-    pub clip_cov_ratio: f64,
-    /// Candidates of Clip-Cov have a covariance above this; default 1.
-    pub clip_cov_lb: f64,
-    /// And below this; default 5.
-    pub clip_cov_ub: f64,
-    /// Share of tokens that KL-Cov penalises, in [0, 1]; default 2e-3 (the paper's 7B; 32B: 2e-4).
-    pub kl_cov_ratio: f64,
-    /// Their penalty; default 1, as in the paper (verl: 0.1).
-    pub ppo_kl_coef: f64,
-    /// Over which tokens covariances, counts and ranks are taken; default `minibatch`.
-    pub cov_scope: CovScope,
-    /// Weight of the entropy bonus; default 0.
-    pub entropy_coeff: f64,
-    /// Whether divergence from a reference policy is part of the loss; default false.
-    pub use_kl_loss: bool,
-    /// Its weight; default 1e-3.
-    pub kl_loss_coef: f64,
-    /// Its estimator; default `k3`.
-    pub kl_loss_type: KlEstimator,
-    /// Whether groups of equal rewards are sampled anew; default false.
-    pub filter_groups: bool,
-    /// Penalty on long responses.
-    pub overlong_buffer: OverlongConfig,
-}
-
-/// Advantage estimators.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum AdvEstimator {
-    /// Group-relative.
-    Grpo,
-}
-
-/// Policy losses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LossMode {
-    /// PPO's clip with dual clip.
-    Vanilla,
-    /// Clip-Cov.
-    ClipCov,
-    /// KL-Cov.
-    KlCov,
-}
-
-/// The scope of covariances.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CovScope {
-    /// All tokens of an update: the result does not depend on how it is cut.
-    Minibatch,
-    /// The tokens of a micro-batch, as the reference code has it.
-    Microbatch,
-}
-
-/// `[algorithm.overlong_buffer]`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct OverlongConfig {
-    /// Default false.
-    pub enable: bool,
-    /// Tokens before the longest response in which the penalty grows; default 64.
-    pub len: usize,
-    /// The penalty at the longest response; default 1.
-    pub penalty_factor: f64,
 }
 
 /// `[optimizer]`: AdamW.
@@ -320,55 +230,6 @@ impl RlConfig {
     pub fn updates_per_step(&self) -> usize {
         let batches = self.data.train_batch_size.div_ceil(self.algorithm.mini_batch_size);
         batches * self.algorithm.ppo_epochs
-    }
-
-    /// Settings that are legal and probably not meant, one line each.
-    pub fn warnings(&self) -> Vec<String> {
-        let mut out = Vec::new();
-        let a = &self.algorithm;
-        if self.updates_per_step() == 1 && a.loss_mode != LossMode::ClipCov {
-            out.push(format!(
-                "{} does nothing beyond plain policy gradient with one update per rollout; make \
-                 algorithm.mini_batch_size smaller than data.train_batch_size",
-                a.method.name()
-            ));
-        }
-        if a.loss_mode == LossMode::KlCov && a.kl_cov_ratio > 0.05 {
-            out.push(format!(
-                "algorithm.kl_cov_ratio is a fraction, and {} of all tokens is far above the \
-                 paper's 0.002",
-                a.kl_cov_ratio
-            ));
-        }
-        if self.rollout.n == 1 {
-            out.push("rollout.n is 1: a response has no group to be compared with".to_owned());
-        }
-        out
-    }
-}
-
-impl AlgorithmConfig {
-    /// The policy loss these settings describe.
-    pub fn policy_loss(&self) -> PolicyLoss {
-        let range = ClipRange { low: self.clip_ratio_low, high: self.clip_ratio_high };
-        let log_ratio_clamp = Some(LOG_RATIO_CLAMP);
-        match self.loss_mode {
-            LossMode::Vanilla => {
-                PolicyLoss::Clip(Clip { range, dual: Some(self.clip_ratio_c), log_ratio_clamp })
-            }
-            LossMode::ClipCov => PolicyLoss::ClipCov(ClipCov {
-                range,
-                ratio: self.clip_cov_ratio,
-                lower: self.clip_cov_lb,
-                upper: self.clip_cov_ub,
-                log_ratio_clamp,
-            }),
-            LossMode::KlCov => PolicyLoss::KlCov(KlCov {
-                ratio: self.kl_cov_ratio,
-                coef: self.ppo_kl_coef,
-                log_ratio_clamp,
-            }),
-        }
     }
 }
 

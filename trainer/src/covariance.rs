@@ -42,6 +42,8 @@ pub struct CovStats {
     pub tokens: usize,
     /// Mean over all: Cov(log pi, A).
     pub mean: f64,
+    /// Standard deviation (divided by n).
+    pub std: f64,
     /// Smallest.
     pub min: f64,
     /// Largest.
@@ -51,6 +53,8 @@ pub struct CovStats {
     /// Means of the largest 0.02, 0.2, 2, 20 and 50 % of the tokens (at least one each), the groups
     /// of the paper's table.
     pub top_means: [f64; 5],
+    /// Share of the tokens above 1.
+    pub share_above_1: f64,
     /// Share of the tokens in [1, 5], the band from which Clip-Cov chooses.
     pub share_1_to_5: f64,
 }
@@ -62,25 +66,30 @@ impl CovStats {
     /// Statistics of `covariances`; infinite entries (masked tokens) are left out. `None` if nothing
     /// is left.
     pub fn new(covariances: &[f64]) -> Option<Self> {
-        let mut sorted: Vec<f64> =
-            covariances.iter().copied().filter(|c| *c != f64::NEG_INFINITY).collect();
-        sorted.sort_by(|a, b| b.total_cmp(a));
+        let sorted = largest_first(covariances);
         let n = sorted.len();
         let (max, min) = (*sorted.first()?, *sorted.last()?);
-        let top = |percent: f64| {
-            let count = ((n as f64 * percent / 100.0) as usize).max(1);
-            sorted[..count].iter().sum::<f64>() / count as f64
-        };
+        let mean = sorted.iter().sum::<f64>() / n as f64;
+        let squares = sorted.iter().map(|c| (c - mean).powi(2)).sum::<f64>();
+        let above_1 = sorted.iter().filter(|c| **c > 1.0).count();
         let in_band = sorted.iter().filter(|c| (1.0..=5.0).contains(*c)).count();
         Some(Self {
             tokens: n,
-            mean: sorted.iter().sum::<f64>() / n as f64,
+            mean,
+            std: (squares / n as f64).sqrt(),
             min,
             max,
             p99: sorted[n - (0.99 * n as f64).ceil() as usize],
-            top_means: TOP_PERCENT.map(top),
+            top_means: TOP_PERCENT.map(|percent| mean_of_top(&sorted, percent)),
+            share_above_1: above_1 as f64 / n as f64,
             share_1_to_5: in_band as f64 / n as f64,
         })
+    }
+
+    /// The mean of the largest `percent` of `covariances`, at least one; `None` if there is none.
+    pub fn top_mean(covariances: &[f64], percent: f64) -> Option<f64> {
+        let sorted = largest_first(covariances);
+        (!sorted.is_empty()).then(|| mean_of_top(&sorted, percent))
     }
 
     /// Writes the statistics under `cov/`.
@@ -92,8 +101,23 @@ impl CovStats {
         for (percent, mean) in TOP_PERCENT.iter().zip(self.top_means) {
             metrics.set(&format!("cov/top_{percent}pct_mean"), mean);
         }
+        metrics.set("cov/std", self.std);
+        metrics.set("cov/share_above_1", self.share_above_1);
         metrics.set("cov/share_1_to_5", self.share_1_to_5);
     }
+}
+
+/// What is not masked, in descending order.
+fn largest_first(covariances: &[f64]) -> Vec<f64> {
+    let mut sorted: Vec<f64> =
+        covariances.iter().copied().filter(|c| *c != f64::NEG_INFINITY).collect();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    sorted
+}
+
+fn mean_of_top(sorted: &[f64], percent: f64) -> f64 {
+    let count = ((sorted.len() as f64 * percent / 100.0) as usize).clamp(1, sorted.len());
+    sorted[..count].iter().sum::<f64>() / count as f64
 }
 
 #[cfg(test)]
@@ -117,7 +141,7 @@ mod tests {
         let s = CovStats::new(&covariances).unwrap();
         assert_eq!((s.tokens, s.mean, s.min, s.max, s.p99), (100, 50.5, 1.0, 100.0, 99.0));
         assert_eq!(s.top_means, [100.0, 100.0, 99.5, 90.5, 75.5]);
-        assert_eq!(s.share_1_to_5, 0.05);
+        assert_eq!((s.share_1_to_5, s.share_above_1, s.std), (0.05, 0.99, 833.25f64.sqrt()));
         assert_eq!(CovStats::new(&[f64::NEG_INFINITY]), None);
         let mut metrics = Metrics::new();
         s.record(&mut metrics);

@@ -67,6 +67,24 @@ impl KlEstimator {
     }
 }
 
+/// The coefficient that follows `coefficient` after `responses` responses of mean divergence `current`,
+/// where `target` is aimed at over `horizon` responses (Ziegler et al., 1909.08593, section 2.2).
+///
+/// ```
+/// use trainer::kl::adapted_coefficient;
+/// assert_eq!(adapted_coefficient(0.5, 0.3, 0.1, (1_000.0, 10_000.0)), 0.5 * 1.02);
+/// assert_eq!(adapted_coefficient(0.5, 0.1, 0.1, (1_000.0, 10_000.0)), 0.5);
+/// ```
+pub fn adapted_coefficient(
+    coefficient: f64,
+    current: f64,
+    target: f64,
+    (responses, horizon): (f64, f64),
+) -> f64 {
+    let error = (current / target - 1.0).clamp(-0.2, 0.2);
+    coefficient * (1.0 + error * responses / horizon)
+}
+
 /// -1, 0 or 1; 0 at 0, unlike `f64::signum`.
 pub(crate) fn sign(x: f64) -> f64 {
     if x == 0.0 { 0.0 } else { x.signum() }
@@ -95,7 +113,7 @@ impl FromStr for KlEstimator {
             "k3" | "low_var_kl" => KlValue::K3,
             _ => {
                 return Err(Error::config(format!(
-                    "kl_loss_type is {name:?}, expected k1, k2, k3 or abs, with or without a +"
+                    "the divergence estimator is {name:?}, expected k1, k2, k3 or abs, with or without a +"
                 )));
             }
         };

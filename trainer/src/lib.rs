@@ -7,27 +7,36 @@
 
 pub mod advantage;
 pub mod agg;
+mod batch;
 pub mod checkpoint;
 pub mod config;
+pub mod correction;
 pub mod covariance;
 pub mod data;
+pub mod distribution;
 mod encode;
 pub mod error;
+pub mod filter;
+pub mod fit;
 pub mod kl;
 mod learner;
 pub mod loss;
 pub mod metrics;
+mod objective;
 mod optimizer;
 pub mod packing;
 pub mod random;
+mod reference;
 pub mod report;
 pub mod rollout;
 mod run;
 pub mod samples;
+mod sampling;
 mod save;
 pub mod schedule;
 mod score;
 mod sft;
+pub mod shaping;
 mod source;
 pub mod tasks;
 #[cfg(test)]

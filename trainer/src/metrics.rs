@@ -28,6 +28,10 @@ pub mod name {
     pub const LR: &str = "actor/lr";
     pub const UPDATES: &str = "actor/updates";
     pub const UPDATES_SKIPPED: &str = "actor/updates_skipped";
+    pub const VALID_TOKENS: &str = "actor/valid_tokens";
+    pub const KL_LOSS: &str = "actor/kl_loss";
+    pub const REWARD_KL: &str = "actor/reward_kl_penalty";
+    pub const REWARD_KL_COEF: &str = "actor/reward_kl_penalty_coeff";
     pub const TOUCHED_TOKENS: &str = "actor/touched_tokens";
     pub const SCORE: &str = "critic/score";
     pub const SCORE_MEAN: &str = "critic/score/mean";
@@ -35,6 +39,14 @@ pub mod name {
     pub const ADVANTAGES: &str = "critic/advantages";
     pub const ACCURACY: &str = "train/accuracy";
     pub const ZERO_VARIANCE_GROUPS: &str = "train/frac_zero_variance_groups";
+    pub const GEN_BATCHES: &str = "train/num_gen_batches";
+    pub const GROUPS_DROPPED: &str = "train/groups_dropped";
+    pub const GROUPS_SHORT: &str = "train/groups_short";
+    pub const GROUPS_SURPLUS: &str = "train/groups_surplus";
+    pub const MASKED_RESPONSES: &str = "train/masked_responses";
+    pub const EMPTY_RESPONSES: &str = "train/empty_responses";
+    pub const OVERLONG_RESPONSES: &str = "reward/overlong_responses";
+    pub const REWARD_FAILURES: &str = "reward/failures";
     pub const RESPONSE_LENGTH: &str = "response_length";
     pub const RESPONSE_LENGTH_MEAN: &str = "response_length/mean";
     pub const RESPONSE_CLIP_RATIO: &str = "response_length/clip_ratio";
@@ -53,6 +65,7 @@ pub mod name {
     pub const TIME_GEN: &str = "timing_s/gen";
     pub const TIME_REWARD: &str = "timing_s/reward";
     pub const TIME_OLD_LOG_PROB: &str = "timing_s/old_log_prob";
+    pub const TIME_REF: &str = "timing_s/ref";
     pub const TIME_ADV: &str = "timing_s/adv";
     pub const TIME_UPDATE_ACTOR: &str = "timing_s/update_actor";
     pub const TIME_TESTING: &str = "timing_s/testing";

@@ -77,9 +77,16 @@ pub fn run_rl(
     let from = starting_point(resume, &store, tell)?;
     let rows = train_rows(&config.data.train_files, config.data.seed)?;
     let val = val_rows(&config.data.val_files)?.rows;
+    let reference = match config.algorithm.needs_reference() {
+        true => Some(open(None).map_err(Error::engine)?.into_decoder()),
+        false => None,
+    };
     let engine = open(from.as_deref()).map_err(Error::engine)?;
     let files = ModelFiles::new(&engine)?;
     let mut trainer = Trainer::new(engine, config.clone(), rows)?;
+    if let Some(decoder) = reference {
+        trainer.set_reference(decoder)?;
+    }
     trainer.check_prompts(&val, &config.data.val_files)?;
     if let Some(checkpoint) = &from {
         trainer.restore(checkpoint)?;

@@ -1,28 +1,33 @@
 //! Group-relative policy optimisation on the engine's own rollouts, with Clip-Cov and KL-Cov (arXiv
 //! 2505.22617; GRPO: 2402.03300).
 //!
-//! Leaves out a reference policy, a critic, and asynchronous rollouts: sampling and learning alternate
-//! on one copy of the weights, so rollouts are never stale.
+//! Leaves out a critic and asynchronous rollouts: sampling and learning alternate on one copy of the
+//! weights. Rollouts are stale only where dynamic sampling kept a group from the step before; its
+//! log-probabilities are those of the weights that sampled it.
 
 use std::ops::Range;
 use std::time::Instant;
 
-use engine::{Engine, EosRule, FinishReason};
+use engine::Engine;
+use engine::decoder::Decoder;
 
-use crate::advantage::{self, Advantages, EPSILON, Scale};
-use crate::config::{RlConfig, kept_for_backward};
-use crate::covariance::{CovStats, token_covariances};
+use crate::advantage::{Advantages, Estimated, Outcomes, estimate};
+use crate::batch::{Group, Part, Response, Rollouts, Truncated};
+use crate::config::{KlControl, RlConfig, kept_for_backward};
 use crate::data::{Cursor, Row, Sampler, Visit};
 use crate::encode::PromptEncoder;
 use crate::error::{Error, ErrorKind, Result};
+use crate::kl::adapted_coefficient;
 use crate::learner::Packed;
 use crate::loss::ChoiceKey;
 use crate::metrics::{Metrics, name};
-use crate::rollout::{self, Episode, RolloutSettings};
+use crate::reference::Reference;
+use crate::rollout::{self, Episode};
 use crate::samples::Sample;
+use crate::sampling::greedy;
 use crate::source::Rows;
-use crate::update::{MiniBatch, UpdateReport, UpdateState, WeightsAge};
-use crate::verifier::{RewardRule, Verdict};
+use crate::update::{UpdateReport, UpdateState, WeightsAge};
+use crate::verifier::RewardRule;
 
 /// Mean reward and accuracy on held-out rows.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,18 +49,13 @@ pub struct Trainer {
     pub(crate) sampler: Sampler,
     /// Training steps done.
     pub(crate) steps: u64,
+    /// Groups sampled for an earlier step that had enough.
+    pub(crate) surplus: Vec<Group>,
+    /// Coefficient of the divergence in the reward.
+    pub(crate) kl_coef: f64,
+    pub(crate) rewards: RewardRule,
+    reference: Option<Reference>,
     encoder: PromptEncoder,
-    rewards: RewardRule,
-}
-
-/// What a step sampled, with its judgement; one entry per response, groups together.
-struct Rollouts {
-    rows: Vec<usize>,
-    prompts: Vec<Vec<u32>>,
-    episodes: Vec<Episode>,
-    verdicts: Vec<Verdict>,
-    /// Prompt and response of each episode.
-    sequences: Vec<Vec<u32>>,
 }
 
 impl Trainer {
@@ -86,9 +86,36 @@ impl Trainer {
         let state =
             UpdateState::new(update.decoder().0, kept_for_backward(config.trainer.recompute));
         drop(update);
-        let trainer = Self { engine, config, state, rows, sampler, steps: 0, encoder, rewards };
+        let trainer = Self {
+            kl_coef: config.algorithm.kl_ctrl.kl_coef,
+            engine,
+            config,
+            state,
+            rows,
+            sampler,
+            steps: 0,
+            surplus: Vec::new(),
+            rewards,
+            reference: None,
+            encoder,
+        };
         trainer.check_prompts(&trainer.rows.rows, &trainer.config.data.train_files)?;
         Ok(trainer)
+    }
+
+    /// Keeps `decoder`, a model of the same vocabulary, as the reference policy.
+    ///
+    /// # Errors
+    /// When its vocabulary has another size.
+    pub fn set_reference(&mut self, decoder: Decoder) -> Result<()> {
+        let (own, other) = (self.engine.model().vocab_size, decoder.config.vocab_size);
+        if own != other {
+            return Err(Error::config(format!(
+                "the reference policy has a vocabulary of {other}, the policy one of {own}"
+            )));
+        }
+        self.reference = Some(Reference::new(decoder));
+        Ok(())
     }
 
     /// Checks that every prompt of `rows`, which come from `files`, fits.
@@ -111,26 +138,23 @@ impl Trainer {
     /// One step: sample, judge, compare within groups, and learn in mini-batches.
     ///
     /// # Errors
-    /// When a prompt is too long, a reward is not finite, or numbers are not; the weights are then
-    /// those of the last finished update.
+    /// When a prompt is too long, a reward is not finite, no group carries signal, a reference policy is
+    /// missing, or numbers are not finite; the weights are then those of the last finished update.
     pub fn step(&mut self) -> Result<(Metrics, Vec<Sample>)> {
         let start = Instant::now();
         let mut metrics = Metrics::new();
-        let rollouts = self.sample(&mut metrics)?;
-        let scores: Vec<f64> = rollouts.verdicts.iter().map(|v| v.score).collect();
-        let groups: Vec<usize> = rollouts.episodes.iter().map(|e| e.prompt).collect();
-        let advantages = advantage::grpo(&scores, &groups, self.scale(), EPSILON)?;
-        let old = self.old_log_probs(&rollouts);
+        let mut rollouts = self.sample(&mut metrics)?;
+        self.score_by_reference(&mut rollouts, &mut metrics)?;
+        let advantages = self.advantages(&rollouts, &mut metrics)?;
 
         let step = self.steps + 1;
         let lr = self.config.optimizer.schedule(self.config.trainer.total_steps).rate(step);
-        let mini_batches = self.mini_batches(&rollouts);
+        let parts = self.parts(&rollouts);
         let learning = Instant::now();
-        let mut reports = Vec::with_capacity(mini_batches.len());
+        let mut reports = Vec::with_capacity(parts.len());
         let mut update = self.engine.begin_update().map_err(Error::engine)?;
-        for (index, range) in mini_batches.into_iter().enumerate() {
-            let age = if index == 0 { WeightsAge::Same } else { WeightsAge::Newer };
-            let mini = rollouts.mini_batch(range, &old, &advantages, age);
+        for (index, part) in parts.iter().enumerate() {
+            let mini = rollouts.mini_batch(part, &advantages);
             let key = ChoiceKey { seed: self.config.trainer.seed, step, update: index as u64 };
             reports.push(self.state.run(update.decoder(), &self.config, &mini, (key, lr))?);
         }
@@ -138,49 +162,73 @@ impl Trainer {
         self.steps = step;
 
         metrics.set(name::TIME_UPDATE_ACTOR, learning.elapsed().as_secs_f64());
-        self.record(&mut metrics, (&rollouts, &advantages, &old), (&reports, lr), start);
-        let samples = self.samples(rollouts, &advantages);
+        self.record(&mut metrics, (&rollouts, &advantages), (&reports, lr), start);
+        let samples = self.samples(rollouts, &advantages.responses);
         Ok((metrics, samples))
     }
 
-    /// Samples a group of responses to each prompt of the next batch, and judges each as it ends.
-    fn sample(&mut self, metrics: &mut Metrics) -> Result<Rollouts> {
-        let rows = self.sampler.next_batch(self.config.data.train_batch_size);
-        let prompts = self.encode(rows.iter().map(|row| &self.rows.rows[*row]))?;
-        let settings = self.settings(self.config.rollout.n);
-        self.roll(rows, prompts, &settings, metrics)
-    }
-
-    fn roll(
-        &mut self,
-        rows: Vec<usize>,
-        prompts: Vec<Vec<u32>>,
-        settings: &RolloutSettings,
-        metrics: &mut Metrics,
-    ) -> Result<Rollouts> {
-        let start = Instant::now();
-        let empty = Verdict { score: 0.0, correct: false, predicted: String::new() };
-        let mut verdicts = vec![empty; prompts.len() * settings.samples];
-        let mut judging = 0.0;
-        let (data, rules) = (&self.rows.rows, self.rewards);
-        let mut judge = |episode: &Episode| {
-            let begin = Instant::now();
-            let row: &Row = &data[rows[episode.prompt]];
-            let verifier =
-                rules.verifier(row.data_source.as_deref()).expect("checked at the start");
-            let place = episode.prompt * settings.samples + episode.sample;
-            verdicts[place] = verifier.judge(&episode.text, &row.ground_truth);
-            judging += begin.elapsed().as_secs_f64();
+    /// Log-probabilities of all responses under the reference policy, if it is asked for.
+    fn score_by_reference(&mut self, rollouts: &mut Rollouts, metrics: &mut Metrics) -> Result<()> {
+        if !self.config.algorithm.needs_reference() {
+            return Ok(());
+        }
+        let Some(reference) = &mut self.reference else {
+            return Err(Error::config("a divergence is asked for, and no reference policy is set"));
         };
-        let episodes = rollout::generate(&mut self.engine, &prompts, settings, &mut judge)?;
-        metrics.set(name::TIME_GEN, start.elapsed().as_secs_f64() - judging);
-        metrics.set(name::TIME_REWARD, judging);
-        let sequences =
-            episodes.iter().map(|e| [&prompts[e.prompt][..], &e.tokens].concat()).collect();
-        Ok(Rollouts { rows, prompts, episodes, verdicts, sequences })
+        let begin = Instant::now();
+        let budget = self.config.trainer.max_tokens_per_microbatch;
+        let inv_temperature = (1.0 / self.config.rollout.temperature) as f32;
+        let sequences: Vec<Packed<'_>> =
+            (0..rollouts.responses.len()).map(|i| rollouts.packed(i)).collect();
+        let kernels = self.engine.kernels();
+        let log_probs = reference.log_probs(kernels, &sequences, (budget, inv_temperature));
+        rollouts.reference = log_probs;
+        metrics.set(name::TIME_REF, begin.elapsed().as_secs_f64());
+        Ok(())
     }
 
-    fn encode<'a>(&self, rows: impl Iterator<Item = &'a Row>) -> Result<Vec<Vec<u32>>> {
+    /// Advantages of the shaped rewards, less the divergence where it is part of them.
+    fn advantages(&mut self, rollouts: &Rollouts, metrics: &mut Metrics) -> Result<Estimated> {
+        let rewards: Vec<f64> = rollouts.responses.iter().map(|r| r.reward).collect();
+        let groups: Vec<usize> = rollouts.responses.iter().map(|r| r.episode.prompt).collect();
+        let token_rewards = match self.config.algorithm.use_kl_in_reward {
+            true => self.charge_divergence(rollouts, metrics),
+            false => Vec::new(),
+        };
+        let outcomes = Outcomes {
+            scores: &rewards,
+            groups: &groups,
+            lengths: &rollouts.lengths(),
+            baselines: &rollouts.baselines,
+            token_rewards: &token_rewards,
+        };
+        estimate(self.config.algorithm.estimator(), &outcomes)
+    }
+
+    /// What the divergence takes from the reward of each token; the coefficient then follows it.
+    fn charge_divergence(&mut self, rollouts: &Rollouts, metrics: &mut Metrics) -> Vec<f64> {
+        let algorithm = &self.config.algorithm;
+        let divergence = |(old, reference): (&f32, &f32)| {
+            algorithm.kl_penalty.evaluate(f64::from(*old), f64::from(*reference)).0
+        };
+        let pairs = rollouts.responses.iter().zip(&rollouts.reference);
+        let rows: Vec<Vec<f64>> = pairs
+            .map(|(r, reference)| r.old.iter().zip(reference).map(divergence).collect())
+            .collect();
+        let mean = |row: &Vec<f64>| row.iter().sum::<f64>() / row.len().max(1) as f64;
+        let responses = rows.len().max(1) as f64;
+        let current = rows.iter().map(mean).sum::<f64>() / responses;
+        let (beta, control) = (self.kl_coef, &algorithm.kl_ctrl);
+        metrics.set(name::REWARD_KL, current);
+        metrics.set(name::REWARD_KL_COEF, beta);
+        if control.r#type == KlControl::Adaptive {
+            let span = (responses, control.horizon);
+            self.kl_coef = adapted_coefficient(beta, current, control.target_kl, span);
+        }
+        rows.concat().into_iter().map(|kl| -beta * kl).collect()
+    }
+
+    pub(crate) fn encode<'a>(&self, rows: impl Iterator<Item = &'a Row>) -> Result<Vec<Vec<u32>>> {
         let room = self.engine.max_model_len() - self.config.data.max_response_length;
         rows.map(|row| {
             let tokens = self.encoder.encode(&row.prompt)?;
@@ -195,51 +243,25 @@ impl Trainer {
         .collect()
     }
 
-    /// How this step samples; the random streams are keyed by seed and step.
-    fn settings(&self, samples: usize) -> RolloutSettings {
-        let rollout = &self.config.rollout;
-        RolloutSettings {
-            samples,
-            temperature: rollout.temperature as f32,
-            top_p: rollout.top_p as f32,
-            top_k: usize::try_from(rollout.top_k).ok(),
-            max_tokens: self.config.data.max_response_length,
-            stop: rollout.stop.clone(),
-            eos: EosRule::Stop,
-            seed: engine::random::hash(&[self.config.trainer.seed, self.steps + 1]),
-        }
-    }
-
-    fn scale(&self) -> Scale {
-        match self.config.algorithm.norm_adv_by_std_in_grpo {
-            true => Scale::GroupStd,
-            false => Scale::None,
-        }
-    }
-
-    /// Log-probabilities under the sampling weights: those returned with the samples or, where sampling
-    /// was truncated, those of the whole distribution.
-    fn old_log_probs(&mut self, rollouts: &Rollouts) -> Vec<Vec<f32>> {
-        if self.settings(1).is_untruncated() {
-            return rollouts.episodes.iter().map(|e| e.logprobs.clone()).collect();
-        }
-        let (decoder, kernels) = (self.engine.decoder(), self.engine.kernels());
-        let inv_temperature = (1.0 / self.config.rollout.temperature) as f32;
-        let mut one = |i: usize| {
-            let packed = [rollouts.packed(i)];
-            let stats = self.state.learner.forward(decoder, kernels, &packed, inv_temperature);
-            stats.iter().map(|s| s.log_prob).collect()
-        };
-        (0..rollouts.episodes.len()).map(&mut one).collect()
-    }
-
-    /// Ranges of episodes, one per update: whole groups, `mini_batch_size` prompts each, as often as
+    /// What each update of the step learns from: whole groups, `mini_batch_size` prompts each, as often as
     /// `ppo_epochs` says.
-    fn mini_batches(&self, rollouts: &Rollouts) -> Vec<Range<usize>> {
-        let (size, n) = (self.config.algorithm.mini_batch_size, self.config.rollout.n);
+    fn parts(&self, rollouts: &Rollouts) -> Vec<Part> {
+        let algorithm = &self.config.algorithm;
+        let (size, n) = (algorithm.mini_batch_size, self.config.rollout.n);
         let prompts = rollouts.prompts.len();
         let epoch = (0..prompts).step_by(size).map(|from| from * n..(from + size).min(prompts) * n);
-        (0..self.config.algorithm.ppo_epochs).flat_map(|_| epoch.clone()).collect()
+        let truncated = match algorithm.mask_truncated {
+            true => Truncated::Masked,
+            false => Truncated::Kept,
+        };
+        let version = self.engine.version().0;
+        let part = |(index, range): (usize, Range<usize>)| {
+            let same = index == 0 && rollouts.is_fresh(&range, version);
+            let age = if same { WeightsAge::Same } else { WeightsAge::Newer };
+            Part { range, age, truncated }
+        };
+        let all = (0..algorithm.ppo_epochs).flat_map(|_| epoch.clone());
+        all.enumerate().map(part).collect()
     }
 
     /// Greedy accuracy on `rows`.
@@ -248,8 +270,7 @@ impl Trainer {
     /// As [`Trainer::step`].
     pub fn validate(&mut self, rows: &[Row]) -> Result<Validation> {
         let prompts = self.encode(rows.iter())?;
-        let settings =
-            RolloutSettings { temperature: 0.0, top_p: 1.0, top_k: None, ..self.settings(1) };
+        let settings = greedy(self.settings(1, 0));
         let mut sum = Validation { reward: 0.0, accuracy: 0.0, rows: rows.len() };
         let rules = self.rewards;
         let mut failed = None;
@@ -286,16 +307,21 @@ impl Trainer {
     fn record(
         &self,
         metrics: &mut Metrics,
-        (rollouts, advantages, old): (&Rollouts, &Advantages, &[Vec<f32>]),
+        (rollouts, advantages): (&Rollouts, &Estimated),
         (reports, lr): (&[UpdateReport], f64),
         start: Instant,
     ) {
         metrics.set(name::GLOBAL_STEP, self.steps as f64);
         metrics.set(name::EPOCH, self.sampler.cursor().epoch as f64);
         metrics.set(name::LR, lr);
-        rollouts.record(metrics, advantages);
-        record_covariance(metrics, old, advantages);
+        rollouts.record(metrics, &advantages.responses);
+        rollouts.record_covariance(metrics, &advantages.tokens);
         record_updates(metrics, reports);
+        let masked = match self.config.algorithm.mask_truncated {
+            true => rollouts.responses.iter().filter(|r| r.is_truncated()).count(),
+            false => 0,
+        };
+        metrics.set(name::MASKED_RESPONSES, masked as f64);
         let tokens: usize = rollouts.sequences.iter().map(Vec::len).sum();
         let seconds = start.elapsed().as_secs_f64();
         metrics.set(name::TOTAL_TOKENS, tokens as f64);
@@ -305,8 +331,9 @@ impl Trainer {
     }
 
     fn samples(&self, rollouts: Rollouts, advantages: &Advantages) -> Vec<Sample> {
-        let Rollouts { rows, prompts, episodes, verdicts, .. } = rollouts;
-        let one = |((e, verdict), advantage): ((Episode, Verdict), &f64)| {
+        let Rollouts { rows, prompts, responses, .. } = rollouts;
+        let one = |(response, advantage): (Response, &f64)| {
+            let Response { episode: e, verdict, reward, .. } = response;
             let row = &self.rows.rows[rows[e.prompt]];
             Sample {
                 step: self.steps,
@@ -322,101 +349,41 @@ impl Trainer {
                 ground_truth: row.ground_truth.clone(),
                 predicted: verdict.predicted,
                 correct: verdict.correct,
-                reward: verdict.score,
+                reward,
                 advantage: *advantage,
                 weights_version: e.version,
             }
         };
-        episodes.into_iter().zip(verdicts).zip(&advantages.values).map(one).collect()
-    }
-}
-
-impl Rollouts {
-    fn packed(&self, i: usize) -> Packed<'_> {
-        let prompt_len = self.prompts[self.episodes[i].prompt].len();
-        Packed { tokens: &self.sequences[i], prompt_len }
-    }
-
-    fn mini_batch(
-        &self,
-        range: Range<usize>,
-        old: &[Vec<f32>],
-        advantages: &Advantages,
-        weights: WeightsAge,
-    ) -> MiniBatch<'_> {
-        let per_token = |i: usize| vec![advantages.values[i] as f32; old[i].len()];
-        MiniBatch {
-            sequences: range.clone().map(|i| self.packed(i)).collect(),
-            old: old[range.clone()].concat(),
-            advantages: range.flat_map(per_token).collect(),
-            weights,
-        }
-    }
-
-    fn record(&self, metrics: &mut Metrics, advantages: &Advantages) {
-        let scores = || self.verdicts.iter().map(|v| v.score);
-        metrics.summarize(name::SCORE, scores());
-        metrics.summarize(name::REWARDS, scores());
-        metrics.summarize(name::ADVANTAGES, advantages.values.iter().copied());
-        let n = self.episodes.len() as f64;
-        let right = self.verdicts.iter().filter(|v| v.correct).count() as f64;
-        metrics.set(name::ACCURACY, right / n);
-        let flat = advantages.zero_variance_groups as f64 / advantages.groups as f64;
-        metrics.set(name::ZERO_VARIANCE_GROUPS, flat);
-        let lengths = self.episodes.iter().map(|e| e.tokens.len() as f64);
-        metrics.summarize(name::RESPONSE_LENGTH, lengths);
-        let cut = self.episodes.iter().filter(|e| e.finish == FinishReason::Length).count() as f64;
-        metrics.set(name::RESPONSE_CLIP_RATIO, cut / n);
-        metrics.summarize(name::PROMPT_LENGTH, self.prompts.iter().map(|p| p.len() as f64));
-        let all = || self.episodes.iter().flat_map(|e| &e.entropies);
-        let tokens = all().count() as f64;
-        metrics.set(name::ENTROPY, all().map(|h| f64::from(*h)).sum::<f64>() / tokens);
-        let per_response = |e: &Episode| {
-            e.entropies.iter().map(|h| f64::from(*h)).sum::<f64>() / e.entropies.len() as f64
-        };
-        let mean = self.episodes.iter().map(per_response).sum::<f64>() / n;
-        metrics.set(name::ENTROPY_PER_RESPONSE, mean);
-        let versions = || self.episodes.iter().map(|e| e.version);
-        metrics.set(name::VERSION_MIN, versions().min().unwrap_or(0) as f64);
-        metrics.set(name::VERSION_MAX, versions().max().unwrap_or(0) as f64);
-        // Sampling and training read the same memory.
-        metrics.set(name::SYNC_BYTES, 0.0);
-        metrics.set(name::SYNC_SECONDS, 0.0);
-    }
-}
-
-/// Statistics of the covariances of all tokens of the step, before its first update.
-fn record_covariance(metrics: &mut Metrics, old: &[Vec<f32>], advantages: &Advantages) {
-    let log_probs = old.concat();
-    let per_token: Vec<f32> = old
-        .iter()
-        .zip(&advantages.values)
-        .flat_map(|(old, a)| vec![*a as f32; old.len()])
-        .collect();
-    let mask = vec![true; log_probs.len()];
-    let scope = 0..log_probs.len();
-    let covariances =
-        token_covariances(&log_probs, &per_token, &mask, std::slice::from_ref(&scope));
-    if let Some(stats) = CovStats::new(&covariances) {
-        stats.record(metrics);
+        responses.into_iter().zip(&advantages.values).map(one).collect()
     }
 }
 
 /// Means over the updates of a step; counts are summed.
 fn record_updates(metrics: &mut Metrics, reports: &[UpdateReport]) {
-    let n = reports.len() as f64;
+    let n = reports.len().max(1) as f64;
     let mean = |of: &dyn Fn(&UpdateReport) -> f64| reports.iter().map(of).sum::<f64>() / n;
     let sum = |of: &dyn Fn(&UpdateReport) -> usize| reports.iter().map(of).sum::<usize>() as f64;
-    metrics.set(name::PG_LOSS, mean(&|r| r.loss.loss));
-    metrics.set(name::PG_CLIPFRAC, mean(&|r| r.loss.stats.pg_clipfrac));
-    metrics.set(name::PG_CLIPFRAC_LOWER, mean(&|r| r.loss.stats.pg_clipfrac_lower));
-    metrics.set(name::PPO_KL, mean(&|r| r.loss.stats.ppo_kl));
-    metrics.set(name::PPO_KL_ABS, mean(&|r| r.loss.stats.ppo_kl_abs));
+    metrics.set(name::PG_LOSS, mean(&|r| r.objective.loss.loss));
+    metrics.set(name::PG_CLIPFRAC, mean(&|r| r.objective.loss.stats.pg_clipfrac));
+    metrics.set(name::PG_CLIPFRAC_LOWER, mean(&|r| r.objective.loss.stats.pg_clipfrac_lower));
+    metrics.set(name::PPO_KL, mean(&|r| r.objective.loss.stats.ppo_kl));
+    metrics.set(name::PPO_KL_ABS, mean(&|r| r.objective.loss.stats.ppo_kl_abs));
     metrics.set(name::GRAD_NORM, mean(&|r| r.grad_norm));
     metrics.set(name::UPDATES, sum(&|r| usize::from(r.applied)));
     metrics.set(name::UPDATES_SKIPPED, sum(&|r| usize::from(!r.applied)));
-    metrics.set(name::TOUCHED_TOKENS, sum(&|r| r.loss.stats.touched_tokens));
-    metrics.set(name::COV_SELECTED_TOKENS, sum(&|r| r.loss.selected.len()));
+    metrics.set(name::VALID_TOKENS, sum(&|r| r.objective.loss.stats.tokens));
+    metrics.set(name::TOUCHED_TOKENS, sum(&|r| r.objective.loss.stats.touched_tokens));
+    metrics.set(name::COV_SELECTED_TOKENS, sum(&|r| r.objective.loss.selected.len()));
     metrics.set(name::MISMATCH_MAX, reports.iter().map(|r| r.mismatch_max).fold(0.0, f64::max));
     metrics.set(name::MISMATCH_TOKENS, sum(&|r| r.mismatch_tokens));
+    if reports.iter().any(|r| r.objective.kl.is_some()) {
+        metrics.set(name::KL_LOSS, mean(&|r| r.objective.kl.unwrap_or(0.0)));
+    }
+    // The ratios are those of the rollout; the first update's stand for all.
+    if let Some(correction) = reports.first().and_then(|r| r.objective.correction) {
+        correction.record(metrics);
+        let truncated =
+            sum(&|r| r.objective.correction.map_or(0, |correction| correction.truncated_tokens));
+        metrics.set("rollout_corr/truncated_tokens", truncated);
+    }
 }

@@ -8,23 +8,41 @@ use std::ops::Range;
 use engine::decoder::{Decoder, Gradients, Keep};
 use kernels::{Kernels, TokenStats};
 
-use crate::agg;
-use crate::config::{CovScope, RlConfig};
+use crate::config::RlConfig;
 use crate::error::{Error, Result};
 use crate::learner::{Learner, LossGradient, Packed};
-use crate::loss::{ChoiceKey, LossOutput, TokenBatch};
+use crate::loss::ChoiceKey;
+use crate::objective::{Micro, Objective, evaluate};
 use crate::optimizer::{Optimizer, global_norm};
-use crate::packing::{Order, pack};
 
 /// Episodes of one update; per-token values lie one response after the other.
 pub(crate) struct MiniBatch<'a> {
     pub(crate) sequences: Vec<Packed<'a>>,
     /// Log-probability of each response token under the weights that sampled it.
     pub(crate) old: Vec<f32>,
+    /// The same under the distribution it was drawn from.
+    pub(crate) sampled: Vec<f32>,
+    /// The same under the reference policy, if there is one.
+    pub(crate) reference: Option<Vec<f32>>,
     /// Advantage of each response token.
     pub(crate) advantages: Vec<f32>,
+    /// Whether each response token counts.
+    pub(crate) mask: Vec<bool>,
     /// Whether the weights are still those that sampled it.
     pub(crate) weights: WeightsAge,
+}
+
+impl MiniBatch<'_> {
+    /// The tokens of each response.
+    pub(crate) fn responses(&self) -> Vec<Range<usize>> {
+        let mut end = 0;
+        let range = |sequence: &Packed<'_>| {
+            let start = end;
+            end += sequence.targets();
+            start..end
+        };
+        self.sequences.iter().map(range).collect()
+    }
 }
 
 /// Whether the weights have changed since a mini-batch was sampled.
@@ -38,9 +56,9 @@ pub(crate) enum WeightsAge {
 
 /// What an update did.
 pub(crate) struct UpdateReport {
-    pub(crate) loss: LossOutput,
+    pub(crate) objective: Objective,
     pub(crate) grad_norm: f64,
-    /// False when the norm was not finite and the weights were left alone.
+    /// False when the norm was not finite or no token counted, and the weights were left alone.
     pub(crate) applied: bool,
     /// Largest difference between old and new log-probability, where they must be equal.
     pub(crate) mismatch_max: f64,
@@ -76,11 +94,10 @@ impl UpdateState {
         let inv_temperature = (1.0 / config.rollout.temperature) as f32;
         let micros = Micro::cut(mini, config.trainer.max_tokens_per_microbatch);
         let (first, new) = self.new_log_probs((decoder, kernels), mini, &micros, inv_temperature);
-        let weights = token_weights(config, mini);
-        let loss = evaluate(config, mini, &micros, (&new, &weights), key)?;
+        let objective = evaluate(config, mini, &micros, &new, key)?;
         self.grads.clear();
         let mut report = UpdateReport {
-            loss,
+            objective,
             grad_norm: 0.0,
             applied: false,
             mismatch_max: 0.0,
@@ -98,11 +115,14 @@ impl UpdateState {
             if mini.weights == WeightsAge::Same {
                 report.compare(&mini.old[micro.tokens.clone()], &stats);
             }
-            let dlogp: Vec<f32> =
-                report.loss.dlogp[micro.tokens.clone()].iter().map(|d| *d as f32).collect();
+            let dlogp: Vec<f32> = report.objective.loss.dlogp[micro.tokens.clone()]
+                .iter()
+                .map(|d| *d as f32)
+                .collect();
             let bonus = config.algorithm.entropy_coeff;
             let dentropy: Option<Vec<f32>> = (bonus != 0.0).then(|| {
-                weights[micro.tokens.clone()].iter().map(|w| (-bonus * w) as f32).collect()
+                let weights = &report.objective.weights[micro.tokens.clone()];
+                weights.iter().map(|w| (-bonus * w) as f32).collect()
             });
             let gradient = LossGradient {
                 stats: &stats,
@@ -146,7 +166,7 @@ impl UpdateState {
         (None, new)
     }
 
-    /// Clips the gradients and takes the step, unless their norm is not finite.
+    /// Clips the gradients and takes the step, unless their norm is not finite or they are of no token.
     fn apply(
         &mut self,
         (decoder, kernels): (&mut Decoder, &Kernels),
@@ -155,7 +175,7 @@ impl UpdateState {
         report: &mut UpdateReport,
     ) {
         report.grad_norm = global_norm(kernels, &self.grads);
-        report.applied = report.grad_norm.is_finite();
+        report.applied = report.grad_norm.is_finite() && report.objective.loss.stats.tokens > 0;
         if !report.applied {
             return;
         }
@@ -182,61 +202,4 @@ impl UpdateReport {
             self.mismatch_max = self.mismatch_max.max(f64::from((old - new.log_prob).abs()));
         }
     }
-}
-
-/// Part of a mini-batch that passes at once: neighbouring sequences and their tokens.
-struct Micro {
-    sequences: Range<usize>,
-    tokens: Range<usize>,
-}
-
-impl Micro {
-    fn cut(mini: &MiniBatch<'_>, budget: usize) -> Vec<Self> {
-        let mut end = 0;
-        pack(&mini.sequences, budget, Order::Given)
-            .into_iter()
-            .map(|members| {
-                let sequences = members[0]..members[members.len() - 1] + 1;
-                let tokens =
-                    mini.sequences[sequences.clone()].iter().map(Packed::targets).sum::<usize>();
-                let start = end;
-                end += tokens;
-                Self { sequences, tokens: start..end }
-            })
-            .collect()
-    }
-}
-
-/// Each token's weight in the aggregated loss.
-fn token_weights(config: &RlConfig, mini: &MiniBatch<'_>) -> Vec<f64> {
-    let lengths: Vec<usize> = mini.sequences.iter().map(Packed::targets).collect();
-    let mask = vec![true; mini.old.len()];
-    let norm = config.data.max_response_length as f64;
-    agg::weights(config.algorithm.loss_agg_mode, &lengths, &mask, norm)
-}
-
-fn evaluate(
-    config: &RlConfig,
-    mini: &MiniBatch<'_>,
-    micros: &[Micro],
-    (new, weights): (&[f32], &[f64]),
-    key: ChoiceKey,
-) -> Result<LossOutput> {
-    let all = 0..mini.old.len();
-    let scopes: Vec<Range<usize>> = match config.algorithm.cov_scope {
-        CovScope::Minibatch => vec![all],
-        CovScope::Microbatch => micros.iter().map(|micro| micro.tokens.clone()).collect(),
-    };
-    if let Some(i) = new.iter().position(|x| !x.is_finite()) {
-        return Err(Error::numeric(format!("log-probability {i} of the mini-batch is {}", new[i])));
-    }
-    let batch = TokenBatch {
-        log_prob: new,
-        old_log_prob: &mini.old,
-        advantage: &mini.advantages,
-        mask: &vec![true; mini.old.len()],
-        weight: weights,
-        scopes: &scopes,
-    };
-    config.algorithm.policy_loss().evaluate(&batch, key)
 }

@@ -1,7 +1,9 @@
 //! Resolution, presets, limits and messages.
 
 use super::*;
+use crate::agg::{AggMode, AggScope};
 use crate::error::ErrorKind;
+use crate::loss::PolicyLoss;
 
 fn set(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
     pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
@@ -33,6 +35,51 @@ fn presets_are_the_papers() {
     assert_eq!((c.lower, c.upper, c.log_ratio_clamp), (1.0, 5.0, Some(20.0)));
     let PolicyLoss::KlCov(k) = clip("kl_cov").policy_loss() else { panic!() };
     assert_eq!((k.ratio, k.coef), (2e-3, 1.0));
+}
+
+#[test]
+fn every_method_resolves_reads_back_and_warns_of_nothing() {
+    for method in Method::ALL {
+        let config = RlConfig::resolve(Some(method.name()), None, &[]).unwrap();
+        assert_eq!(config.updates_per_step(), 8, "{method:?}");
+        assert!(config.warnings().is_empty(), "{method:?}: {:?}", config.warnings());
+        assert_eq!(RlConfig::resolve(None, Some(&config.to_toml()), &[]).unwrap(), config);
+        assert_eq!(Method::parse(method.name()).unwrap(), method);
+    }
+}
+
+#[test]
+fn the_scripts_presets_have_their_values() {
+    let resolve = |name| RlConfig::resolve(Some(name), None, &[]).unwrap();
+    for (name, ratio, lr, tokens, gen_batch) in [
+        ("paper-7b", 2e-3, 5e-7, 30_720, 0),
+        ("paper-32b", 2e-4, 1e-6, 20_480, 0),
+        ("verl", 2e-3, 1e-6, 30_720, 768),
+    ] {
+        let c = resolve(name);
+        let PolicyLoss::KlCov(k) = c.algorithm.policy_loss() else { panic!() };
+        assert_eq!((k.ratio, k.coef, k.log_ratio_clamp), (ratio, 1.0, None), "{name}");
+        assert_eq!((c.optimizer.lr, c.optimizer.weight_decay), (lr, 0.0), "{name}");
+        assert_eq!(
+            (c.trainer.max_tokens_per_microbatch, c.algorithm.gen_batch_size),
+            (tokens, gen_batch)
+        );
+        assert_eq!(
+            (c.data.train_batch_size, c.algorithm.mini_batch_size, c.rollout.n),
+            (256, 32, 8)
+        );
+        assert_eq!((c.data.max_prompt_length, c.data.max_response_length), (2048, 8192));
+        assert_eq!(
+            (c.algorithm.agg_scope, c.algorithm.cov_scope),
+            (AggScope::Legacy, CovScope::Microbatch)
+        );
+        assert!(c.algorithm.filter_groups && !c.algorithm.overlong_buffer.enable);
+    }
+    let dapo = resolve("dapo");
+    let PolicyLoss::Clip(clip) = dapo.algorithm.policy_loss() else { panic!() };
+    assert_eq!((clip.range.low, clip.range.high, clip.dual), (0.2, 0.28, Some(10.0)));
+    assert!(dapo.algorithm.filter_groups && dapo.algorithm.overlong_buffer.enable);
+    assert_eq!((dapo.optimizer.weight_decay, dapo.optimizer.lr_warmup_steps), (0.1, 10));
 }
 
 #[test]
@@ -94,10 +141,6 @@ fn unknown_keys_and_methods_name_the_nearest() {
     assert_eq!(file("data = 3"), "data is 3, expected a section");
     assert!(file("[data]\nseed = = 3").starts_with("line 2 of the file is not TOML: "));
     let method = |name| RlConfig::resolve(Some(name), None, &[]).unwrap_err().to_string();
-    assert_eq!(
-        method("gspo"),
-        "method gspo is not available yet; available: grpo, clip_higher, clip_cov, kl_cov"
-    );
     assert_eq!(method("clipcov"), "unknown method clipcov, did you mean clip_cov?");
     let clash = set(&[("algorithm.method", "grpo")]);
     let e = RlConfig::resolve(Some("kl_cov"), None, &clash).unwrap_err().to_string();
@@ -121,13 +164,13 @@ fn values_outside_their_limits_are_refused_with_value_and_limit() {
         ("data.shuffle", "1", "data.shuffle is 1, expected true or false"),
         ("data.train_files", "[]", "data.train_files is empty, limit is 1 file or more"),
         ("trainer.trackers", "wandb", "trainer.trackers is wandb, limit is console, jsonl"),
-        ("algorithm.filter_groups", "true", "algorithm.filter_groups is not available yet"),
+        ("algorithm.tau_neg", "0", "algorithm.tau_neg is 0, limit is above 0"),
     ] {
         assert_eq!(error(&[(key, value)]), message);
     }
     let e = error(&[("algorithm.mini_batch_size", "64")]);
     assert_eq!(e, "algorithm.mini_batch_size is 64, limit is data.train_batch_size (32)");
-    assert!(error(&[("algorithm.loss_mode", "gspo")]).contains("algorithm.loss_mode"));
+    assert!(error(&[("algorithm.loss_mode", "gspu")]).contains("algorithm.loss_mode"));
     assert!(error(&[("algorithm.kl_loss_type", "k9")]).contains("\"k9\""));
     assert!(error(&[("optimizer.betas", "[0.9]")]).contains("betas"));
 }
@@ -138,6 +181,26 @@ fn settings_that_make_a_method_a_no_op_are_pointed_out() {
     let warnings = RlConfig::resolve(Some("kl_cov"), None, &overrides).unwrap().warnings();
     assert_eq!(warnings.len(), 2);
     assert!(warnings[0].contains("one update per rollout"), "{}", warnings[0]);
+    for (method, pairs, part) in [
+        ("clip_cov", [("algorithm.clip_cov_ratio", "0.2"), ("rollout.n", "4")], "far above"),
+        ("gspo", [("algorithm.clip_ratio_high", "0.2"), ("rollout.n", "4")], "whole responses"),
+        ("kl_cov", [("algorithm.ppo_kl_coef", "0"), ("rollout.n", "4")], "penalises nothing"),
+        (
+            "grpo",
+            [("algorithm.use_kl_loss", "true"), ("algorithm.kl_loss_coef", "0")],
+            "second set of weights",
+        ),
+        (
+            "grpo",
+            [("algorithm.rollout_correction.rollout_is", "token"), ("rollout.n", "4")],
+            "to the bit",
+        ),
+        ("grpo", [("rollout.n", "1"), ("data.seed", "2")], "no group"),
+    ] {
+        let warnings = RlConfig::resolve(Some(method), None, &set(&pairs)).unwrap().warnings();
+        assert_eq!(warnings.len(), 1, "{pairs:?}: {warnings:?}");
+        assert!(warnings[0].contains(part), "{}", warnings[0]);
+    }
 }
 
 #[test]

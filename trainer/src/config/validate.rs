@@ -36,6 +36,11 @@ fn at_least_0(key: &str, value: f64) -> Result<()> {
     limit(value >= 0.0 && value.is_finite(), key, value, "0 or more")
 }
 
+/// A number above 0, or infinity.
+fn above_0(key: &str, value: f64) -> Result<()> {
+    limit(value > 0.0, key, value, "above 0")
+}
+
 fn not_yet(asked: bool, what: &str) -> Result<()> {
     if asked {
         return Err(Error::config(format!("{what} is not available yet")));
@@ -89,10 +94,14 @@ impl RlConfig {
             &format!("data.train_batch_size ({batch})"),
         )?;
         positive("algorithm.ppo_epochs", a.ppo_epochs)?;
-        within("algorithm.clip_ratio_low", a.clip_ratio_low, 0.0..=1.0)?;
+        // CISPO's lower bound of 10 means none: ratios are never below -9.
+        at_least_0("algorithm.clip_ratio_low", a.clip_ratio_low)?;
         at_least_0("algorithm.clip_ratio_high", a.clip_ratio_high)?;
         let c = a.clip_ratio_c;
         limit(c > 1.0, "algorithm.clip_ratio_c", c, "above 1")?;
+        above_0("algorithm.log_ratio_clamp", a.log_ratio_clamp)?;
+        above_0("algorithm.tau_pos", a.tau_pos)?;
+        above_0("algorithm.tau_neg", a.tau_neg)?;
         within("algorithm.clip_cov_ratio", a.clip_cov_ratio, 0.0..=1.0)?;
         let (lower, upper) = (a.clip_cov_lb, a.clip_cov_ub);
         let below = format!("below algorithm.clip_cov_ub ({upper})");
@@ -102,9 +111,11 @@ impl RlConfig {
         let entropy = a.entropy_coeff;
         limit(entropy.is_finite(), "algorithm.entropy_coeff", entropy, "a finite number")?;
         at_least_0("algorithm.kl_loss_coef", a.kl_loss_coef)?;
-        not_yet(a.use_kl_loss, "algorithm.use_kl_loss")?;
-        not_yet(a.filter_groups, "algorithm.filter_groups")?;
-        not_yet(a.overlong_buffer.enable, "algorithm.overlong_buffer")?;
+        at_least_0("algorithm.kl_ctrl.kl_coef", a.kl_ctrl.kl_coef)?;
+        above_0("algorithm.kl_ctrl.horizon", a.kl_ctrl.horizon)?;
+        above_0("algorithm.kl_ctrl.target_kl", a.kl_ctrl.target_kl)?;
+        let threshold = a.rollout_correction.rollout_is_threshold;
+        above_0("algorithm.rollout_correction.rollout_is_threshold", threshold)?;
         positive("algorithm.overlong_buffer.len", a.overlong_buffer.len)?;
         let factor = a.overlong_buffer.penalty_factor;
         at_least_0("algorithm.overlong_buffer.penalty_factor", factor)

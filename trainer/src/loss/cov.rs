@@ -109,6 +109,7 @@ mod tests {
             mask: &[true; 10],
             weight: &[0.1; 10],
             scopes: std::slice::from_ref(&(0..10)),
+            responses: &[],
         };
         let settings = ClipCov {
             range: ClipRange { low: 1.0, high: 1.0 },

@@ -1,13 +1,28 @@
 //! `agg_loss.json`: verl's values with global denominators, and 0 where verl divides 0 by 0.
 
+use std::ops::Range;
+
 use serde_json::{Value, from_value};
-use trainer::agg::{AggMode, reduce, weights};
+use trainer::agg::{AggMode, legacy_weights, reduce, weights};
 
-use crate::common::{REDUCED, SINGLE, cases, close, lengths, mask, matrix, required};
+use crate::common::{REDUCED, SINGLE, close, known, lengths, mask, matrix, required};
 
-#[test]
-fn aggregation_modes() {
-    for case in cases("agg_loss.json") {
+const FIELDS: [&str; 9] = [
+    "name",
+    "loss_mat",
+    "loss_mask",
+    "expected",
+    "note",
+    "microbatches",
+    "microbatch_expected",
+    "loss_scale_factor",
+    "expected_scaled",
+];
+
+pub(crate) fn aggregation_modes(cases: &[Value]) {
+    for case in cases {
+        known(case, &FIELDS);
+        known(&case["expected"], &["prime_rl", "verl"]);
         let name = case["name"].as_str().unwrap();
         let (mask, lengths) = (mask(&case["loss_mask"]), lengths(&case["loss_mask"]));
         let losses = matrix(&case["loss_mat"]);
@@ -33,12 +48,13 @@ fn aggregation_modes() {
             close(reduce(&w, &losses), required(&case["expected_scaled"]), REDUCED, name);
         }
         if let Some(by_mode) = case.get("microbatch_expected") {
-            micro_batches(&case, by_mode, &losses);
+            micro_batches(case, by_mode, &losses);
         }
     }
 }
 
-/// The sum over micro-batches, each with the weights of the whole, is the whole.
+/// The sum over micro-batches, each with the weights of the whole, is the whole; with weights of their
+/// own it is what the references optimise.
 fn micro_batches(case: &Value, by_mode: &Value, losses: &[f64]) {
     let (mask, lengths) = (mask(&case["loss_mask"]), lengths(&case["loss_mask"]));
     let columns = lengths[0];
@@ -49,5 +65,13 @@ fn micro_batches(case: &Value, by_mode: &Value, losses: &[f64]) {
         let rows = batches.iter().flatten().map(|row| row * columns..(row + 1) * columns);
         let sum: f64 = rows.map(|row| reduce(&w[row.clone()], &losses[row])).sum();
         close(sum, required(&values["global_correct"]), REDUCED, mode_name);
+        known(values, &["global_correct", "legacy_dynamic_bsz"]);
+        let neighbours: Vec<Range<usize>> =
+            batches.iter().map(|rows| rows[0]..rows[rows.len() - 1] + 1).collect();
+        let w = legacy_weights((mode, columns as f64), &lengths, &mask, &neighbours);
+        close(reduce(&w, losses), required(&values["legacy_dynamic_bsz"]), REDUCED, mode_name);
+        let single: Vec<f64> = w.iter().map(|w| f64::from(*w as f32)).collect();
+        let legacy = required(&values["legacy_dynamic_bsz"]);
+        close(reduce(&single, losses), legacy, SINGLE, mode_name);
     }
 }

@@ -1,6 +1,7 @@
 //! Reading cases and comparing numbers.
 
-use std::path::PathBuf;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -19,18 +20,50 @@ pub(crate) const REDUCED: Tolerance = Tolerance { relative: 1e-6, absolute: 1e-9
 /// Numbers rounded to f32.
 pub(crate) const SINGLE: Tolerance = Tolerance { relative: 1e-5, absolute: 1e-6 };
 
-/// The cases of a file; never none.
-pub(crate) fn cases(file: &str) -> Vec<Value> {
+/// Where the vectors are.
+pub(crate) fn folder() -> PathBuf {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/golden");
-    let dir = std::env::var_os("ENGINE_GOLDEN_DIR").map_or(PathBuf::from(default), PathBuf::from);
-    let path = dir.join(file);
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    std::env::var_os("ENGINE_GOLDEN_DIR").map_or(PathBuf::from(default), PathBuf::from)
+}
+
+/// The files with vectors, by name.
+pub(crate) fn files() -> Vec<PathBuf> {
+    let folder = folder();
+    let entries =
+        std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
+    files.sort();
+    files
+}
+
+/// The cases of a file; never none.
+pub(crate) fn cases(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let mut file: Value = serde_json::from_str(&text).unwrap();
     let Value::Array(cases) = file["cases"].take() else {
         panic!("no cases in {}", path.display())
     };
     assert!(!cases.is_empty());
     cases
+}
+
+/// Fails if an object has a field that is not listed: nothing is passed over.
+pub(crate) fn known(object: &Value, fields: &[&str]) {
+    let object = object.as_object().unwrap_or_else(|| panic!("{object} is not an object"));
+    for field in object.keys() {
+        assert!(fields.contains(&field.as_str()), "unknown field {field}, known: {fields:?}");
+    }
+}
+
+/// A flat list of numbers.
+pub(crate) fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().unwrap().iter().map(required).collect()
+}
+
+/// A list of counts or indices.
+pub(crate) fn indices(value: &Value) -> Vec<usize> {
+    numbers(value).iter().map(|v| *v as usize).collect()
 }
 
 /// A number, or one of the words for what JSON cannot say; `None` for null: do not compare.
@@ -109,4 +142,19 @@ pub(crate) fn close_tokens(
 /// Rounded to f32, as log-probs of the kernels are.
 pub(crate) fn single(values: &[f64]) -> Vec<f32> {
     values.iter().map(|v| *v as f32).collect()
+}
+
+/// Numbers rounded to f32 and back.
+pub(crate) fn rounded(values: &[f64]) -> Vec<f64> {
+    values.iter().map(|v| f64::from(*v as f32)).collect()
+}
+
+/// The flat tokens of each row.
+pub(crate) fn row_ranges(lengths: &[usize]) -> Vec<Range<usize>> {
+    let mut end = 0;
+    let range = |len: &usize| {
+        end += len;
+        end - len..end
+    };
+    lengths.iter().map(range).collect()
 }

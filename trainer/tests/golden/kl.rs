@@ -1,15 +1,16 @@
 //! `kl_estimators.json`.
 
+use serde_json::Value;
 use trainer::agg::{AggMode, reduce, weights};
 use trainer::kl::KlEstimator;
 
 use crate::common::{
-    REDUCED, SINGLE, TOKEN, cases, close, close_tokens, lengths, mask, matrix, required,
+    REDUCED, SINGLE, TOKEN, close, close_tokens, known, lengths, mask, matrix, required,
 };
 
-#[test]
-fn kl_estimators() {
-    for case in cases("kl_estimators.json") {
+pub(crate) fn kl_estimators(cases: &[Value]) {
+    for case in cases {
+        known(case, &["name", "log_prob", "ref_log_prob", "mask", "expected", "note"]);
         let (log_prob, reference) = (matrix(&case["log_prob"]), matrix(&case["ref_log_prob"]));
         let mask = mask(&case["mask"]);
         let expected = case["expected"].as_object().unwrap();
@@ -20,6 +21,7 @@ fn kl_estimators() {
                 "k3+_intended" => "k3+".parse().unwrap(),
                 other => other.parse().unwrap(),
             };
+            known(want, &["value", "grad_logprob", "token_mean"]);
             let what = format!("{}, {name}", case["name"]);
             let both: Vec<(f64, f64)> =
                 log_prob.iter().zip(&reference).map(|(l, r)| estimator.evaluate(*l, *r)).collect();

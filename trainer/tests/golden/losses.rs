@@ -11,36 +11,38 @@ use trainer::loss::{
 };
 
 use crate::common::{
-    REDUCED, SINGLE, TOKEN, Tolerance, cases, close, close_tokens, lengths, mask, matrix, required,
-    single, tokens,
+    REDUCED, SINGLE, TOKEN, Tolerance, close, close_tokens, known, lengths, mask, matrix, required,
+    row_ranges, single, tokens,
 };
 
 /// The inputs of a case, and weights of 1 so that derivatives come out un-aggregated.
-struct Inputs {
+pub(crate) struct Inputs {
     log_prob: Vec<f64>,
     old_log_prob: Vec<f64>,
     advantage: Vec<f64>,
-    mask: Vec<bool>,
-    weight: Vec<f64>,
-    lengths: Vec<usize>,
+    pub(crate) mask: Vec<bool>,
+    pub(crate) weight: Vec<f64>,
+    pub(crate) lengths: Vec<usize>,
     scopes: Vec<Range<usize>>,
+    responses: Vec<Range<usize>>,
 }
 
 impl Inputs {
-    fn new(case: &Value) -> Self {
+    pub(crate) fn new(case: &Value) -> Self {
         let mask = mask(&case["response_mask"]);
         Self {
             log_prob: matrix(&case["log_prob"]),
             old_log_prob: matrix(&case["old_log_prob"]),
             advantage: matrix(&case["advantages"]),
             weight: vec![1.0; mask.len()],
+            responses: row_ranges(&lengths(&case["response_mask"])),
             lengths: lengths(&case["response_mask"]),
             scopes: std::iter::once(0..mask.len()).collect(),
             mask,
         }
     }
 
-    fn batch(&self) -> TokenBatch<'_, f64> {
+    pub(crate) fn batch(&self) -> TokenBatch<'_, f64> {
         TokenBatch {
             log_prob: &self.log_prob,
             old_log_prob: &self.old_log_prob,
@@ -48,15 +50,16 @@ impl Inputs {
             mask: &self.mask,
             weight: &self.weight,
             scopes: &self.scopes,
+            responses: &self.responses,
         }
     }
 
-    fn columns(&self) -> usize {
+    pub(crate) fn columns(&self) -> usize {
         self.lengths[0]
     }
 
     /// Applies a loss to the inputs rounded to f32.
-    fn apply_single(&self, loss: &PolicyLoss, selected: &[usize]) -> LossOutput {
+    pub(crate) fn apply_single(&self, loss: &PolicyLoss, selected: &[usize]) -> LossOutput {
         let (log_prob, old) = (single(&self.log_prob), single(&self.old_log_prob));
         let advantage = single(&self.advantage);
         let batch = TokenBatch {
@@ -66,12 +69,21 @@ impl Inputs {
             mask: &self.mask,
             weight: &self.weight,
             scopes: &self.scopes,
+            responses: &self.responses,
         };
         let mut out = loss.apply(&batch, selected.to_vec()).unwrap();
         out.token_loss.iter_mut().for_each(|l| *l = f64::from(*l as f32));
         out.dlogp.iter_mut().for_each(|l| *l = f64::from(*l as f32));
         out
     }
+}
+
+/// Fails for a case of another shape.
+fn known_fields(case: &Value) {
+    let fields = "name log_prob old_log_prob advantages response_mask expected note clip_ratio_low \
+                  clip_ratio_high clip_ratio_c clip_cov_ratio clip_cov_lb clip_cov_ub torch_seed \
+                  kl_cov_ratio k_percent_prime_rl ppo_kl_coef microbatches";
+    known(case, &fields.split_whitespace().collect::<Vec<_>>());
 }
 
 /// Token losses, derivatives and every aggregation of them.
@@ -97,10 +109,10 @@ fn compare(
     }
 }
 
-#[test]
-fn vanilla() {
-    for case in cases("policy_loss_vanilla.json") {
-        let inputs = Inputs::new(&case);
+pub(crate) fn vanilla(cases: &[Value]) {
+    for case in cases {
+        known_fields(case);
+        let inputs = Inputs::new(case);
         let setting = |key: &str| required(&case[key]);
         let range = ClipRange { low: setting("clip_ratio_low"), high: setting("clip_ratio_high") };
         for (reference, dual, log_ratio_clamp) in [
@@ -128,10 +140,10 @@ fn vanilla() {
     }
 }
 
-#[test]
-fn clip_cov() {
-    for case in cases("policy_loss_clip_cov.json") {
-        let inputs = Inputs::new(&case);
+pub(crate) fn clip_cov(cases: &[Value]) {
+    for case in cases {
+        known_fields(case);
+        let inputs = Inputs::new(case);
         let setting = |key: &str| required(&case[key]);
         let settings = ClipCov {
             range: ClipRange { low: setting("clip_ratio_low"), high: setting("clip_ratio_high") },
@@ -163,10 +175,10 @@ fn clip_cov() {
     }
 }
 
-#[test]
-fn kl_cov() {
-    for case in cases("policy_loss_kl_cov.json") {
-        let mut inputs = Inputs::new(&case);
+pub(crate) fn kl_cov(cases: &[Value]) {
+    for case in cases {
+        known_fields(case);
+        let mut inputs = Inputs::new(case);
         let settings = KlCov {
             ratio: required(&case["kl_cov_ratio"]),
             coef: required(&case["ppo_kl_coef"]),

@@ -1,0 +1,179 @@
+//! What a step sampled: groups as they come from the engine, and all of them as one batch to learn from.
+
+use std::ops::Range;
+
+use engine::FinishReason;
+
+use crate::advantage::{Advantages, Estimated};
+use crate::covariance::{CovStats, token_covariances};
+use crate::learner::Packed;
+use crate::metrics::{Metrics, name};
+use crate::rollout::Episode;
+use crate::update::{MiniBatch, WeightsAge};
+use crate::verifier::Verdict;
+
+/// The responses to one prompt, with all that is known once they are sampled and judged.
+#[derive(Clone, Debug)]
+pub(crate) struct Group {
+    /// Row of the data set.
+    pub(crate) row: usize,
+    pub(crate) prompt: Vec<u32>,
+    pub(crate) responses: Vec<Response>,
+    /// Reward of the greedy response, where one was sampled; else 0.
+    pub(crate) baseline: f64,
+}
+
+/// One response.
+#[derive(Clone, Debug)]
+pub(crate) struct Response {
+    pub(crate) episode: Episode,
+    pub(crate) verdict: Verdict,
+    /// The verdict's score after shaping.
+    pub(crate) reward: f64,
+    /// Log-probability of each token under the whole distribution of the weights that sampled it.
+    pub(crate) old: Vec<f32>,
+}
+
+/// What a step learns from; one entry per response, groups together.
+pub(crate) struct Rollouts {
+    pub(crate) rows: Vec<usize>,
+    pub(crate) prompts: Vec<Vec<u32>>,
+    pub(crate) baselines: Vec<f64>,
+    /// Their `prompt` is an index into `prompts`.
+    pub(crate) responses: Vec<Response>,
+    /// Prompt and response of each.
+    pub(crate) sequences: Vec<Vec<u32>>,
+    /// Log-probabilities under the reference policy; empty without one.
+    pub(crate) reference: Vec<Vec<f32>>,
+}
+
+/// Which responses of a step a mini-batch takes, and how.
+pub(crate) struct Part {
+    pub(crate) range: Range<usize>,
+    pub(crate) age: WeightsAge,
+    pub(crate) truncated: Truncated,
+}
+
+/// What becomes of responses that were cut off at the longest length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Truncated {
+    /// They are learned from as all others.
+    Kept,
+    /// Their tokens are masked.
+    Masked,
+}
+
+impl Response {
+    pub(crate) fn is_truncated(&self) -> bool {
+        self.episode.finish == FinishReason::Length
+    }
+}
+
+impl Rollouts {
+    /// All groups of a step, in their order.
+    pub(crate) fn new(groups: Vec<Group>) -> Self {
+        let mut out = Self {
+            rows: Vec::new(),
+            prompts: Vec::new(),
+            baselines: Vec::new(),
+            responses: Vec::new(),
+            sequences: Vec::new(),
+            reference: Vec::new(),
+        };
+        for (index, mut group) in groups.into_iter().enumerate() {
+            for response in &mut group.responses {
+                response.episode.prompt = index;
+                let tokens = &response.episode.tokens;
+                out.sequences.push([&group.prompt[..], tokens].concat());
+                out.baselines.push(group.baseline);
+            }
+            out.rows.push(group.row);
+            out.prompts.push(group.prompt);
+            out.responses.append(&mut group.responses);
+        }
+        out
+    }
+
+    pub(crate) fn packed(&self, i: usize) -> Packed<'_> {
+        let prompt_len = self.prompts[self.responses[i].episode.prompt].len();
+        Packed { tokens: &self.sequences[i], prompt_len }
+    }
+
+    /// Tokens of each response.
+    pub(crate) fn lengths(&self) -> Vec<usize> {
+        self.responses.iter().map(|r| r.old.len()).collect()
+    }
+
+    /// Whether all responses of a range were sampled by the weights of this version.
+    pub(crate) fn is_fresh(&self, range: &Range<usize>, version: u64) -> bool {
+        self.responses[range.clone()].iter().all(|r| r.episode.version == version)
+    }
+
+    pub(crate) fn mini_batch(&self, part: &Part, advantages: &Estimated) -> MiniBatch<'_> {
+        let range = part.range.clone();
+        let first: usize = self.responses[..range.start].iter().map(|r| r.old.len()).sum();
+        let responses = &self.responses[range.clone()];
+        let tokens: usize = responses.iter().map(|r| r.old.len()).sum();
+        let kept = |r: &Response| part.truncated == Truncated::Kept || !r.is_truncated();
+        MiniBatch {
+            sequences: range.clone().map(|i| self.packed(i)).collect(),
+            old: responses.iter().flat_map(|r| &r.old).copied().collect(),
+            sampled: responses.iter().flat_map(|r| &r.episode.logprobs).copied().collect(),
+            reference: self.reference.get(range).map(<[_]>::concat),
+            advantages: advantages.tokens[first..first + tokens]
+                .iter()
+                .map(|a| *a as f32)
+                .collect(),
+            mask: responses
+                .iter()
+                .flat_map(|r| std::iter::repeat_n(kept(r), r.old.len()))
+                .collect(),
+            weights: part.age,
+        }
+    }
+
+    pub(crate) fn record(&self, metrics: &mut Metrics, advantages: &Advantages) {
+        let n = self.responses.len().max(1) as f64;
+        let episodes = || self.responses.iter().map(|r| &r.episode);
+        metrics.summarize(name::SCORE, self.responses.iter().map(|r| r.verdict.score));
+        metrics.summarize(name::REWARDS, self.responses.iter().map(|r| r.reward));
+        metrics.summarize(name::ADVANTAGES, advantages.values.iter().copied());
+        let right = self.responses.iter().filter(|r| r.verdict.correct).count() as f64;
+        metrics.set(name::ACCURACY, right / n);
+        let flat = advantages.zero_variance_groups as f64 / advantages.groups.max(1) as f64;
+        metrics.set(name::ZERO_VARIANCE_GROUPS, flat);
+        metrics.summarize(name::RESPONSE_LENGTH, episodes().map(|e| e.tokens.len() as f64));
+        let cut = self.responses.iter().filter(|r| r.is_truncated()).count() as f64;
+        metrics.set(name::RESPONSE_CLIP_RATIO, cut / n);
+        metrics.summarize(name::PROMPT_LENGTH, self.prompts.iter().map(|p| p.len() as f64));
+        let empty = episodes().filter(|e| e.tokens.is_empty()).count() as f64;
+        metrics.set(name::EMPTY_RESPONSES, empty);
+        let mean = |values: &[f32]| {
+            values.iter().map(|h| f64::from(*h)).sum::<f64>() / values.len().max(1) as f64
+        };
+        let all: Vec<f32> = episodes().flat_map(|e| &e.entropies).copied().collect();
+        metrics.set(name::ENTROPY, mean(&all));
+        let per_response = episodes().map(|e| mean(&e.entropies)).sum::<f64>() / n;
+        metrics.set(name::ENTROPY_PER_RESPONSE, per_response);
+        let versions = || episodes().map(|e| e.version);
+        metrics.set(name::VERSION_MIN, versions().min().unwrap_or(0) as f64);
+        metrics.set(name::VERSION_MAX, versions().max().unwrap_or(0) as f64);
+        // Sampling and training read the same memory.
+        metrics.set(name::SYNC_BYTES, 0.0);
+        metrics.set(name::SYNC_SECONDS, 0.0);
+    }
+
+    /// Statistics of the covariances of all tokens of the step, before its first update.
+    pub(crate) fn record_covariance(&self, metrics: &mut Metrics, advantages: &[f64]) {
+        let log_probs: Vec<f64> =
+            self.responses.iter().flat_map(|r| &r.old).map(|l| f64::from(*l)).collect();
+        let rounded: Vec<f64> = advantages.iter().map(|a| f64::from(*a as f32)).collect();
+        let scope = 0..log_probs.len();
+        let mask = vec![true; log_probs.len()];
+        let covariances =
+            token_covariances(&log_probs, &rounded, &mask, std::slice::from_ref(&scope));
+        if let Some(stats) = CovStats::new(&covariances) {
+            stats.record(metrics);
+        }
+    }
+}
