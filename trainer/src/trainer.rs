@@ -12,9 +12,9 @@ use engine::{Engine, EosRule, FinishReason};
 use crate::advantage::{self, Advantages, EPSILON, Scale};
 use crate::config::RlConfig;
 use crate::covariance::{CovStats, token_covariances};
-use crate::data::{Cursor, Row, Sampler, Visit};
+use crate::data::{Cursor, Row, Sampler};
 use crate::encode::PromptEncoder;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::learner::Packed;
 use crate::loss::ChoiceKey;
 use crate::metrics::{Metrics, name};
@@ -23,17 +23,6 @@ use crate::samples::Sample;
 use crate::source::Rows;
 use crate::update::{MiniBatch, UpdateReport, UpdateState, WeightsAge};
 use crate::verifier::{RewardRule, Verdict};
-
-/// Mean reward and accuracy on held-out rows.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Validation {
-    /// Mean of the rewards.
-    pub reward: f64,
-    /// Share of right answers.
-    pub accuracy: f64,
-    /// Rows judged.
-    pub rows: usize,
-}
 
 /// An engine that learns.
 pub struct Trainer {
@@ -44,8 +33,8 @@ pub struct Trainer {
     pub(crate) sampler: Sampler,
     /// Training steps done.
     pub(crate) steps: u64,
-    encoder: PromptEncoder,
-    rewards: RewardRule,
+    pub(crate) encoder: PromptEncoder,
+    pub(crate) rewards: RewardRule,
 }
 
 /// What a step sampled, with its judgement; one entry per response, groups together.
@@ -63,7 +52,7 @@ impl Trainer {
     ///
     /// # Errors
     /// When a prompt does not fit, rows have no known reward, or the engine is busy.
-    pub fn new(mut engine: Engine, config: RlConfig, rows: Rows) -> Result<Self> {
+    pub fn new(mut engine: Engine, config: RlConfig, mut rows: Rows) -> Result<Self> {
         let max_prompt = config.data.max_prompt_length;
         let text = (engine.tokenizer(), engine.chat_template());
         let encoder = PromptEncoder::new(text, config.data.prompt_template, max_prompt)?;
@@ -77,34 +66,13 @@ impl Trainer {
                 "data.max_response_length is {longest}, the context of {room} tokens is too short for it"
             )));
         }
-        let visit = match config.data.shuffle {
-            true => Visit::Shuffled(config.data.seed),
-            false => Visit::InOrder,
-        };
-        let sampler = Sampler::new(rows.rows.len(), visit, Cursor::default());
+        let encoder = encoder.within(room - longest);
+        encoder.fit(&mut rows, &config.data.train_files, config.data.overlong())?;
+        let sampler = rows.sampler(&config.data, Cursor::default())?;
         let mut update = engine.begin_update().map_err(Error::engine)?;
         let state = UpdateState::new(update.decoder().0);
         drop(update);
-        let trainer = Self { engine, config, state, rows, sampler, steps: 0, encoder, rewards };
-        trainer.check_prompts(&trainer.rows.rows, &trainer.config.data.train_files)?;
-        Ok(trainer)
-    }
-
-    /// Checks that every prompt of `rows`, which come from `files`, fits.
-    ///
-    /// # Errors
-    /// `ErrorKind::Data`, naming the row, its tokens and the limit.
-    pub(crate) fn check_prompts(&self, rows: &[Row], files: &[String]) -> Result<()> {
-        let check = |(index, row): (usize, &Row)| match self.encode(std::iter::once(row)) {
-            Ok(_) => Ok(()),
-            Err(error) => Err(match error.kind() {
-                ErrorKind::Config(message) => {
-                    Error::data(files.join(", "), None, format!("row {}: {message}", index + 1))
-                }
-                _ => error,
-            }),
-        };
-        rows.iter().enumerate().try_for_each(check)
+        Ok(Self { engine, config, state, rows, sampler, steps: 0, encoder, rewards })
     }
 
     /// One step: sample, judge, compare within groups, and learn in mini-batches.
@@ -179,23 +147,12 @@ impl Trainer {
         Ok(Rollouts { rows, prompts, episodes, verdicts, sequences })
     }
 
-    fn encode<'a>(&self, rows: impl Iterator<Item = &'a Row>) -> Result<Vec<Vec<u32>>> {
-        let room = self.engine.max_model_len() - self.config.data.max_response_length;
-        rows.map(|row| {
-            let tokens = self.encoder.encode(&row.prompt)?;
-            match tokens.len() <= room {
-                true => Ok(tokens),
-                false => Err(Error::config(format!(
-                    "prompt has {} tokens, the context leaves {room} before the response",
-                    tokens.len()
-                ))),
-            }
-        })
-        .collect()
+    pub(crate) fn encode<'a>(&self, rows: impl Iterator<Item = &'a Row>) -> Result<Vec<Vec<u32>>> {
+        rows.map(|row| self.encoder.encode(&row.prompt)).collect()
     }
 
     /// How this step samples; the random streams are keyed by seed and step.
-    fn settings(&self, samples: usize) -> RolloutSettings {
+    pub(crate) fn settings(&self, samples: usize) -> RolloutSettings {
         let rollout = &self.config.rollout;
         RolloutSettings {
             samples,
@@ -239,32 +196,6 @@ impl Trainer {
         let prompts = rollouts.prompts.len();
         let epoch = (0..prompts).step_by(size).map(|from| from * n..(from + size).min(prompts) * n);
         (0..self.config.algorithm.ppo_epochs).flat_map(|_| epoch.clone()).collect()
-    }
-
-    /// Greedy accuracy on `rows`.
-    ///
-    /// # Errors
-    /// As [`Trainer::step`].
-    pub fn validate(&mut self, rows: &[Row]) -> Result<Validation> {
-        let prompts = self.encode(rows.iter())?;
-        let settings =
-            RolloutSettings { temperature: 0.0, top_p: 1.0, top_k: None, ..self.settings(1) };
-        let mut sum = Validation { reward: 0.0, accuracy: 0.0, rows: rows.len() };
-        let rules = self.rewards;
-        let mut failed = None;
-        let mut judge = |episode: &Episode| {
-            let row = &rows[episode.prompt];
-            match rules.verifier(row.data_source.as_deref()) {
-                Ok(verifier) => {
-                    let verdict = verifier.judge(&episode.text, &row.ground_truth);
-                    sum.reward += verdict.score / rows.len() as f64;
-                    sum.accuracy += f64::from(u8::from(verdict.correct)) / rows.len() as f64;
-                }
-                Err(error) => failed = Some(error),
-            }
-        };
-        rollout::generate(&mut self.engine, &prompts, &settings, &mut judge)?;
-        failed.map_or(Ok(sum), Err)
     }
 
     /// The engine, to generate or score with between steps.
