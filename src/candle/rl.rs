@@ -20,11 +20,11 @@ use engine::{EngineConfig, FinishReason};
 use trainer::advantage::{self, Advantages, EPSILON, Scale};
 use trainer::agg::{self, AggScope};
 use trainer::config::{AdvEstimator, CovScope, RolloutIs};
-use trainer::data::{Cursor, Row, Sampler, Visit};
+use trainer::data::{Cursor, Row, Sampler};
 use trainer::loss::{ChoiceKey, LossOutput, TokenBatch};
 use trainer::metrics::{Metrics, MetricsWriter, name};
 use trainer::verifier::{RewardRule, Verdict};
-use trainer::{PromptEncoder, RlConfig, train_rows};
+use trainer::{PromptEncoder, RlConfig, Rows, train_rows};
 
 use super::{Opened, text};
 use crate::exit::{Failure, Result};
@@ -42,7 +42,7 @@ pub(crate) fn run(
     supported(device, config)?;
     let signals = Signals::listen()?;
     config.warnings().iter().for_each(|warning| terminal.info(warning));
-    let rows = train_rows(&config.data.train_files, config.data.seed)?.rows;
+    let rows = train_rows(&config.data)?;
     let opened = Opened::new(device, &config.model.path, engine, terminal)?;
     let mut learner = Learner::new(config, opened, rows)?;
     terminal.warn(&format!(
@@ -127,17 +127,17 @@ struct Update {
 }
 
 impl<'a> Learner<'a> {
-    fn new(config: &'a RlConfig, opened: Opened, rows: Vec<Row>) -> Result<Self> {
+    fn new(config: &'a RlConfig, opened: Opened, mut rows: Rows) -> Result<Self> {
         let text = (opened.tokenizer.as_ref(), opened.chat_template.as_ref());
         let data = &config.data;
         let encoder = PromptEncoder::new(text, data.prompt_template, data.max_prompt_length)?;
         let rewards = RewardRule::named(&config.reward.function)?;
-        for row in &rows {
+        for row in &rows.rows {
             rewards.verifier(row.data_source.as_deref())?;
         }
-        let visit = if data.shuffle { Visit::Shuffled(data.seed) } else { Visit::InOrder };
-        let sampler = Sampler::new(rows.len(), visit, Cursor::default());
-        Ok(Self { config, opened, encoder, rewards, rows, sampler })
+        encoder.fit(&mut rows, &data.train_files, data.overlong())?;
+        let sampler = rows.sampler(data, Cursor::default())?;
+        Ok(Self { config, opened, encoder, rewards, rows: rows.rows, sampler })
     }
 
     /// Step `step`, from 1.

@@ -50,6 +50,33 @@ fn bad_rows_are_named() {
     bad(&longer, &["data.max_prompt_length=2000"], "the context leaves 120 before the response");
 }
 
+#[test]
+fn data_files_that_hold_nothing_to_train_on_are_refused() {
+    let mut lab = Lab::new();
+    let good = lab.data.clone();
+    lab.data = lab.folder.write("empty.jsonl", "\n");
+    fails(&mut lab.rl("run", &[]), 3, "empty.jsonl: the file has no rows");
+    // As a download that stopped leaves it.
+    lab.data = lab.folder.write("cut.parquet", "PAR1\x15\x04\x15");
+    let part = match cfg!(feature = "parquet") {
+        true => "cut.parquet: not a Parquet file, or one cut short",
+        false => "cut.parquet: Parquet is not part of this program, build it with cargo build --release --features parquet",
+    };
+    fails(&mut lab.rl("run", &[]), 3, part);
+    lab.data = lab.folder.write("long.jsonl", &task(1, 1).replace("1+1", &"1+".repeat(60)));
+    let drop = ["data.filter_overlong_prompts=true"];
+    let part = "long.jsonl: no row is left: 1 rows read, 1 too long, 0 kept";
+    fails(&mut lab.rl("run", &drop), 3, part);
+    assert!(!lab.folder.path("run/samples").exists());
+    // Beside rows that fit, it is dropped and said.
+    let mixed = fs::read_to_string(&lab.data).unwrap() + &fs::read_to_string(good).unwrap();
+    lab.data = lab.folder.write("mixed.jsonl", &mixed);
+    let ran = run(lab.rl("run", &drop).args(["--set", "trainer.total_steps=1"]));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let note = "training data: 25 rows read, 1 too long, 24 kept";
+    assert!(ran.stderr.contains(note), "{ran:?}");
+}
+
 /// Replaces the file `name` of the model by what `change` makes of it.
 fn change(model: &Path, name: &str, change: impl FnOnce(Vec<u8>) -> Vec<u8>) {
     let path = model.join(name);

@@ -17,6 +17,7 @@ use kernels::AdamW;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::encode::Overlong;
 use crate::error::Result;
 use crate::optimizer::clip_scale;
 use crate::schedule::{LrShape, Schedule};
@@ -60,10 +61,19 @@ pub struct ModelConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// JSON lines files, or `builtin:arith` (default).
+    /// JSON lines or Parquet files, `builtin:arith` (default), `builtin:sum` or `builtin:countdown`.
     pub train_files: Vec<String>,
-    /// The same, for validation; default `builtin:arith`, from operands training never sees.
+    /// The same, for validation; default `builtin:arith`. Built-in tasks are none that training sees.
     pub val_files: Vec<String>,
+    /// The share of each of `train_files` in an epoch, relative to the others; empty (default): every row
+    /// once. An epoch is as long as all rows together.
+    pub weights: Vec<f64>,
+    /// Whether the first row of a prompt is kept and its copies dropped; default false.
+    pub deduplicate: bool,
+    /// Whether prompts with a Chinese, Japanese or Korean character are dropped; default false.
+    pub drop_cjk_prompts: bool,
+    /// Whether prompts that are too long are dropped; default false: they end the run before it begins.
+    pub filter_overlong_prompts: bool,
     /// Prompts a step; default 32 (the paper: 256).
     pub train_batch_size: usize,
     /// Longest prompt, in tokens; default 512 (the paper: 2048).
@@ -236,6 +246,13 @@ impl RlConfig {
 /// What the forward passes of training keep, by the key `trainer.recompute`.
 pub fn kept_for_backward(recompute: bool) -> Keep {
     if recompute { Keep::Inputs } else { Keep::AllLayers }
+}
+
+impl DataConfig {
+    /// What becomes of prompts that are too long.
+    pub fn overlong(&self) -> Overlong {
+        if self.filter_overlong_prompts { Overlong::Drop } else { Overlong::Refuse }
+    }
 }
 
 impl OptimizerConfig {

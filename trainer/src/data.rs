@@ -1,15 +1,21 @@
-//! Tasks from JSON lines files, and the order in which a run visits them.
+//! Tasks from JSON lines and Parquet files, and the order in which a run visits them.
 //!
 //! Two schemas, told apart by their columns. verl's: `data_source`, `prompt` (messages or text),
 //! `reward_model.ground_truth`, `extra_info`. TRL's: `prompt` (text or messages) and the truth in
 //! `ground_truth`, `solution` or `answer`. Supervised rows: `prompt` with `completion` or
-//! `response`, or `messages` whose last one is the completion. Numbers count as their text. Errors
-//! name file and line. Leaves out: templates and lengths in tokens, which need a tokenizer.
+//! `response`, or `messages` whose last one is the completion. Numbers count as their text, and a
+//! truth that is a list or an object as its JSON. Errors name file and line (of a Parquet file: the
+//! row). Leaves out: templates and lengths in tokens, which need a tokenizer.
 
+mod loader;
+#[cfg(feature = "parquet")]
+mod parquet;
+#[cfg(not(feature = "parquet"))]
+#[path = "data/parquet_missing.rs"]
+mod parquet;
 mod row;
 mod sampler;
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -19,17 +25,9 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 
+pub use loader::{Duplicates, Loader, Report, Scripts, Selection};
 pub use row::{Message, Prompt, Row, SftRow};
-pub use sampler::{Cursor, Sampler, Visit};
-
-/// What to do with a prompt that occurs again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Duplicates {
-    /// Keep every row.
-    Keep,
-    /// Keep the first row of each prompt.
-    Drop,
-}
+pub use sampler::{Cursor, Part, Sampler, Visit};
 
 /// Reads the tasks of `files`, in order.
 ///
@@ -47,12 +45,9 @@ pub enum Duplicates {
 /// # Ok::<(), trainer::error::Error>(())
 /// ```
 pub fn load(files: &[impl AsRef<Path>], duplicates: Duplicates) -> Result<Vec<Row>> {
-    let mut rows = read(files, Row::parse)?;
-    if duplicates == Duplicates::Drop {
-        let mut seen = HashSet::new();
-        rows.retain(|row: &Row| seen.insert(row.prompt.clone()));
-    }
-    Ok(rows)
+    let mut loader = Loader::new(Selection { duplicates, scripts: Scripts::All });
+    files.iter().try_for_each(|file| loader.file(file.as_ref()))?;
+    Ok(loader.finish().0)
 }
 
 /// Reads the supervised pairs of `files`, in order.
@@ -60,7 +55,11 @@ pub fn load(files: &[impl AsRef<Path>], duplicates: Duplicates) -> Result<Vec<Ro
 /// # Errors
 /// If a file cannot be read, has no row, or a line is not a pair.
 pub fn load_sft(files: &[impl AsRef<Path>]) -> Result<Vec<SftRow>> {
-    read(files, SftRow::parse)
+    let mut rows = Vec::new();
+    files
+        .iter()
+        .try_for_each(|file| read(file.as_ref(), SftRow::parse, &mut |row| rows.push(row)))?;
+    Ok(rows)
 }
 
 /// SHA-256 of the rows in their order, in hex: a resumed run must see the same data.
@@ -76,29 +75,35 @@ pub fn digest(rows: &[Row]) -> String {
 
 type Columns = Map<String, Value>;
 
+/// Reads a file row by row into `take`, so that rows which are not kept take no memory.
 fn read<T>(
-    files: &[impl AsRef<Path>],
+    path: &Path,
     parse: impl Fn(&Columns) -> Result<T, String>,
-) -> Result<Vec<T>> {
-    let mut rows = Vec::new();
-    for path in files.iter().map(AsRef::as_ref) {
-        if path.extension().is_some_and(|e| e == "parquet") {
-            return Err(Error::data(path, None, "parquet is not available yet; available: jsonl"));
-        }
-        let before = rows.len();
+    take: &mut dyn FnMut(T),
+) -> Result<()> {
+    let mut rows = 0usize;
+    if path.extension().is_some_and(|e| e == "parquet") {
+        parquet::read(path, &mut |columns| {
+            rows += 1;
+            let bad = |message| Error::data(path, None, format!("row {rows}: {message}"));
+            take(parse(columns).map_err(bad)?);
+            Ok(())
+        })?;
+    } else {
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
         for (index, line) in BufReader::new(file).split(b'\n').enumerate() {
             let line = line.map_err(|e| Error::io(path, e))?;
             if !line.trim_ascii().is_empty() {
                 let row = columns(&line).and_then(|columns| parse(&columns));
-                rows.push(row.map_err(|message| Error::data(path, index + 1, message))?);
+                take(row.map_err(|message| Error::data(path, index + 1, message))?);
+                rows += 1;
             }
         }
-        if rows.len() == before {
-            return Err(Error::data(path, None, "the file has no rows"));
-        }
     }
-    Ok(rows)
+    match rows {
+        0 => Err(Error::data(path, None, "the file has no rows")),
+        _ => Ok(()),
+    }
 }
 
 fn columns(line: &[u8]) -> Result<Columns, String> {
@@ -178,7 +183,12 @@ mod tests {
         let e = load(&[file], Duplicates::Keep).unwrap_err().to_string();
         assert!(e.contains("x.jsonl:1: not JSON"), "{e}");
         assert!(load(&[dir.path().join("none.jsonl")], Duplicates::Keep).is_err());
-        assert!(load_sft(&["x.parquet"]).unwrap_err().to_string().contains("available: jsonl"));
+        let parquet = dir.write("x.parquet", b"PAR1");
+        let e = load_sft(&[parquet]).unwrap_err();
+        assert!(matches!(e.kind(), crate::ErrorKind::Data { .. }), "{e}");
+        let wanted =
+            if cfg!(feature = "parquet") { "not a Parquet file" } else { "--features parquet" };
+        assert!(e.to_string().contains(wanted), "{e}");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use crate::config::PromptTemplate;
 use crate::data::{Message, Prompt};
 use crate::error::{Error, Result};
+use crate::source::Rows;
 
 /// The text that R1-Zero puts around a question (arXiv 2501.12948, table 1), as TinyZero spells it.
 const R1_ZERO: [&str; 2] = [
@@ -28,6 +29,17 @@ pub struct PromptEncoder {
     template: PromptTemplate,
     chat: Option<Arc<ChatTemplate>>,
     max_tokens: usize,
+    /// What the context leaves before the response, in tokens.
+    room: Option<usize>,
+}
+
+/// What becomes of a row whose prompt is too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overlong {
+    /// It is an error.
+    Refuse,
+    /// It is dropped and counted.
+    Drop,
 }
 
 impl PromptEncoder {
@@ -49,7 +61,12 @@ impl PromptEncoder {
                 "data.prompt_template is chat, and the model has no chat template; choose raw or r1_zero",
             ));
         }
-        Ok(Self { tokenizer, template, chat, max_tokens })
+        Ok(Self { tokenizer, template, chat, max_tokens, room: None })
+    }
+
+    /// The same for a model whose context leaves `room` tokens before the response.
+    pub fn within(self, room: usize) -> Self {
+        Self { room: Some(room), ..self }
     }
 
     /// The tokens of a prompt.
@@ -57,20 +74,58 @@ impl PromptEncoder {
     /// # Errors
     /// When the template fails, or there are more tokens than allowed.
     pub fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        let tokens = self.tokens(prompt)?;
+        match self.fault(tokens.len()) {
+            None => Ok(tokens),
+            Some(message) => Err(Error::config(message)),
+        }
+    }
+
+    /// Drops the rows whose prompts are too long, or fails at the first one; `files` are theirs.
+    ///
+    /// # Errors
+    /// `ErrorKind::Data`, naming the row, its tokens and the limit, for a prompt that is empty or, under
+    /// [`Overlong::Refuse`], too long, or when no row is left.
+    pub fn fit(&self, rows: &mut Rows, files: &[String], overlong: Overlong) -> Result<()> {
+        let files = files.join(", ");
+        let mut long = Vec::with_capacity(rows.rows.len());
+        for (index, row) in rows.rows.iter().enumerate() {
+            let len = self.tokens(&row.prompt)?.len();
+            long.push(match self.fault(len) {
+                None => false,
+                Some(_) if len > 0 && overlong == Overlong::Drop => true,
+                Some(message) => {
+                    return Err(Error::data(files, None, format!("row {}: {message}", index + 1)));
+                }
+            });
+        }
+        if long.contains(&true) {
+            rows.drop_overlong(&long);
+        }
+        match rows.rows.is_empty() && !long.is_empty() {
+            true => Err(Error::data(files, None, format!("no row is left: {}", rows.report))),
+            false => Ok(()),
+        }
+    }
+
+    /// What is wrong with a prompt of `len` tokens.
+    fn fault(&self, len: usize) -> Option<String> {
+        let limit = self.max_tokens;
+        if len == 0 || len > limit {
+            return Some(format!("prompt has {len} tokens, data.max_prompt_length is {limit}"));
+        }
+        let room = self.room.filter(|room| len > *room)?;
+        Some(format!("prompt has {len} tokens, the context leaves {room} before the response"))
+    }
+
+    fn tokens(&self, prompt: &Prompt) -> Result<Vec<u32>> {
         let text = self.text(prompt)?;
         // A chat template writes its own special tokens.
         let add = match self.template {
             PromptTemplate::Chat => AddSpecial::No,
             PromptTemplate::R1Zero | PromptTemplate::Raw => AddSpecial::Yes,
         };
-        let tokens = self.tokenizer.encode(&text, add).map_err(Error::engine)?;
-        let (len, limit) = (tokens.len(), self.max_tokens);
-        if len == 0 || len > limit {
-            return Err(Error::config(format!(
-                "prompt has {len} tokens, data.max_prompt_length is {limit}"
-            )));
-        }
-        Ok(tokens)
+        self.tokenizer.encode(&text, add).map_err(Error::engine)
     }
 
     /// The tokens of a completion, without end of text.

@@ -10,14 +10,15 @@ use engine::Engine;
 
 use crate::checkpoint::{Checkpoint, CheckpointStore, TrainState, verify};
 use crate::config::RlConfig;
-use crate::data::{Row, Sampler, Visit};
+use crate::data::Row;
 use crate::error::{Error, Result};
 use crate::metrics::{Metrics, MetricsWriter, name};
 use crate::report::write_report;
 use crate::samples::write_samples;
 use crate::save::{ModelFiles, load_optimizer, save_model, save_optimizer};
 use crate::source::{train_rows, val_rows};
-use crate::trainer::{Trainer, Validation};
+use crate::trainer::Trainer;
+use crate::validation::Validation;
 
 /// Where a run begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,8 +76,8 @@ pub fn run_rl(
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
     config.warnings().into_iter().for_each(|warning| tell(Progress::Note(warning)));
     let from = starting_point(resume, &store, tell)?;
-    let rows = train_rows(&config.data.train_files, config.data.seed)?;
-    let val = val_rows(&config.data.val_files)?.rows;
+    let rows = train_rows(&config.data)?;
+    let mut val = val_rows(&config.data)?;
     let reference = match config.algorithm.needs_reference() {
         true => Some(open(None).map_err(Error::engine)?.into_decoder()),
         false => None,
@@ -87,7 +88,11 @@ pub fn run_rl(
     if let Some(decoder) = reference {
         trainer.set_reference(decoder)?;
     }
-    trainer.check_prompts(&val, &config.data.val_files)?;
+    trainer.encoder.fit(&mut val, &config.data.val_files, config.data.overlong())?;
+    for (what, report) in [("training", trainer.rows.report), ("validation", val.report)] {
+        tell(Progress::Note(format!("{what} data: {report}")));
+    }
+    let val = val.rows;
     if let Some(checkpoint) = &from {
         trainer.restore(checkpoint)?;
     }
@@ -269,11 +274,7 @@ impl Trainer {
         while self.engine.version().0 < state.weights_version {
             drop(self.engine.begin_update().map_err(Error::engine)?);
         }
-        let visit = match self.config.data.shuffle {
-            true => Visit::Shuffled(data_seed),
-            false => Visit::InOrder,
-        };
-        self.sampler = Sampler::new(self.rows.rows.len(), visit, state.cursor);
+        self.sampler = self.rows.sampler(&self.config.data, state.cursor)?;
         Ok(())
     }
 }

@@ -24,8 +24,8 @@ use crate::rollout::{self, RolloutSettings};
 use crate::run::Progress;
 use crate::save::{ModelFiles, save_model, tensors};
 use crate::tasks::{Arith, Split};
-use crate::trainer::Validation;
 use crate::update::UpdateState;
+use crate::validation::Validation;
 
 /// Built-in pairs that make up an epoch, and a validation set.
 const TASKS: [u64; 2] = [50_000, 256];

@@ -1,9 +1,13 @@
-//! Arithmetic tasks made on demand: `12+7=`, `85-27=`, `6*7=`, and their answers.
+//! Tasks made on demand, for machines without data. Here arithmetic: `12+7=`, `85-27=`, `6*7=`, and
+//! their answers; beside it [`sum`] and [`countdown`], asked for in words.
 //!
 //! A task is a function of (seed, split, index): nothing is stored, any index can be asked for in any
 //! order. Train and test have no task in common, whatever the seeds, because a hash of the operands
 //! (in either order, where that makes no difference) decides the split. Differences are never
 //! negative. The prompts use only digits, `+ - * =`; the answer is a plain integer.
+
+pub mod countdown;
+pub mod sum;
 
 use crate::data::{Prompt, Row, SftRow};
 use crate::random::{Purpose, Stream, mix};
@@ -11,7 +15,7 @@ use crate::random::{Purpose, Stream, mix};
 /// The `data_source` of the tasks, judged by exact match.
 pub const DATA_SOURCE: &str = "arith";
 
-/// One of this many operand pairs belongs to the test split.
+/// One of this many operand pairs, or sets of numbers, belongs to the test split.
 const TEST_SHARE: u64 = 8;
 
 /// Which half of the operand pairs tasks are made from.

@@ -14,31 +14,18 @@ use engine::decoder::Decoder;
 use crate::advantage::{Advantages, Estimated, Outcomes, estimate};
 use crate::batch::{Group, Part, Response, Rollouts, Truncated};
 use crate::config::{KlControl, RlConfig, kept_for_backward};
-use crate::data::{Cursor, Row, Sampler, Visit};
+use crate::data::{Cursor, Row, Sampler};
 use crate::encode::PromptEncoder;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::kl::adapted_coefficient;
 use crate::learner::Packed;
 use crate::loss::ChoiceKey;
 use crate::metrics::{Metrics, name};
 use crate::reference::Reference;
-use crate::rollout::{self, Episode};
 use crate::samples::Sample;
-use crate::sampling::greedy;
 use crate::source::Rows;
 use crate::update::{UpdateReport, UpdateState, WeightsAge};
 use crate::verifier::RewardRule;
-
-/// Mean reward and accuracy on held-out rows.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Validation {
-    /// Mean of the rewards.
-    pub reward: f64,
-    /// Share of right answers.
-    pub accuracy: f64,
-    /// Rows judged.
-    pub rows: usize,
-}
 
 /// An engine that learns.
 pub struct Trainer {
@@ -53,9 +40,9 @@ pub struct Trainer {
     pub(crate) surplus: Vec<Group>,
     /// Coefficient of the divergence in the reward.
     pub(crate) kl_coef: f64,
+    pub(crate) encoder: PromptEncoder,
     pub(crate) rewards: RewardRule,
     reference: Option<Reference>,
-    encoder: PromptEncoder,
 }
 
 impl Trainer {
@@ -63,7 +50,7 @@ impl Trainer {
     ///
     /// # Errors
     /// When a prompt does not fit, rows have no known reward, or the engine is busy.
-    pub fn new(mut engine: Engine, config: RlConfig, rows: Rows) -> Result<Self> {
+    pub fn new(mut engine: Engine, config: RlConfig, mut rows: Rows) -> Result<Self> {
         let max_prompt = config.data.max_prompt_length;
         let text = (engine.tokenizer(), engine.chat_template());
         let encoder = PromptEncoder::new(text, config.data.prompt_template, max_prompt)?;
@@ -77,16 +64,14 @@ impl Trainer {
                 "data.max_response_length is {longest}, the context of {room} tokens is too short for it"
             )));
         }
-        let visit = match config.data.shuffle {
-            true => Visit::Shuffled(config.data.seed),
-            false => Visit::InOrder,
-        };
-        let sampler = Sampler::new(rows.rows.len(), visit, Cursor::default());
+        let encoder = encoder.within(room - longest);
+        encoder.fit(&mut rows, &config.data.train_files, config.data.overlong())?;
+        let sampler = rows.sampler(&config.data, Cursor::default())?;
         let mut update = engine.begin_update().map_err(Error::engine)?;
         let state =
             UpdateState::new(update.decoder().0, kept_for_backward(config.trainer.recompute));
         drop(update);
-        let trainer = Self {
+        Ok(Self {
             kl_coef: config.algorithm.kl_ctrl.kl_coef,
             engine,
             config,
@@ -98,9 +83,7 @@ impl Trainer {
             rewards,
             reference: None,
             encoder,
-        };
-        trainer.check_prompts(&trainer.rows.rows, &trainer.config.data.train_files)?;
-        Ok(trainer)
+        })
     }
 
     /// Keeps `decoder`, a model of the same vocabulary, as the reference policy.
@@ -116,23 +99,6 @@ impl Trainer {
         }
         self.reference = Some(Reference::new(decoder));
         Ok(())
-    }
-
-    /// Checks that every prompt of `rows`, which come from `files`, fits.
-    ///
-    /// # Errors
-    /// `ErrorKind::Data`, naming the row, its tokens and the limit.
-    pub(crate) fn check_prompts(&self, rows: &[Row], files: &[String]) -> Result<()> {
-        let check = |(index, row): (usize, &Row)| match self.encode(std::iter::once(row)) {
-            Ok(_) => Ok(()),
-            Err(error) => Err(match error.kind() {
-                ErrorKind::Config(message) => {
-                    Error::data(files.join(", "), None, format!("row {}: {message}", index + 1))
-                }
-                _ => error,
-            }),
-        };
-        rows.iter().enumerate().try_for_each(check)
     }
 
     /// One step: sample, judge, compare within groups, and learn in mini-batches.
@@ -229,18 +195,7 @@ impl Trainer {
     }
 
     pub(crate) fn encode<'a>(&self, rows: impl Iterator<Item = &'a Row>) -> Result<Vec<Vec<u32>>> {
-        let room = self.engine.max_model_len() - self.config.data.max_response_length;
-        rows.map(|row| {
-            let tokens = self.encoder.encode(&row.prompt)?;
-            match tokens.len() <= room {
-                true => Ok(tokens),
-                false => Err(Error::config(format!(
-                    "prompt has {} tokens, the context leaves {room} before the response",
-                    tokens.len()
-                ))),
-            }
-        })
-        .collect()
+        rows.map(|row| self.encoder.encode(&row.prompt)).collect()
     }
 
     /// What each update of the step learns from: whole groups, `mini_batch_size` prompts each, as often as
@@ -262,31 +217,6 @@ impl Trainer {
         };
         let all = (0..algorithm.ppo_epochs).flat_map(|_| epoch.clone());
         all.enumerate().map(part).collect()
-    }
-
-    /// Greedy accuracy on `rows`.
-    ///
-    /// # Errors
-    /// As [`Trainer::step`].
-    pub fn validate(&mut self, rows: &[Row]) -> Result<Validation> {
-        let prompts = self.encode(rows.iter())?;
-        let settings = greedy(self.settings(1, 0));
-        let mut sum = Validation { reward: 0.0, accuracy: 0.0, rows: rows.len() };
-        let rules = self.rewards;
-        let mut failed = None;
-        let mut judge = |episode: &Episode| {
-            let row = &rows[episode.prompt];
-            match rules.verifier(row.data_source.as_deref()) {
-                Ok(verifier) => {
-                    let verdict = verifier.judge(&episode.text, &row.ground_truth);
-                    sum.reward += verdict.score / rows.len() as f64;
-                    sum.accuracy += f64::from(u8::from(verdict.correct)) / rows.len() as f64;
-                }
-                Err(error) => failed = Some(error),
-            }
-        };
-        rollout::generate(&mut self.engine, &prompts, &settings, &mut judge)?;
-        failed.map_or(Ok(sum), Err)
     }
 
     /// The engine, to generate or score with between steps.

@@ -1,8 +1,9 @@
 //! Judges responses: a rule per data source, as verl dispatches them.
 //!
-//! Built in: `math_dapo` (also for `math`, `math_dapo_reasoning` and `aime*`) and `exact` (also for
-//! `arith`). Every rule takes linear time, so none needs a time limit.
+//! Built in: `math_dapo` (also for `math`, `math_dapo_reasoning`, `sum` and `aime*`), `exact` (also for
+//! `arith`) and `countdown`. Every rule takes linear time, so none needs a time limit.
 
+mod countdown;
 mod math_dapo;
 
 use crate::error::{Error, Result};
@@ -10,7 +11,7 @@ use crate::error::{Error, Result};
 pub use math_dapo::{StrictBox, normalize_final_answer, strict_box};
 
 /// The rules that can be named in `reward.function`.
-const AVAILABLE: &str = "auto, exact, math_dapo";
+const AVAILABLE: &str = "auto, countdown, exact, math_dapo";
 
 /// Names the documentation lists whose rules do not exist yet.
 const LATER: [&str; 8] =
@@ -23,6 +24,9 @@ pub enum Verifier {
     MathDapo,
     /// The response's first line equals the ground truth, white space at the ends aside; 1 or 0.
     Exact,
+    /// An expression over given numbers, each used once, reaches the target; 1 or 0. The ground truth is
+    /// JSON, `{"target": 98, "numbers": [44, 19, 35]}`.
+    Countdown,
 }
 
 /// A verdict.
@@ -43,7 +47,8 @@ impl Verifier {
     /// If there is none, naming those there are.
     pub fn for_source(source: &str) -> Result<Self> {
         match source {
-            "math_dapo" | "math" | "math_dapo_reasoning" => Ok(Self::MathDapo),
+            "math_dapo" | "math" | "math_dapo_reasoning" | "sum" => Ok(Self::MathDapo),
+            "countdown" => Ok(Self::Countdown),
             "exact" | "arith" => Ok(Self::Exact),
             _ if source.starts_with("aime") => Ok(Self::MathDapo),
             _ => Err(Error::config(format!(
@@ -61,6 +66,7 @@ impl Verifier {
         match name {
             "math_dapo" => Ok(Self::MathDapo),
             "exact" => Ok(Self::Exact),
+            "countdown" => Ok(Self::Countdown),
             _ if LATER.contains(&name) || name.starts_with("http") || name.contains(':') => {
                 Err(Error::config(format!(
                     "reward function {name:?} is not available yet; available: {AVAILABLE}"
@@ -83,6 +89,7 @@ impl Verifier {
     pub fn judge(self, response: &str, ground_truth: &str) -> Verdict {
         match self {
             Self::MathDapo => math_dapo::judge(response, ground_truth),
+            Self::Countdown => countdown::judge(response, ground_truth),
             Self::Exact => {
                 let predicted = response.trim().lines().next().unwrap_or("").trim();
                 let correct = predicted == ground_truth.trim();

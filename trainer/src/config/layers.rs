@@ -145,24 +145,32 @@ fn unquoted(text: &str) -> Value {
     }
 }
 
+/// Lists of numbers that are empty by default.
+const NUMBERS: [&str; 1] = ["data.weights"];
+
 /// `new` in the type of `old`.
 fn coerce(key: &str, old: &Value, new: Value) -> Result<Value> {
+    let numbers = NUMBERS.contains(&key);
     match (old, new) {
         (Value::Float(_), Value::Integer(i)) => Ok(Value::Float(i as f64)),
+        (Value::Array(_), Value::String(text)) if numbers => match parse(&format!("[{text}]")) {
+            list @ Value::Array(_) => coerce(key, old, list),
+            _ => Err(Error::config(format!("{key} is {text:?}, expected numbers"))),
+        },
         (Value::Array(_), Value::String(text)) => {
             let parts = text.split(',').map(str::trim).filter(|p| !p.is_empty());
             Ok(Value::Array(parts.map(|p| Value::String(p.to_owned())).collect()))
         }
         (Value::Array(old), Value::Array(new)) => {
-            // The element types of a list are those of its defaults; an empty list holds texts.
-            let text = Value::String(String::new());
-            let element = old.first().unwrap_or(&text);
+            // The element types of a list are those of its defaults; an empty list holds texts, or numbers.
+            let any = if numbers { Value::Float(0.0) } else { Value::String(String::new()) };
+            let element = old.first().unwrap_or(&any);
             new.into_iter()
                 .map(|v| coerce(key, element, v))
                 .collect::<Result<_>>()
                 .map(Value::Array)
         }
-        (Value::Integer(_), Value::Integer(i)) if i < 0 && key != "rollout.top_k" => {
+        (Value::Integer(_), Value::Integer(i)) if i < 0 && !key.ends_with(".top_k") => {
             Err(Error::config(format!("{key} is {i}, limit is 0 or more")))
         }
         (old, new) if old.same_type(&new) => Ok(new),

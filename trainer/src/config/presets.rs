@@ -223,6 +223,10 @@ impl RlConfig {
             data: DataConfig {
                 train_files: vec!["builtin:arith".to_owned()],
                 val_files: vec!["builtin:arith".to_owned()],
+                weights: Vec::new(),
+                deduplicate: false,
+                drop_cjk_prompts: false,
+                filter_overlong_prompts: false,
                 train_batch_size: 32,
                 max_prompt_length: 512,
                 max_response_length: 256,

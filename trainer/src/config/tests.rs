@@ -176,6 +176,30 @@ fn values_outside_their_limits_are_refused_with_value_and_limit() {
 }
 
 #[test]
+fn weights_are_numbers_within_limits() {
+    let files = ("data.train_files", "a.jsonl,b.jsonl");
+    for weights in ["1,2.5", "[1, 2.5]"] {
+        let config = with(&[files, ("data.weights", weights)]).unwrap();
+        assert_eq!(config.data.weights, [1.0, 2.5], "{weights}");
+        assert_eq!(RlConfig::resolve(None, Some(&config.to_toml()), &[]).unwrap(), config);
+    }
+    let file =
+        "[data]\ntrain_files = [\"a\", \"b\"]\nweights = [3, 1]";
+    let config = RlConfig::resolve(None, Some(file), &[]).unwrap();
+    assert_eq!(config.data.weights, [3.0, 1.0]);
+    for (weights, message) in [
+        ("1", "data.weights is 1, expected a list"),
+        ("a b", "data.weights is \"a b\", expected numbers"),
+        ("1,2,3", "data.weights is 3 numbers, limit is one for each of the 2 data.train_files"),
+        ("1,-2", "data.weights is -2, limit is 0 or more"),
+        ("0,0", "data.weights is 0 for every file, limit is above 0 for one or more"),
+        ("[1, \"b\"]", "data.weights is \"b\", expected a number"),
+    ] {
+        assert_eq!(error(&[files, ("data.weights", weights)]), message);
+    }
+}
+
+#[test]
 fn settings_that_make_a_method_a_no_op_are_pointed_out() {
     let overrides = set(&[("algorithm.mini_batch_size", "32"), ("algorithm.kl_cov_ratio", "0.2")]);
     let warnings = RlConfig::resolve(Some("kl_cov"), None, &overrides).unwrap().warnings();

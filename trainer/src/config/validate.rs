@@ -73,6 +73,13 @@ impl RlConfig {
         let (d, r) = (&self.data, &self.rollout);
         limit(!self.model.path.is_empty(), "model.path", "\"\"", "a model")?;
         limit(!d.train_files.is_empty(), "data.train_files", "empty", "1 file or more")?;
+        let (weights, files) = (d.weights.len(), d.train_files.len());
+        let text = format!("one for each of the {files} data.train_files");
+        let one_each = weights == 0 || weights == files;
+        limit(one_each, "data.weights", format!("{weights} numbers"), &text)?;
+        d.weights.iter().try_for_each(|weight| at_least_0("data.weights", *weight))?;
+        let some = weights == 0 || d.weights.iter().any(|weight| *weight > 0.0);
+        limit(some, "data.weights", "0 for every file", "above 0 for one or more")?;
         positive("data.train_batch_size", d.train_batch_size)?;
         positive("data.max_prompt_length", d.max_prompt_length)?;
         positive("data.max_response_length", d.max_response_length)?;

@@ -55,8 +55,9 @@ impl Row {
     pub(super) fn parse(columns: &Columns) -> Result<Self, String> {
         let prompt = prompt(columns)?;
         let nested = columns.get("reward_model").and_then(|r| r.get("ground_truth"));
-        let flat = || ["ground_truth", "solution", "answer"].iter().find_map(|n| columns.get(*n));
-        let Some(truth) = nested.or_else(flat) else {
+        let flat =
+            || ["ground_truth", "solution", "answer"].iter().find_map(|n| present(columns, n));
+        let Some(truth) = nested.filter(|v| !v.is_null()).or_else(flat) else {
             return Err(missing(
                 columns,
                 "\"reward_model.ground_truth\" (or \"ground_truth\", \"solution\", \"answer\")",
@@ -73,8 +74,12 @@ impl Row {
         Ok(Self {
             data_source,
             prompt,
-            ground_truth: text(truth, "ground_truth")?,
-            extra: columns.get("extra_info").cloned().unwrap_or_else(rest),
+            ground_truth: match truth {
+                // Rules that need more than a text, such as countdown's, read it back.
+                Value::Array(_) | Value::Object(_) => truth.to_string(),
+                _ => text(truth, "ground_truth")?,
+            },
+            extra: present(columns, "extra_info").cloned().unwrap_or_else(rest),
         })
     }
 }
@@ -82,7 +87,7 @@ impl Row {
 impl SftRow {
     /// Reads a supervised pair; the error is a message without file and line.
     pub(super) fn parse(columns: &Columns) -> Result<Self, String> {
-        if let Some(conversation) = columns.get("messages") {
+        if let Some(conversation) = present(columns, "messages") {
             let mut all = messages(conversation, "messages")?;
             let last = all.pop().ok_or("messages has no messages")?;
             if last.role != "assistant" {
@@ -94,11 +99,18 @@ impl SftRow {
             return Ok(Self { prompt: Prompt::Messages(all), completion: last.content });
         }
         let prompt = prompt(columns)?;
-        let Some(completion) = columns.get("completion").or_else(|| columns.get("response")) else {
+        let Some(completion) =
+            present(columns, "completion").or_else(|| present(columns, "response"))
+        else {
             return Err(missing(columns, "\"completion\" (or \"response\")"));
         };
         Ok(Self { prompt, completion: text(completion, "completion")? })
     }
+}
+
+/// The value of a column; in a Parquet file every row has every column, some of them null.
+fn present<'a>(columns: &'a Columns, name: &str) -> Option<&'a Value> {
+    columns.get(name).filter(|value| !value.is_null())
 }
 
 fn prompt(columns: &Columns) -> Result<Prompt, String> {
