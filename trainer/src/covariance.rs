@@ -42,6 +42,8 @@ pub struct CovStats {
     pub tokens: usize,
     /// Mean over all: Cov(log pi, A).
     pub mean: f64,
+    /// Standard deviation (divided by the number of tokens).
+    pub std: f64,
     /// Smallest.
     pub min: f64,
     /// Largest.
@@ -58,6 +60,15 @@ pub struct CovStats {
 /// The groups of [`CovStats::top_means`], in per cent.
 pub const TOP_PERCENT: [f64; 5] = [0.02, 0.2, 2.0, 20.0, 50.0];
 
+/// Mean of the first `percent` of values that are sorted downwards, rounded down but at least one.
+///
+/// # Panics
+/// If there are no values, or `percent` is above 100.
+pub fn top_mean(sorted: &[f64], percent: f64) -> f64 {
+    let count = ((sorted.len() as f64 * percent / 100.0) as usize).max(1);
+    sorted[..count].iter().sum::<f64>() / count as f64
+}
+
 impl CovStats {
     /// Statistics of `covariances`; infinite entries (masked tokens) are left out. `None` if nothing
     /// is left.
@@ -67,18 +78,17 @@ impl CovStats {
         sorted.sort_by(|a, b| b.total_cmp(a));
         let n = sorted.len();
         let (max, min) = (*sorted.first()?, *sorted.last()?);
-        let top = |percent: f64| {
-            let count = ((n as f64 * percent / 100.0) as usize).max(1);
-            sorted[..count].iter().sum::<f64>() / count as f64
-        };
         let in_band = sorted.iter().filter(|c| (1.0..=5.0).contains(*c)).count();
+        let mean = sorted.iter().sum::<f64>() / n as f64;
+        let square = sorted.iter().map(|c| (c - mean) * (c - mean)).sum::<f64>();
         Some(Self {
             tokens: n,
-            mean: sorted.iter().sum::<f64>() / n as f64,
+            mean,
+            std: (square / n as f64).sqrt(),
             min,
             max,
             p99: sorted[n - (0.99 * n as f64).ceil() as usize],
-            top_means: TOP_PERCENT.map(top),
+            top_means: TOP_PERCENT.map(|percent| top_mean(&sorted, percent)),
             share_1_to_5: in_band as f64 / n as f64,
         })
     }
@@ -89,10 +99,11 @@ impl CovStats {
         metrics.set(name::COV_P99, self.p99);
         metrics.set(name::COV_MAX, self.max);
         metrics.set("cov/min", self.min);
+        metrics.set("cov/std", self.std);
         for (percent, mean) in TOP_PERCENT.iter().zip(self.top_means) {
             metrics.set(&format!("cov/top_{percent}pct_mean"), mean);
         }
-        metrics.set("cov/share_1_to_5", self.share_1_to_5);
+        metrics.set(name::COV_SHARE_1_TO_5, self.share_1_to_5);
     }
 }
 
@@ -118,6 +129,7 @@ mod tests {
         assert_eq!((s.tokens, s.mean, s.min, s.max, s.p99), (100, 50.5, 1.0, 100.0, 99.0));
         assert_eq!(s.top_means, [100.0, 100.0, 99.5, 90.5, 75.5]);
         assert_eq!(s.share_1_to_5, 0.05);
+        assert!((s.std - 833.25f64.sqrt()).abs() < 1e-12);
         assert_eq!(CovStats::new(&[f64::NEG_INFINITY]), None);
         let mut metrics = Metrics::new();
         s.record(&mut metrics);

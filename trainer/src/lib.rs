@@ -11,6 +11,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod covariance;
 pub mod data;
+pub mod dynamics;
 mod encode;
 pub mod error;
 pub mod kl;

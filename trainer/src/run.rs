@@ -11,6 +11,7 @@ use engine::Engine;
 use crate::checkpoint::{Checkpoint, CheckpointStore, TrainState, verify};
 use crate::config::RlConfig;
 use crate::data::{Row, Sampler, Visit};
+use crate::dynamics::Dynamics;
 use crate::error::{Error, Result};
 use crate::metrics::{Metrics, MetricsWriter, name};
 use crate::report::write_report;
@@ -96,6 +97,7 @@ pub fn run_rl(
         Some(_) => MetricsWriter::resume(&metrics_path, trainer.steps())?,
         None => MetricsWriter::create(&metrics_path)?,
     };
+    trainer.dynamics = Dynamics::after(metrics.last(name::ENTROPY));
     let mut run = Run { trainer, store, files, metrics, val, output };
     run.steps(stop, tell)
 }

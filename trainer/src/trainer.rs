@@ -11,8 +11,8 @@ use engine::{Engine, EosRule, FinishReason};
 
 use crate::advantage::{self, Advantages, EPSILON, Scale};
 use crate::config::RlConfig;
-use crate::covariance::{CovStats, token_covariances};
 use crate::data::{Cursor, Row, Sampler, Visit};
+use crate::dynamics::{self, Dynamics};
 use crate::encode::PromptEncoder;
 use crate::error::{Error, ErrorKind, Result};
 use crate::learner::Packed;
@@ -44,6 +44,7 @@ pub struct Trainer {
     pub(crate) sampler: Sampler,
     /// Training steps done.
     pub(crate) steps: u64,
+    pub(crate) dynamics: Dynamics,
     encoder: PromptEncoder,
     rewards: RewardRule,
 }
@@ -85,7 +86,9 @@ impl Trainer {
         let mut update = engine.begin_update().map_err(Error::engine)?;
         let state = UpdateState::new(update.decoder().0);
         drop(update);
-        let trainer = Self { engine, config, state, rows, sampler, steps: 0, encoder, rewards };
+        let dynamics = Dynamics::default();
+        let trainer =
+            Self { engine, config, state, rows, sampler, steps: 0, dynamics, encoder, rewards };
         trainer.check_prompts(&trainer.rows.rows, &trainer.config.data.train_files)?;
         Ok(trainer)
     }
@@ -137,6 +140,7 @@ impl Trainer {
         self.steps = step;
 
         metrics.set(name::TIME_UPDATE_ACTOR, learning.elapsed().as_secs_f64());
+        self.dynamics.record_entropies(&mut metrics, &rollouts.episodes);
         self.record(&mut metrics, (&rollouts, &advantages, &old), (&reports, lr), start);
         let samples = self.samples(rollouts, &advantages);
         Ok((metrics, samples))
@@ -293,7 +297,7 @@ impl Trainer {
         metrics.set(name::EPOCH, self.sampler.cursor().epoch as f64);
         metrics.set(name::LR, lr);
         rollouts.record(metrics, advantages);
-        record_covariance(metrics, old, advantages);
+        dynamics::record_covariances(metrics, old, &advantages.values, lr);
         record_updates(metrics, reports);
         let tokens: usize = rollouts.sequences.iter().map(Vec::len).sum();
         let seconds = start.elapsed().as_secs_f64();
@@ -316,7 +320,9 @@ impl Trainer {
                 prompt_token_ids: prompts[e.prompt].clone(),
                 token_ids: e.tokens,
                 text: e.text,
+                text_ends: e.text_ends,
                 log_probs: e.logprobs,
+                entropies: e.entropies,
                 finish_reason: e.finish.name().to_owned(),
                 ground_truth: row.ground_truth.clone(),
                 predicted: verdict.predicted,
@@ -367,37 +373,12 @@ impl Rollouts {
         let cut = self.episodes.iter().filter(|e| e.finish == FinishReason::Length).count() as f64;
         metrics.set(name::RESPONSE_CLIP_RATIO, cut / n);
         metrics.summarize(name::PROMPT_LENGTH, self.prompts.iter().map(|p| p.len() as f64));
-        let all = || self.episodes.iter().flat_map(|e| &e.entropies);
-        let tokens = all().count() as f64;
-        metrics.set(name::ENTROPY, all().map(|h| f64::from(*h)).sum::<f64>() / tokens);
-        let per_response = |e: &Episode| {
-            e.entropies.iter().map(|h| f64::from(*h)).sum::<f64>() / e.entropies.len() as f64
-        };
-        let mean = self.episodes.iter().map(per_response).sum::<f64>() / n;
-        metrics.set(name::ENTROPY_PER_RESPONSE, mean);
         let versions = || self.episodes.iter().map(|e| e.version);
         metrics.set(name::VERSION_MIN, versions().min().unwrap_or(0) as f64);
         metrics.set(name::VERSION_MAX, versions().max().unwrap_or(0) as f64);
         // Sampling and training read the same memory.
         metrics.set(name::SYNC_BYTES, 0.0);
         metrics.set(name::SYNC_SECONDS, 0.0);
-    }
-}
-
-/// Statistics of the covariances of all tokens of the step, before its first update.
-fn record_covariance(metrics: &mut Metrics, old: &[Vec<f32>], advantages: &Advantages) {
-    let log_probs = old.concat();
-    let per_token: Vec<f32> = old
-        .iter()
-        .zip(&advantages.values)
-        .flat_map(|(old, a)| vec![*a as f32; old.len()])
-        .collect();
-    let mask = vec![true; log_probs.len()];
-    let scope = 0..log_probs.len();
-    let covariances =
-        token_covariances(&log_probs, &per_token, &mask, std::slice::from_ref(&scope));
-    if let Some(stats) = CovStats::new(&covariances) {
-        stats.record(metrics);
     }
 }
 

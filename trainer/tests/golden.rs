@@ -17,5 +17,7 @@ mod common;
 mod kl;
 #[path = "golden/losses.rs"]
 mod losses;
+#[path = "golden/science.rs"]
+mod science;
 #[path = "golden/verifiers.rs"]
 mod verifiers;
