@@ -31,8 +31,10 @@ mod score;
 mod sft;
 mod source;
 pub mod tasks;
+pub mod tensorboard;
 #[cfg(test)]
 mod testing;
+pub mod trackers;
 mod trainer;
 mod update;
 pub mod verifier;

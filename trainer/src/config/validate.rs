@@ -57,9 +57,8 @@ impl RlConfig {
         limit(t.seed <= MAX_SEED, "trainer.seed", t.seed, &MAX_SEED.to_string())?;
         limit(!t.output.is_empty(), "trainer.output", "\"\"", "a folder")?;
         for tracker in &t.trackers {
-            not_yet(tracker == "tensorboard", "tracker tensorboard")?;
-            let known = ["console", "jsonl"].contains(&tracker.as_str());
-            limit(known, "trainer.trackers", tracker, "console, jsonl")?;
+            let known = ["console", "jsonl", "tensorboard"].contains(&tracker.as_str());
+            limit(known, "trainer.trackers", tracker, "console, jsonl, tensorboard")?;
         }
         Ok(())
     }
