@@ -60,8 +60,8 @@ impl Predictors {
     /// ```
     /// use trainer::dynamics::Predictors;
     /// let p = Predictors::new(&[0.0, 0.25f64.ln()], &[1.0, -1.0]).unwrap();
-    /// assert_eq!(p.cov, 4f64.ln() / 2.0);
-    /// assert_eq!(p.prob_weighted_cov, 4f64.ln() / 2.0 * 0.625);
+    /// assert!((p.cov - 4f64.ln() / 2.0).abs() < 1e-12);
+    /// assert!((p.prob_weighted_cov - 4f64.ln() / 2.0 * 0.625).abs() < 1e-12);
     /// ```
     pub fn new(log_prob: &[f64], advantage: &[f64]) -> Option<Self> {
         let weighted: Vec<f64> =

@@ -14,6 +14,7 @@ pub mod data;
 pub mod dynamics;
 mod encode;
 pub mod error;
+pub mod fit;
 pub mod kl;
 mod learner;
 pub mod loss;

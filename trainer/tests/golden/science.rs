@@ -1,9 +1,10 @@
-//! `extra_misc.json`, the kinds about entropy: statistics of token covariances.
+//! `extra_misc.json`, the kinds about entropy: statistics of token covariances, and the fit of reward.
 
 use serde_json::Value;
 use trainer::covariance::{CovStats, token_covariances, top_mean};
+use trainer::fit::{Fit, Point};
 
-use crate::common::{TOKEN, cases, close, mask, matrix, required};
+use crate::common::{REDUCED, TOKEN, cases, close, mask, matrix, required};
 
 fn of_kind(kind: &str) -> Vec<Value> {
     let cases: Vec<Value> =
@@ -35,6 +36,26 @@ fn statistics_of_covariances() {
             ("frac_gt_1", above),
         ] {
             close(got, required(&case["expected"][key]), TOKEN, &format!("{name}, {key}"));
+        }
+    }
+}
+
+#[test]
+fn fits_of_reward_against_entropy() {
+    for case in of_kind("entropy_fit") {
+        let name = case["name"].as_str().unwrap();
+        let list = |key: &str| -> Vec<f64> {
+            case[key].as_array().unwrap().iter().map(required).collect()
+        };
+        let points: Vec<Point> = list("H").into_iter().zip(list("R")).collect();
+        let fit = Fit::new(&points).unwrap();
+        for (key, got) in [
+            ("a", fit.a.value),
+            ("b", fit.b.value),
+            ("rmse", fit.rmse),
+            ("ceiling_at_H0", fit.ceiling().value),
+        ] {
+            close(got, required(&case["expected"][key]), REDUCED, &format!("{name}, {key}"));
         }
     }
 }
