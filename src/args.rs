@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::args_run::{RlArgs, SftArgs};
 use crate::device::DeviceArg;
+use crate::plot::PlotArgs;
 
 /// The model that is used where none is named.
 pub(crate) const DEFAULT_MODEL: &str = "builtin:arith";
@@ -56,6 +57,9 @@ pub(crate) enum Command {
     /// Train a model on given answers
     #[command(after_help = crate::args_run::SFT_EXAMPLES)]
     Sft(SftArgs),
+    /// Draw the curves of training runs and fit reward against entropy
+    #[command(after_help = crate::plot::EXAMPLES)]
+    Plot(PlotArgs),
     /// Show what was detected and what a model will take
     #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArgs),
@@ -102,6 +106,7 @@ impl Command {
             Self::Score(args) => &args.common,
             Self::Rl(args) => &args.common,
             Self::Sft(args) => &args.common,
+            Self::Plot(args) => &args.common,
             Self::Doctor(args) => &args.common,
         }
     }

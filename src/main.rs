@@ -21,6 +21,7 @@ mod input;
 mod layers;
 mod model;
 mod output;
+mod plot;
 mod progress;
 mod resume;
 mod rl;
@@ -58,6 +59,7 @@ fn run(parsed: Parsed, terminal: &Terminal) -> Result<()> {
         Command::Score(args) => score::run(args, terminal),
         Command::Rl(args) => rl::run(args, run_config, terminal),
         Command::Sft(args) => sft::run(args, run_config, terminal),
+        Command::Plot(args) => plot::run(&args, terminal),
         Command::Doctor(args) => doctor::run(&args, terminal),
     }
 }

@@ -22,7 +22,8 @@ use trainer::agg::{self, AggScope};
 use trainer::config::{AdvEstimator, CovScope, RolloutIs};
 use trainer::data::{Cursor, Row, Sampler};
 use trainer::loss::{ChoiceKey, LossOutput, TokenBatch};
-use trainer::metrics::{Metrics, MetricsWriter, name};
+use trainer::metrics::{Metrics, name};
+use trainer::trackers::Trackers;
 use trainer::verifier::{RewardRule, Verdict};
 use trainer::{PromptEncoder, RlConfig, Rows, train_rows};
 
@@ -54,11 +55,11 @@ pub(crate) fn run(
         .and_then(|()| fs::write(&path, config.to_toml()))
         .map_err(|error| Failure::unwritable(&path, &error))?;
     let path = folder.join("metrics.jsonl");
-    let mut writer = MetricsWriter::create(&path)?;
+    let mut trackers = Trackers::open(&config.trainer, None)?;
     let total = config.trainer.total_steps;
     for step in 1..=total {
         let metrics = learner.step(step)?;
-        writer.write(&metrics)?;
+        trackers.write(&metrics)?;
         terminal.info(&metrics.progress(total));
         if signals.asked() && step < total {
             return Err(Failure::interrupted(format!("interrupted after step {step} of {total}")));

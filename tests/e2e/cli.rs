@@ -8,7 +8,7 @@ use super::support::{Folder, SMALL, engine, fails, run};
 fn every_command_has_help_with_examples() {
     let list = run(engine().arg("--help"));
     assert_eq!(list.code, Some(0));
-    for command in ["serve", "generate", "score", "rl", "sft", "doctor"] {
+    for command in ["serve", "generate", "score", "rl", "sft", "plot", "doctor"] {
         assert!(list.stdout.contains(&format!("  {command} ")), "{command}");
         let help = run(engine().args([command, "--help"]));
         assert_eq!(help.code, Some(0));

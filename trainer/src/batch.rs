@@ -5,7 +5,7 @@ use std::ops::Range;
 use engine::FinishReason;
 
 use crate::advantage::{Advantages, Estimated};
-use crate::covariance::{CovStats, token_covariances};
+use crate::dynamics;
 use crate::learner::Packed;
 use crate::metrics::{Metrics, name};
 use crate::rollout::Episode;
@@ -134,7 +134,7 @@ impl Rollouts {
 
     pub(crate) fn record(&self, metrics: &mut Metrics, advantages: &Advantages) {
         let n = self.responses.len().max(1) as f64;
-        let episodes = || self.responses.iter().map(|r| &r.episode);
+        let episodes = || self.episodes();
         metrics.summarize(name::SCORE, self.responses.iter().map(|r| r.verdict.score));
         metrics.summarize(name::REWARDS, self.responses.iter().map(|r| r.reward));
         metrics.summarize(name::ADVANTAGES, advantages.values.iter().copied());
@@ -148,13 +148,6 @@ impl Rollouts {
         metrics.summarize(name::PROMPT_LENGTH, self.prompts.iter().map(|p| p.len() as f64));
         let empty = episodes().filter(|e| e.tokens.is_empty()).count() as f64;
         metrics.set(name::EMPTY_RESPONSES, empty);
-        let mean = |values: &[f32]| {
-            values.iter().map(|h| f64::from(*h)).sum::<f64>() / values.len().max(1) as f64
-        };
-        let all: Vec<f32> = episodes().flat_map(|e| &e.entropies).copied().collect();
-        metrics.set(name::ENTROPY, mean(&all));
-        let per_response = episodes().map(|e| mean(&e.entropies)).sum::<f64>() / n;
-        metrics.set(name::ENTROPY_PER_RESPONSE, per_response);
         let versions = || episodes().map(|e| e.version);
         metrics.set(name::VERSION_MIN, versions().min().unwrap_or(0) as f64);
         metrics.set(name::VERSION_MAX, versions().max().unwrap_or(0) as f64);
@@ -163,17 +156,17 @@ impl Rollouts {
         metrics.set(name::SYNC_SECONDS, 0.0);
     }
 
-    /// Statistics of the covariances of all tokens of the step, before its first update.
-    pub(crate) fn record_covariance(&self, metrics: &mut Metrics, advantages: &[f64]) {
+    /// Statistics of the covariances of all tokens of the step, before its first update, and what they
+    /// predict; `advantages` are those of the tokens.
+    pub(crate) fn record_covariances(&self, metrics: &mut Metrics, advantages: &[f64], lr: f64) {
         let log_probs: Vec<f64> =
             self.responses.iter().flat_map(|r| &r.old).map(|l| f64::from(*l)).collect();
         let rounded: Vec<f64> = advantages.iter().map(|a| f64::from(*a as f32)).collect();
-        let scope = 0..log_probs.len();
-        let mask = vec![true; log_probs.len()];
-        let covariances =
-            token_covariances(&log_probs, &rounded, &mask, std::slice::from_ref(&scope));
-        if let Some(stats) = CovStats::new(&covariances) {
-            stats.record(metrics);
-        }
+        dynamics::record_covariances(metrics, &log_probs, &rounded, lr);
+    }
+
+    /// What was sampled, in order.
+    pub(crate) fn episodes(&self) -> impl Iterator<Item = &Episode> {
+        self.responses.iter().map(|response| &response.episode)
     }
 }

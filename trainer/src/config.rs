@@ -180,7 +180,7 @@ pub struct TrainerConfig {
     pub keep_checkpoints: usize,
     /// The folder of the run; default `runs/METHOD`.
     pub output: String,
-    /// Among `console` and `jsonl`; default both.
+    /// Among `console`, `jsonl` and `tensorboard`; default the first two.
     pub trackers: Vec<String>,
     /// Seed of sampling and of Clip-Cov's choice; default 0.
     pub seed: u64,

@@ -14,6 +14,7 @@ pub mod correction;
 pub mod covariance;
 pub mod data;
 pub mod distribution;
+pub mod dynamics;
 mod encode;
 pub mod error;
 pub mod filter;
@@ -39,8 +40,10 @@ mod sft;
 pub mod shaping;
 mod source;
 pub mod tasks;
+pub mod tensorboard;
 #[cfg(test)]
 mod testing;
+pub mod trackers;
 mod trainer;
 mod update;
 mod validation;

@@ -19,6 +19,9 @@ pub mod name {
     pub const EPOCH: &str = "training/epoch";
     pub const ENTROPY: &str = "actor/entropy";
     pub const ENTROPY_PER_RESPONSE: &str = "train_entropy/all";
+    pub const ENTROPY_DELTA: &str = "entropy/delta";
+    pub const ENTROPY_PREDICTED_1: &str = "entropy/predicted_thm1";
+    pub const ENTROPY_PREDICTED_2: &str = "entropy/predicted_thm2";
     pub const PG_LOSS: &str = "actor/pg_loss";
     pub const PG_CLIPFRAC: &str = "actor/pg_clipfrac";
     pub const PG_CLIPFRAC_LOWER: &str = "actor/pg_clipfrac_lower";
@@ -52,6 +55,8 @@ pub mod name {
     pub const RESPONSE_CLIP_RATIO: &str = "response_length/clip_ratio";
     pub const PROMPT_LENGTH: &str = "prompt_length";
     pub const COV_MEAN: &str = "cov/mean";
+    pub const COV_PROB_WEIGHTED: &str = "cov/prob_weighted";
+    pub const COV_SHARE_1_TO_5: &str = "cov/share_1_to_5";
     pub const COV_P99: &str = "cov/p99";
     pub const COV_MAX: &str = "cov/max";
     pub const COV_SELECTED_TOKENS: &str = "cov/selected_tokens";
@@ -183,6 +188,8 @@ fn number(value: f64) -> Value {
 pub struct MetricsWriter {
     path: PathBuf,
     file: File,
+    /// The last line that was kept of an older file.
+    last: Option<Value>,
 }
 
 impl MetricsWriter {
@@ -192,7 +199,7 @@ impl MetricsWriter {
     /// If the file cannot be written.
     pub fn create(path: &Path) -> Result<Self> {
         let file = File::create(path).map_err(|e| Error::io(path, e))?;
-        Ok(Self { path: path.to_owned(), file })
+        Ok(Self { path: path.to_owned(), file, last: None })
     }
 
     /// Continues a file after `step`: later lines, and a last line cut short by a crash, go.
@@ -204,20 +211,26 @@ impl MetricsWriter {
         if !path.exists() {
             return Self::create(path);
         }
-        let mut kept = String::new();
+        let (mut kept, mut last) = (String::new(), None);
         for line in BufReader::new(File::open(path).map_err(fail)?).split(b'\n') {
             let line = String::from_utf8(line.map_err(fail)?).unwrap_or_default();
             let Ok(value) = serde_json::from_str::<Value>(&line) else { continue };
             if value[name::GLOBAL_STEP].as_u64().is_some_and(|s| s <= step) {
                 kept += &line;
                 kept.push('\n');
+                last = Some(value);
             }
         }
         let temporary = path.with_extension("jsonl.tmp");
         std::fs::write(&temporary, kept).map_err(|e| Error::io(&temporary, e))?;
         std::fs::rename(&temporary, path).map_err(fail)?;
         let file = OpenOptions::new().append(true).open(path).map_err(fail)?;
-        Ok(Self { path: path.to_owned(), file })
+        Ok(Self { path: path.to_owned(), file, last })
+    }
+
+    /// A value of the last line kept by [`MetricsWriter::resume`].
+    pub fn last(&self, name: &str) -> Option<f64> {
+        self.last.as_ref()?.get(name)?.as_f64()
     }
 
     /// Appends a line.
@@ -281,6 +294,7 @@ mod tests {
         torn.extend(b"{\"training/global_");
         std::fs::write(&path, torn).unwrap();
         let mut w = MetricsWriter::resume(&path, 2).unwrap();
+        assert_eq!(w.last(name::SCORE_MEAN), Some(0.25));
         w.write(&step(3.0)).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         let expected: Vec<String> = (1..=3).map(|n| step(f64::from(n)).to_json()).collect();

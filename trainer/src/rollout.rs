@@ -23,6 +23,9 @@ pub struct Episode {
     pub entropies: Vec<f32>,
     /// The response's text, without special tokens.
     pub text: String,
+    /// Where the text of each token ends, in bytes of UTF-8; a token whose characters are not whole yet
+    /// adds none, the next one has them.
+    pub text_ends: Vec<usize>,
     /// Why it ended.
     pub finish: FinishReason,
     /// The weights that produced it.
@@ -107,6 +110,7 @@ pub fn generate(
                     episode.logprobs.push(token.logprob);
                     episode.entropies.push(token.entropy);
                     episode.text.push_str(&token.text);
+                    episode.text_ends.push(episode.text.len());
                     episode.version = token.version.0;
                 }
                 Event::Finished(finished) => {
@@ -136,6 +140,7 @@ impl Episode {
             logprobs: Vec::new(),
             entropies: Vec::new(),
             text: String::new(),
+            text_ends: Vec::new(),
             finish: FinishReason::Abort,
             version: 0,
         }

@@ -1,7 +1,7 @@
 //! A whole reinforcement learning run: steps, validations, checkpoints, and the files they leave.
 //!
 //! `DIR/`: `config.toml` (resolved), `metrics.jsonl`, `samples/step_N.jsonl`, `checkpoints/step_N/`,
-//! `latest`, and `report.html` at the end. Prints nothing: the caller hears of each event.
+//! `latest`, TensorBoard events if asked for, and `report.html` at the end. Prints nothing: the caller hears of each event.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -11,12 +11,14 @@ use engine::Engine;
 use crate::checkpoint::{Checkpoint, CheckpointStore, TrainState, verify};
 use crate::config::RlConfig;
 use crate::data::Row;
+use crate::dynamics::Dynamics;
 use crate::error::{Error, Result};
-use crate::metrics::{Metrics, MetricsWriter, name};
+use crate::metrics::{Metrics, name};
 use crate::report::write_report;
 use crate::samples::write_samples;
 use crate::save::{ModelFiles, load_optimizer, save_model, save_optimizer};
 use crate::source::{train_rows, val_rows};
+use crate::trackers::Trackers;
 use crate::trainer::Trainer;
 use crate::validation::Validation;
 
@@ -103,11 +105,8 @@ pub fn run_rl(
     }
     let path = output.join("config.toml");
     std::fs::write(&path, config.to_toml()).map_err(|e| Error::io(&path, e))?;
-    let metrics_path = output.join("metrics.jsonl");
-    let metrics = match from {
-        Some(_) => MetricsWriter::resume(&metrics_path, trainer.steps())?,
-        None => MetricsWriter::create(&metrics_path)?,
-    };
+    let metrics = Trackers::open(&config.trainer, from.map(|_| trainer.steps()))?;
+    trainer.dynamics = Dynamics::after(metrics.last(name::ENTROPY));
     let mut run = Run { trainer, store, files, metrics, val, output };
     run.steps(stop, tell)
 }
@@ -142,7 +141,7 @@ struct Run {
     trainer: Trainer,
     store: CheckpointStore,
     files: ModelFiles,
-    metrics: MetricsWriter,
+    metrics: Trackers,
     val: Vec<Row>,
     output: PathBuf,
 }

@@ -28,8 +28,15 @@ pub struct Sample {
     pub token_ids: Vec<u32>,
     /// Their text.
     pub text: String,
-    /// Their log-probs when sampled.
+    /// Where each token's part of `text` ends, in bytes of UTF-8; what lies after the last belongs to
+    /// the last token. Empty in files that have none.
+    #[serde(default)]
+    pub text_ends: Vec<usize>,
+    /// Their log-probs when sampled, in nats.
     pub log_probs: Vec<f32>,
+    /// Entropy of the distribution each was drawn from, in nats. Empty in files that have none.
+    #[serde(default)]
+    pub entropies: Vec<f32>,
     /// Why it ended: `stop` or `length`.
     pub finish_reason: String,
     /// What a right answer is.
@@ -89,7 +96,9 @@ mod tests {
             prompt_token_ids: vec![5, 6],
             token_ids: vec![7],
             text: "2\n</script>".into(),
+            text_ends: vec![11],
             log_probs: vec![-0.25],
+            entropies: vec![0.5],
             finish_reason: "stop".into(),
             ground_truth: "2".into(),
             predicted: "2".into(),

@@ -15,6 +15,7 @@ use crate::advantage::{Advantages, Estimated, Outcomes, estimate};
 use crate::batch::{Group, Part, Response, Rollouts, Truncated};
 use crate::config::{KlControl, RlConfig, kept_for_backward};
 use crate::data::{Cursor, Row, Sampler};
+use crate::dynamics::Dynamics;
 use crate::encode::PromptEncoder;
 use crate::error::{Error, Result};
 use crate::kl::adapted_coefficient;
@@ -43,6 +44,7 @@ pub struct Trainer {
     pub(crate) encoder: PromptEncoder,
     pub(crate) rewards: RewardRule,
     reference: Option<Reference>,
+    pub(crate) dynamics: Dynamics,
 }
 
 impl Trainer {
@@ -80,6 +82,7 @@ impl Trainer {
             sampler,
             steps: 0,
             surplus: Vec::new(),
+            dynamics: Dynamics::default(),
             rewards,
             reference: None,
             encoder,
@@ -128,6 +131,7 @@ impl Trainer {
         self.steps = step;
 
         metrics.set(name::TIME_UPDATE_ACTOR, learning.elapsed().as_secs_f64());
+        self.dynamics.record_entropies(&mut metrics, rollouts.episodes());
         self.record(&mut metrics, (&rollouts, &advantages), (&reports, lr), start);
         let samples = self.samples(rollouts, &advantages.responses);
         Ok((metrics, samples))
@@ -245,7 +249,7 @@ impl Trainer {
         metrics.set(name::EPOCH, self.sampler.cursor().epoch as f64);
         metrics.set(name::LR, lr);
         rollouts.record(metrics, &advantages.responses);
-        rollouts.record_covariance(metrics, &advantages.tokens);
+        rollouts.record_covariances(metrics, &advantages.tokens, lr);
         record_updates(metrics, reports);
         let masked = match self.config.algorithm.mask_truncated {
             true => rollouts.responses.iter().filter(|r| r.is_truncated()).count(),
@@ -274,7 +278,9 @@ impl Trainer {
                 prompt_token_ids: prompts[e.prompt].clone(),
                 token_ids: e.tokens,
                 text: e.text,
+                text_ends: e.text_ends,
                 log_probs: e.logprobs,
+                entropies: e.entropies,
                 finish_reason: e.finish.name().to_owned(),
                 ground_truth: row.ground_truth.clone(),
                 predicted: verdict.predicted,

@@ -163,8 +163,12 @@ fn values_outside_their_limits_are_refused_with_value_and_limit() {
         ("algorithm.kl_cov_ratio", "2", "algorithm.kl_cov_ratio is 2, limit is 0 to 1"),
         ("data.shuffle", "1", "data.shuffle is 1, expected true or false"),
         ("data.train_files", "[]", "data.train_files is empty, limit is 1 file or more"),
-        ("trainer.trackers", "wandb", "trainer.trackers is wandb, limit is console, jsonl"),
         ("algorithm.tau_neg", "0", "algorithm.tau_neg is 0, limit is above 0"),
+        (
+            "trainer.trackers",
+            "wandb",
+            "trainer.trackers is wandb, limit is console, jsonl, tensorboard",
+        ),
     ] {
         assert_eq!(error(&[(key, value)]), message);
     }

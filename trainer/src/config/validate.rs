@@ -41,13 +41,6 @@ fn above_0(key: &str, value: f64) -> Result<()> {
     limit(value > 0.0, key, value, "above 0")
 }
 
-fn not_yet(asked: bool, what: &str) -> Result<()> {
-    if asked {
-        return Err(Error::config(format!("{what} is not available yet")));
-    }
-    Ok(())
-}
-
 impl RlConfig {
     pub(super) fn validate(&self) -> Result<()> {
         self.validate_data()?;
@@ -62,9 +55,8 @@ impl RlConfig {
         limit(t.seed <= MAX_SEED, "trainer.seed", t.seed, &MAX_SEED.to_string())?;
         limit(!t.output.is_empty(), "trainer.output", "\"\"", "a folder")?;
         for tracker in &t.trackers {
-            not_yet(tracker == "tensorboard", "tracker tensorboard")?;
-            let known = ["console", "jsonl"].contains(&tracker.as_str());
-            limit(known, "trainer.trackers", tracker, "console, jsonl")?;
+            let known = ["console", "jsonl", "tensorboard"].contains(&tracker.as_str());
+            limit(known, "trainer.trackers", tracker, "console, jsonl, tensorboard")?;
         }
         Ok(())
     }
