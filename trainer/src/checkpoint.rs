@@ -36,7 +36,7 @@ const REPLACED: &str = ".tmp-old-";
 const STEP: &str = "step_";
 
 /// What resuming needs besides weights and optimizer moments.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainState {
     /// Version of this layout: 1.
@@ -57,6 +57,9 @@ pub struct TrainState {
     pub config_hash: String,
     /// Version of the weights.
     pub weights_version: u64,
+    /// Coefficient of the divergence in the reward; checkpoints of older programs have none.
+    #[serde(default)]
+    pub kl_coef: Option<f64>,
     /// Version of the program that wrote it.
     pub program_version: String,
 }

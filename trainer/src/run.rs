@@ -241,6 +241,7 @@ impl Trainer {
             data_hash: self.rows.hash.clone(),
             config_hash: self.config.hash(),
             weights_version: self.engine.version().0,
+            kl_coef: Some(self.kl_coef),
             program_version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }
@@ -269,6 +270,7 @@ impl Trainer {
         load_optimizer(checkpoint, &mut self.state.optimizer)?;
         self.state.optimizer.step = state.optimizer_step;
         self.steps = state.step;
+        self.kl_coef = state.kl_coef.unwrap_or(self.kl_coef);
         // The version goes on counting from where it was.
         while self.engine.version().0 < state.weights_version {
             drop(self.engine.begin_update().map_err(Error::engine)?);

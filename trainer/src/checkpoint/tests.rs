@@ -15,6 +15,7 @@ fn state(step: u64) -> TrainState {
         data_hash: "d".into(),
         config_hash: "c".into(),
         weights_version: step,
+        kl_coef: Some(1e-3),
         program_version: "0.1.0".into(),
     }
 }
