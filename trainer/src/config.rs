@@ -9,6 +9,7 @@ mod layers;
 mod presets;
 mod sft;
 mod validate;
+mod validation;
 
 use kernels::AdamW;
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,7 @@ use crate::schedule::{LrShape, Schedule};
 
 pub use presets::Method;
 pub use sft::{SftConfig, SftDataConfig, SftModelConfig, SftTrainerConfig};
+pub use validation::ValidationConfig;
 
 /// Everything that decides how a reinforcement learning run goes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,6 +43,8 @@ pub struct RlConfig {
     pub optimizer: OptimizerConfig,
     /// How responses are judged.
     pub reward: RewardConfig,
+    /// How responses are sampled to validate.
+    pub validation: ValidationConfig,
     /// How long, what is saved and reported.
     pub trainer: TrainerConfig,
 }

@@ -13,6 +13,7 @@ pub mod covariance;
 pub mod data;
 mod encode;
 pub mod error;
+pub mod eval;
 pub mod kl;
 mod learner;
 pub mod loss;

@@ -16,7 +16,7 @@ use super::layers::{Layers, nearest};
 use super::{
     AdvEstimator, AlgorithmConfig, CovScope, DataConfig, LossMode, ModelConfig, OnError,
     OptimizerConfig, OverlongConfig, PromptTemplate, RewardConfig, RlConfig, RolloutConfig,
-    TrainerConfig,
+    TrainerConfig, ValidationConfig,
 };
 use crate::agg::AggMode;
 use crate::error::{Error, Result};
@@ -143,6 +143,7 @@ impl RlConfig {
                 timeout_s: 10.0,
                 on_error: OnError::Zero,
             },
+            validation: ValidationConfig::default(),
             trainer: TrainerConfig {
                 total_steps: 50,
                 save_freq: 0,
