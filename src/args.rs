@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::args_eval::EvalArgs;
 use crate::args_run::{RlArgs, SftArgs};
 use crate::device::DeviceArg;
 use crate::plot::PlotArgs;
@@ -57,6 +58,9 @@ pub(crate) enum Command {
     /// Train a model on given answers
     #[command(after_help = crate::args_run::SFT_EXAMPLES)]
     Sft(SftArgs),
+    /// How often a model's responses are right
+    #[command(after_help = crate::args_eval::EVAL_EXAMPLES)]
+    Eval(EvalArgs),
     /// Draw the curves of training runs and fit reward against entropy
     #[command(after_help = crate::plot::EXAMPLES)]
     Plot(PlotArgs),
@@ -106,6 +110,7 @@ impl Command {
             Self::Score(args) => &args.common,
             Self::Rl(args) => &args.common,
             Self::Sft(args) => &args.common,
+            Self::Eval(args) => &args.common,
             Self::Plot(args) => &args.common,
             Self::Doctor(args) => &args.common,
         }

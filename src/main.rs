@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod args_eval;
 mod args_run;
 #[cfg(feature = "candle")]
 mod candle;
@@ -15,6 +16,7 @@ mod candle;
 mod device;
 mod doctor;
 mod download;
+mod eval;
 mod exit;
 mod generate;
 mod input;
@@ -59,6 +61,7 @@ fn run(parsed: Parsed, terminal: &Terminal) -> Result<()> {
         Command::Score(args) => score::run(args, terminal),
         Command::Rl(args) => rl::run(args, run_config, terminal),
         Command::Sft(args) => sft::run(args, run_config, terminal),
+        Command::Eval(args) => eval::run(&args, terminal),
         Command::Plot(args) => plot::run(&args, terminal),
         Command::Doctor(args) => doctor::run(&args, terminal),
     }

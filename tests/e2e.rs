@@ -3,6 +3,7 @@
 
 mod e2e {
     mod cli;
+    mod eval;
     mod generate;
     mod hub;
     #[cfg(target_os = "linux")]

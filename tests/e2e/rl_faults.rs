@@ -60,7 +60,9 @@ fn data_files_that_hold_nothing_to_train_on_are_refused() {
     lab.data = lab.folder.write("cut.parquet", "PAR1\x15\x04\x15");
     let part = match cfg!(feature = "parquet") {
         true => "cut.parquet: not a Parquet file, or one cut short",
-        false => "cut.parquet: Parquet is not part of this program, build it with cargo build --release --features parquet",
+        false => {
+            "cut.parquet: Parquet is not part of this program, build it with cargo build --release --features parquet"
+        }
     };
     fails(&mut lab.rl("run", &[]), 3, part);
     lab.data = lab.folder.write("long.jsonl", &task(1, 1).replace("1+1", &"1+".repeat(60)));

@@ -10,6 +10,7 @@ mod layers;
 mod presets;
 mod sft;
 mod validate;
+mod validation;
 mod warnings;
 
 use engine::decoder::Keep;
@@ -28,6 +29,7 @@ pub use algorithm::{
 };
 pub use presets::Method;
 pub use sft::{SftConfig, SftDataConfig, SftModelConfig, SftTrainerConfig};
+pub use validation::ValidationConfig;
 
 /// Everything that decides how a reinforcement learning run goes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,6 +47,8 @@ pub struct RlConfig {
     pub optimizer: OptimizerConfig,
     /// How responses are judged.
     pub reward: RewardConfig,
+    /// How responses are sampled to validate.
+    pub validation: ValidationConfig,
     /// How long, what is saved and reported.
     pub trainer: TrainerConfig,
 }

@@ -95,7 +95,8 @@ impl Dynamics {
         episodes: impl IntoIterator<Item = &'a Episode>,
     ) {
         let sum = |e: &Episode| e.entropies.iter().map(|h| f64::from(*h)).sum::<f64>();
-        let spoken: Vec<&Episode> = episodes.into_iter().filter(|e| !e.entropies.is_empty()).collect();
+        let spoken: Vec<&Episode> =
+            episodes.into_iter().filter(|e| !e.entropies.is_empty()).collect();
         if spoken.is_empty() {
             self.previous = None;
             return;

@@ -17,6 +17,7 @@ pub mod distribution;
 pub mod dynamics;
 mod encode;
 pub mod error;
+pub mod eval;
 pub mod filter;
 pub mod fit;
 pub mod kl;

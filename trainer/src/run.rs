@@ -204,8 +204,7 @@ impl Run {
         }
         let begin = Instant::now();
         let validation = self.trainer.validate(&self.val)?;
-        metrics.set("val/accuracy", validation.accuracy);
-        metrics.set("val/reward", validation.reward);
+        validation.record(metrics);
         metrics.set(name::TIME_TESTING, begin.elapsed().as_secs_f64());
         tell(Progress::Validated(self.trainer.steps(), validation));
         Ok(())

@@ -15,6 +15,7 @@ use crate::config::{SftConfig, kept_for_backward};
 use crate::data::{self, Cursor, Sampler, SftRow, Visit};
 use crate::encode::PromptEncoder;
 use crate::error::{Error, Result};
+use crate::eval::Evaluation;
 use crate::learner::{LossGradient, Packed};
 use crate::metrics::{Metrics, MetricsWriter, name};
 use crate::optimizer::global_norm;
@@ -219,7 +220,8 @@ impl<'a> Sft<'a> {
             right += usize::from(episode.text == val[episode.prompt].completion);
         })?;
         let accuracy = right as f64 / self.val.len() as f64;
-        Ok(Validation { reward: accuracy, accuracy, rows: self.val.len() })
+        let evaluation = Evaluation::default();
+        Ok(Validation { reward: accuracy, accuracy, rows: self.val.len(), evaluation })
     }
 }
 

@@ -2,9 +2,13 @@
 
 use crate::data::Row;
 use crate::error::Result;
-use crate::rollout::{self, Episode};
-use crate::sampling::greedy;
+use crate::eval::{EvalSettings, Evaluation, Judge, evaluate};
+use crate::metrics::Metrics;
 use crate::trainer::Trainer;
+
+/// Keys the random streams of validations apart from those of steps. They are the same in every
+/// validation, so that a curve moves with the weights alone.
+const STREAM: u64 = u64::MAX;
 
 /// Mean reward and accuracy on held-out rows.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,32 +19,40 @@ pub struct Validation {
     pub accuracy: f64,
     /// Rows judged.
     pub rows: usize,
+    /// All verdicts, by source; empty after supervised training.
+    pub evaluation: Evaluation,
+}
+
+impl Validation {
+    /// Writes `val/accuracy`, `val/reward` and verl's metrics of each source.
+    pub fn record(&self, metrics: &mut Metrics) {
+        metrics.set("val/accuracy", self.accuracy);
+        metrics.set("val/reward", self.reward);
+        self.evaluation.record(metrics);
+    }
 }
 
 impl Trainer {
-    /// Greedy accuracy on `rows`.
+    /// Judges responses to `rows`, sampled as `[validation]` says.
     ///
     /// # Errors
     /// As [`Trainer::step`].
     pub fn validate(&mut self, rows: &[Row]) -> Result<Validation> {
-        let prompts = self.encode(rows.iter())?;
-        let settings =
-            greedy(self.settings(1, 0));
-        let mut sum = Validation { reward: 0.0, accuracy: 0.0, rows: rows.len() };
-        let rules = self.rewards;
-        let mut failed = None;
-        let mut judge = |episode: &Episode| {
-            let row = &rows[episode.prompt];
-            match rules.verifier(row.data_source.as_deref()) {
-                Ok(verifier) => {
-                    let verdict = verifier.judge(&episode.text, &row.ground_truth);
-                    sum.reward += verdict.score / rows.len() as f64;
-                    sum.accuracy += f64::from(u8::from(verdict.correct)) / rows.len() as f64;
-                }
-                Err(error) => failed = Some(error),
-            }
+        let validation = &self.config.validation;
+        let settings = EvalSettings {
+            samples: validation.n,
+            temperature: (validation.temperature >= 0.0).then_some(validation.temperature as f32),
+            top_p: validation.top_p as f32,
+            top_k: usize::try_from(validation.top_k).ok(),
+            max_tokens: self.config.data.max_response_length,
+            stop: self.config.rollout.stop.clone(),
+            seed: engine::random::hash(&[self.config.trainer.seed, STREAM]),
         };
-        rollout::generate(&mut self.engine, &prompts, &settings, &mut judge)?;
-        failed.map_or(Ok(sum), Err)
+        let judge = Judge { encoder: &self.encoder, rewards: &self.rewards, rows };
+        let responses = evaluate(&mut self.engine, judge, &settings, &mut |_| {})?;
+        let evaluation = Evaluation::of(rows, &responses);
+        let (reward, accuracy) =
+            evaluation.overall(&[]).map_or((0.0, 0.0), |all| (all.reward, all.mean));
+        Ok(Validation { reward, accuracy, rows: rows.len(), evaluation })
     }
 }

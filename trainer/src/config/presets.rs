@@ -39,7 +39,7 @@ use super::layers::{Layers, nearest};
 use super::{
     AdvEstimator, AlgorithmConfig, CorrectionConfig, CovScope, DataConfig, FilterMetric, KlControl,
     KlCtrlConfig, LossMode, ModelConfig, OnError, OptimizerConfig, OverlongConfig, PromptTemplate,
-    RewardConfig, RlConfig, RolloutConfig, RolloutIs, TrainerConfig,
+    RewardConfig, RlConfig, RolloutConfig, RolloutIs, TrainerConfig, ValidationConfig,
 };
 use crate::agg::{AggMode, AggScope};
 use crate::error::{Error, Result};
@@ -248,6 +248,7 @@ impl RlConfig {
                 timeout_s: 10.0,
                 on_error: OnError::Zero,
             },
+            validation: ValidationConfig::default(),
             trainer: TrainerConfig {
                 total_steps: 50,
                 save_freq: 0,

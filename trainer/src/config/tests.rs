@@ -180,7 +180,7 @@ fn values_outside_their_limits_are_refused_with_value_and_limit() {
 }
 
 #[test]
-fn weights_are_numbers_within_limits() {
+fn weights_and_validation_are_numbers_within_limits() {
     let files = ("data.train_files", "a.jsonl,b.jsonl");
     for weights in ["1,2.5", "[1, 2.5]"] {
         let config = with(&[files, ("data.weights", weights)]).unwrap();
@@ -188,9 +188,9 @@ fn weights_are_numbers_within_limits() {
         assert_eq!(RlConfig::resolve(None, Some(&config.to_toml()), &[]).unwrap(), config);
     }
     let file =
-        "[data]\ntrain_files = [\"a\", \"b\"]\nweights = [3, 1]";
+        "[data]\ntrain_files = [\"a\", \"b\"]\nweights = [3, 1]\n[validation]\nn = 8\ntop_k = -1";
     let config = RlConfig::resolve(None, Some(file), &[]).unwrap();
-    assert_eq!(config.data.weights, [3.0, 1.0]);
+    assert_eq!((config.data.weights, config.validation.n), (vec![3.0, 1.0], 8));
     for (weights, message) in [
         ("1", "data.weights is 1, expected a list"),
         ("a b", "data.weights is \"a b\", expected numbers"),
@@ -200,6 +200,14 @@ fn weights_are_numbers_within_limits() {
         ("[1, \"b\"]", "data.weights is \"b\", expected a number"),
     ] {
         assert_eq!(error(&[files, ("data.weights", weights)]), message);
+    }
+    for (key, value, message) in [
+        ("validation.n", "129", "validation.n is 129, limit is 128"),
+        ("validation.temperature", "-2", "validation.temperature is -2, limit is 0 to 100, or -1"),
+        ("validation.top_k", "0", "validation.top_k is 0, limit is 1 or more, or -1"),
+        ("validation.top_p", "0", "validation.top_p is 0, limit is above 0, up to 1"),
+    ] {
+        assert_eq!(error(&[(key, value)]), message);
     }
 }
 

@@ -46,6 +46,7 @@ impl RlConfig {
         self.validate_data()?;
         self.validate_algorithm()?;
         self.optimizer.validate()?;
+        self.validation.validate()?;
         RewardRule::named(&self.reward.function)?;
         let timeout = self.reward.timeout_s;
         limit(timeout > 0.0 && timeout.is_finite(), "reward.timeout_s", timeout, "above 0")?;
