@@ -301,7 +301,7 @@ impl Evaluation {
             }
             for k in powers_up_to(n) {
                 let mean = |of: &dyn Fn(&Problem) -> Option<f64>| {
-                    problems.iter().filter_map(|p| of(p)).sum::<f64>() / problems.len() as f64
+                    problems.iter().filter_map(of).sum::<f64>() / problems.len() as f64
                 };
                 let section = if k == n { "val-core" } else { "val-aux" };
                 let maj = mean(&|p| maj_at_k(&p.verdicts, k));
