@@ -288,6 +288,7 @@ fn derivatives(episodes: &[Episode], new: &[f32], tokens: usize) -> Vec<f32> {
         mask: &vec![true; new.len()],
         weight: &vec![1.0 / tokens as f64; new.len()],
         scopes: std::slice::from_ref(&scope),
+        responses: &[],
     };
     let config = RlConfig::resolve(Some("grpo"), None, &[]).expect("the preset resolves");
     let key = ChoiceKey { seed: 0, step: 0, update: 0 };
