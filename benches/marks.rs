@@ -2,10 +2,11 @@
 //! limits of the machine; and what it saves to run a prompt once for its samples.
 //!
 //! ```text
-//! cargo bench --bench marks -- MODEL [peak GFLOP/s] [read GB/s]
+//! cargo bench --bench marks -- MODEL [peak GFLOP/s] [read GB/s] [MARK ...]
 //! ```
 //!
-//! The two limits are measured where they are not given. The limit of
+//! The two limits are measured where they are not given. Marks are `generate` (or `generate-N` for N
+//! sequences), `prefill`, `group`, `grpo` and `shared`; all are run where none is named. The limit of
 //! a phase is, step by step, the longer of reading the weights once and of the multiplications;
 //! attention and everything else count as nothing, and the head counts for every row, though a prefill
 //! needs it for its last only. In training a prompt counts once for its group. Prompts are random tokens and end-of-text is
@@ -50,15 +51,29 @@ fn main() {
         println!("marks: left out, no model was named (cargo bench --bench marks -- MODEL)");
         return;
     };
-    let number = |i: usize| arguments.get(i).map(|n| 1e9 * n.parse::<f64>().expect("a number"));
+    let mut numbers = arguments[1..].iter().map_while(|text| text.parse::<f64>().ok());
+    let (flops, bytes) = (numbers.next(), numbers.next());
+    let named: Vec<&str> = arguments[1..]
+        .iter()
+        .map(String::as_str)
+        .filter(|text| text.parse::<f64>().is_err())
+        .collect();
+    for name in &named {
+        let known = ["generate", "prefill", "group", "grpo", "shared"].contains(name);
+        assert!(known || name.starts_with("generate-"), "unknown mark {name}");
+    }
+    let wanted = |name: &str| named.is_empty() || named.contains(&name);
     let source = ModelSource::open(Path::new(model)).expect("the model opens");
     let config = EngineConfig { max_model_len: Some(512), ..EngineConfig::default() };
     let mut engine = Engine::load(&source, &config).expect("the model loads");
     let limits = Limits {
-        flops: number(1)
+        flops: flops
+            .map(|n| 1e9 * n)
             .or_else(|| probe::multiply_peak(engine.kernels(), engine.dtype()))
             .expect("the peak of these kernels is not measured, name it"),
-        bytes: number(2).unwrap_or_else(|| probe::read_bandwidth(engine.kernels().pool())),
+        bytes: bytes
+            .map(|n| 1e9 * n)
+            .unwrap_or_else(|| probe::read_bandwidth(engine.kernels().pool())),
         params: source.config().parameters() as f64,
     };
     println!(
@@ -72,13 +87,23 @@ fn main() {
         limits.bytes / 1e9,
         limits.params / 1e6
     );
-    for (sequences, prompt, new) in [(1, 128, 64), (8, 128, 64), (32, 128, 64), (64, 128, 64)] {
-        throughput(&mut engine, &limits, (sequences, 1), (prompt, new));
+    for sequences in [1, 8, 32, 64] {
+        if wanted("generate") || wanted(&format!("generate-{sequences}")) {
+            throughput(&mut engine, &limits, (sequences, 1), (128, 64));
+        }
     }
-    throughput(&mut engine, &limits, (16, 1), (512 - 2, 1));
-    throughput(&mut engine, &limits, (8, 8), (128, 128));
-    grpo_step(&mut engine, &limits, (8, 8), (120, 128));
-    shared_prompts(&mut engine, (2, 8), (128, 16));
+    if wanted("prefill") {
+        throughput(&mut engine, &limits, (16, 1), (512 - 2, 1));
+    }
+    if wanted("group") {
+        throughput(&mut engine, &limits, (8, 8), (128, 128));
+    }
+    if wanted("grpo") {
+        grpo_step(&mut engine, &limits, (8, 8), (120, 128));
+    }
+    if wanted("shared") {
+        shared_prompts(&mut engine, (2, 8), (128, 16));
+    }
 }
 
 fn prompts(engine: &Engine, count: usize, len: usize, key: u64) -> Vec<Vec<u32>> {
