@@ -3,10 +3,12 @@
 //! Built in: `math_dapo` (also for `math`, `math_dapo_reasoning` and `aime*`) and `exact` (also for
 //! `arith`). Every rule takes linear time, so none needs a time limit.
 
+mod math;
 mod math_dapo;
 
 use crate::error::{Error, Result};
 
+pub use math::equivalent;
 pub use math_dapo::{StrictBox, normalize_final_answer, strict_box};
 
 /// The rules that can be named in `reward.function`.
