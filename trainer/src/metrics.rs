@@ -49,6 +49,8 @@ pub mod name {
     pub const SYNC_SECONDS: &str = "sync/seconds";
     pub const VERSION_MIN: &str = "rollout/weight_version_min";
     pub const VERSION_MAX: &str = "rollout/weight_version_max";
+    pub const REWARD_FAILURES: &str = "reward/failures";
+    pub const REWARD_TIMEOUTS: &str = "reward/timeouts";
     pub const TIME_STEP: &str = "timing_s/step";
     pub const TIME_GEN: &str = "timing_s/gen";
     pub const TIME_REWARD: &str = "timing_s/reward";

@@ -22,7 +22,7 @@ use crate::rollout::{self, Episode, RolloutSettings};
 use crate::samples::Sample;
 use crate::source::Rows;
 use crate::update::{MiniBatch, UpdateReport, UpdateState, WeightsAge};
-use crate::verifier::{RewardRule, Verdict};
+use crate::verifier::{Judge, Verdict};
 
 /// Mean reward and accuracy on held-out rows.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,7 +45,7 @@ pub struct Trainer {
     /// Training steps done.
     pub(crate) steps: u64,
     encoder: PromptEncoder,
-    rewards: RewardRule,
+    rewards: Judge,
 }
 
 /// What a step sampled, with its judgement; one entry per response, groups together.
@@ -67,10 +67,8 @@ impl Trainer {
         let max_prompt = config.data.max_prompt_length;
         let text = (engine.tokenizer(), engine.chat_template());
         let encoder = PromptEncoder::new(text, config.data.prompt_template, max_prompt)?;
-        let rewards = RewardRule::named(&config.reward.function)?;
-        for row in &rows.rows {
-            rewards.verifier(row.data_source.as_deref())?;
-        }
+        let rewards = Judge::new(&config.reward)?;
+        rows.rows.iter().try_for_each(|row| rewards.check(row))?;
         let (longest, room) = (config.data.max_response_length, engine.max_model_len());
         if longest + 1 > room {
             return Err(Error::config(format!(
@@ -158,22 +156,21 @@ impl Trainer {
         metrics: &mut Metrics,
     ) -> Result<Rollouts> {
         let start = Instant::now();
-        let empty = Verdict { score: 0.0, correct: false, predicted: String::new() };
-        let mut verdicts = vec![empty; prompts.len() * settings.samples];
+        let mut session = self.rewards.session(prompts.len() * settings.samples);
         let mut judging = 0.0;
-        let (data, rules) = (&self.rows.rows, self.rewards);
+        let data = &self.rows.rows;
         let mut judge = |episode: &Episode| {
             let begin = Instant::now();
-            let row: &Row = &data[rows[episode.prompt]];
-            let verifier =
-                rules.verifier(row.data_source.as_deref()).expect("checked at the start");
             let place = episode.prompt * settings.samples + episode.sample;
-            verdicts[place] = verifier.judge(&episode.text, &row.ground_truth);
+            session.submit(place, &data[rows[episode.prompt]], &episode.text);
             judging += begin.elapsed().as_secs_f64();
         };
         let episodes = rollout::generate(&mut self.engine, &prompts, settings, &mut judge)?;
         metrics.set(name::TIME_GEN, start.elapsed().as_secs_f64() - judging);
-        metrics.set(name::TIME_REWARD, judging);
+        let waiting = Instant::now();
+        let verdicts = session.finish()?;
+        metrics.set(name::TIME_REWARD, judging + waiting.elapsed().as_secs_f64());
+        self.rewards.take_counts().record(metrics);
         let sequences =
             episodes.iter().map(|e| [&prompts[e.prompt][..], &e.tokens].concat()).collect();
         Ok(Rollouts { rows, prompts, episodes, verdicts, sequences })
@@ -249,22 +246,17 @@ impl Trainer {
         let prompts = self.encode(rows.iter())?;
         let settings =
             RolloutSettings { temperature: 0.0, top_p: 1.0, top_k: None, ..self.settings(1) };
-        let mut sum = Validation { reward: 0.0, accuracy: 0.0, rows: rows.len() };
-        let rules = self.rewards;
-        let mut failed = None;
+        let mut session = self.rewards.session(rows.len());
         let mut judge = |episode: &Episode| {
-            let row = &rows[episode.prompt];
-            match rules.verifier(row.data_source.as_deref()) {
-                Ok(verifier) => {
-                    let verdict = verifier.judge(&episode.text, &row.ground_truth);
-                    sum.reward += verdict.score / rows.len() as f64;
-                    sum.accuracy += f64::from(u8::from(verdict.correct)) / rows.len() as f64;
-                }
-                Err(error) => failed = Some(error),
-            }
+            session.submit(episode.prompt, &rows[episode.prompt], &episode.text);
         };
         rollout::generate(&mut self.engine, &prompts, &settings, &mut judge)?;
-        failed.map_or(Ok(sum), Err)
+        let mut sum = Validation { reward: 0.0, accuracy: 0.0, rows: rows.len() };
+        for verdict in session.finish()? {
+            sum.reward += verdict.score / rows.len() as f64;
+            sum.accuracy += f64::from(u8::from(verdict.correct)) / rows.len() as f64;
+        }
+        Ok(sum)
     }
 
     /// The engine, to generate or score with between steps.

@@ -21,7 +21,7 @@ use parser::parse;
 /// Longest answer that is read as mathematics, in bytes; longer ones have to be equal as text.
 const MAX_BYTES: usize = 2000;
 /// Work for one pair of answers.
-const FUEL: u64 = 40_000;
+const FUEL: u64 = 20_000;
 
 /// Whether `a` and `b` are the same answer. An empty answer is never right.
 ///

@@ -1,4 +1,4 @@
-//! `math_dapo.json`.
+//! `math_dapo.json` and `prime_math.json`.
 
 use trainer::verifier::{Verifier, normalize_final_answer, strict_box};
 
@@ -26,4 +26,27 @@ fn math_dapo() {
         assert_eq!(got.correct, want["acc"].as_bool().unwrap(), "{what}, strict");
         assert_eq!(got.predicted.as_deref(), want["pred"].as_str(), "{what}, strict");
     }
+}
+
+/// The reference asks a computer algebra system; at least 95 % of its verdicts have to be ours, and
+/// nothing that it calls wrong may be right here.
+#[test]
+fn prime_math() {
+    let (mut agreed, mut all) = (0, 0);
+    for case in cases("prime_math.json") {
+        let text = |key: &str| case[key].as_str().unwrap();
+        let what = format!("case {}, {}", case["id"], case["tag"]);
+        let want = &case["expected"];
+        let got = Verifier::PrimeMath.judge(text("model_response"), text("ground_truth"));
+        let score = required(&want["score"]);
+        assert!(got.score <= score, "{what}: a false positive");
+        assert_eq!(got.predicted, want["extracted"].as_str().unwrap_or(""), "{what}");
+        all += 1;
+        agreed += usize::from(got.score == score);
+        if got.score != score {
+            println!("{what}: {} here, {score} in the reference", got.score);
+        }
+    }
+    println!("{agreed} of {all} verdicts agree");
+    assert!(all >= 59 && agreed * 100 >= all * 95, "{agreed} of {all}");
 }

@@ -408,7 +408,7 @@ fn bits(value: &BigRational) -> u64 {
     value.numer().bits().max(value.denom().bits())
 }
 
-/// Fuel for an operation on `value`: reducing fractions takes the square of their length.
+/// Fuel for an operation on `value`: reducing fractions takes up to the square of their length.
 fn cost(value: &BigRational) -> u64 {
-    (bits(value) / 128).pow(2) / 16
+    bits(value) / 16 + (bits(value) / 128).pow(2) / 4
 }
