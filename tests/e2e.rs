@@ -7,6 +7,7 @@ mod e2e {
     mod hub;
     #[cfg(target_os = "linux")]
     mod memory;
+    mod rewards;
     mod rl;
     mod rl_faults;
     mod score;
