@@ -12,6 +12,7 @@ pub(crate) const RL_EXAMPLES: &str = concat!(
     "Examples:\n",
     "  engine rl --method kl_cov\n",
     "  engine rl --method grpo --model smollm2-135m.gguf --train-files train.jsonl --output runs/add\n",
+    "  engine rl --train-files train.jsonl --reward command:./score.py\n",
     "  engine rl --config run.toml --set optimizer.lr=1e-6 --set rollout.n=16 --dry-run\n",
     "\n",
     "Methods: grpo dr_grpo rloo reinforce_pp reinforce_pp_baseline remax opo dapo clip_higher clip_cov\n",
@@ -37,6 +38,9 @@ pub(crate) struct RlArgs {
     pub(crate) method: Option<String>,
     #[command(flatten)]
     pub(crate) run: RunArgs,
+    /// What judges: auto (by data source), a rule such as prime_math, command:./score.py or http://...
+    #[arg(long, value_name = "FUNCTION")]
+    pub(crate) reward: Option<String>,
     /// Where to begin: at the newest checkpoint if there is one, anew, or at a checkpoint
     #[arg(long, value_name = "auto|never|DIR", default_value = "auto")]
     pub(crate) resume: String,

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use trainer::config::PromptTemplate;
 use trainer::data::{Duplicates, Row, Scripts, Selection};
 use trainer::eval::{EvalSettings, Evaluation, Judge, Response, Summary, evaluate};
-use trainer::verifier::RewardRule;
-use trainer::{Overlong, PromptEncoder, eval_rows};
+use trainer::verifier;
+use trainer::{Overlong, PromptEncoder, RlConfig, eval_rows};
 
 use crate::args_eval::{EvalArgs, TemplateArg};
 use crate::exit::{Failure, Result};
@@ -25,12 +25,11 @@ const ALL: &str = "all";
 pub(crate) fn run(args: &EvalArgs, terminal: &Terminal) -> Result<()> {
     let settings = settings(args)?;
     let ks = ks(args)?;
-    let rewards = RewardRule::named(&args.reward)?;
+    let reward = [("reward.function".to_owned(), args.reward.clone())];
+    let rewards = verifier::Judge::new(&RlConfig::resolve(None, None, &reward)?.reward)?;
     let duplicates = if args.deduplicate { Duplicates::Drop } else { Duplicates::Keep };
     let mut rows = eval_rows(&args.data, Selection { duplicates, scripts: Scripts::All })?;
-    for row in &rows.rows {
-        rewards.verifier(row.data_source.as_deref())?;
-    }
+    rows.rows.iter().try_for_each(|row| rewards.check(row))?;
     let _signals = Signals::listen()?;
     let _at_once = signals::end_at_once();
     let config = model::engine_config(&args.common, &args.engine)?;

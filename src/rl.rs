@@ -44,7 +44,10 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
         dir => Resume::From(dir.into()),
     };
     let engine = model::engine_config(&args.common, &args.engine)?;
-    let request = request(&args.run, args.common.seed, file, engine)?;
+    let mut request = request(&args.run, args.common.seed, file, engine)?;
+    if let Some(reward) = &args.reward {
+        request.overrides.push(("reward.function".to_owned(), quoted(reward)));
+    }
     let file = request.file.as_ref();
     let text = file.map(|file| file.text.as_str());
     let config = RlConfig::resolve(args.method.as_deref(), text, &request.overrides)

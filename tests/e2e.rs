@@ -9,6 +9,7 @@ mod e2e {
     #[cfg(target_os = "linux")]
     mod memory;
     mod plot;
+    mod rewards;
     mod rl;
     mod rl_faults;
     mod score;

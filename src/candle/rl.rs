@@ -24,7 +24,7 @@ use trainer::data::{Cursor, Row, Sampler};
 use trainer::loss::{ChoiceKey, LossOutput, TokenBatch};
 use trainer::metrics::{Metrics, name};
 use trainer::trackers::Trackers;
-use trainer::verifier::{RewardRule, Verdict};
+use trainer::verifier::{Judge, Verdict};
 use trainer::{PromptEncoder, RlConfig, Rows, train_rows};
 
 use super::{Opened, text};
@@ -104,7 +104,7 @@ struct Learner<'a> {
     config: &'a RlConfig,
     opened: Opened,
     encoder: PromptEncoder,
-    rewards: RewardRule,
+    rewards: Judge,
     rows: Vec<Row>,
     sampler: Sampler,
 }
@@ -132,10 +132,8 @@ impl<'a> Learner<'a> {
         let text = (opened.tokenizer.as_ref(), opened.chat_template.as_ref());
         let data = &config.data;
         let encoder = PromptEncoder::new(text, data.prompt_template, data.max_prompt_length)?;
-        let rewards = RewardRule::named(&config.reward.function)?;
-        for row in &rows.rows {
-            rewards.verifier(row.data_source.as_deref())?;
-        }
+        let rewards = Judge::new(&config.reward)?;
+        rows.rows.iter().try_for_each(|row| rewards.check(row))?;
         encoder.fit(&mut rows, &data.train_files, data.overlong())?;
         let sampler = rows.sampler(data, Cursor::default())?;
         Ok(Self { config, opened, encoder, rewards, rows: rows.rows, sampler })
@@ -183,11 +181,13 @@ impl<'a> Learner<'a> {
         let completions = self.opened.engine.generate(&prompts, &settings)?;
         metrics.set(name::TIME_GEN, begin.elapsed().as_secs_f64());
         let begin = Instant::now();
-        let judge = |completion: &Completion| {
-            let row = &self.rows[rows[completion.prompt]];
-            self.judge(&prompts[completion.prompt], completion, row)
-        };
-        let verdicts = completions.iter().map(judge).collect::<Result<Vec<_>>>()?;
+        let mut session = self.rewards.session(completions.len());
+        for (place, completion) in completions.iter().enumerate() {
+            let text = self.shown(&prompts[completion.prompt], completion)?;
+            session.submit(place, &self.rows[rows[completion.prompt]], &text);
+        }
+        let verdicts = session.finish()?;
+        self.rewards.take_counts().record(metrics);
         metrics.set(name::TIME_REWARD, begin.elapsed().as_secs_f64());
         let advantages = self.advantages(&completions, &verdicts)?;
         let join = |one: &Completion| [&prompts[one.prompt][..], &one.tokens].concat();
@@ -213,12 +213,11 @@ impl<'a> Learner<'a> {
         )))
     }
 
-    fn judge(&self, prompt: &[u32], completion: &Completion, row: &Row) -> Result<Verdict> {
+    /// The text of a response, without the end of text.
+    fn shown(&self, prompt: &[u32], completion: &Completion) -> Result<String> {
         let Completion { tokens, finish, .. } = completion;
         let shown = tokens.len() - usize::from(*finish == FinishReason::Stop);
-        let text = text(self.opened.tokenizer.as_ref(), prompt, &tokens[..shown])?;
-        let verifier = self.rewards.verifier(row.data_source.as_deref())?;
-        Ok(verifier.judge(&text, &row.ground_truth))
+        Ok(text(self.opened.tokenizer.as_ref(), prompt, &tokens[..shown])?)
     }
 
     fn advantages(&self, completions: &[Completion], verdicts: &[Verdict]) -> Result<Advantages> {

@@ -144,12 +144,19 @@ pub struct OptimizerConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RewardConfig {
-    /// `auto` (by data source, default), `math_dapo` or `exact`.
+    /// `auto` (by data source, default), a built-in rule as [`Verifier::named`] reads it,
+    /// `command:PROGRAM`, or an address `http://...` or `https://...`.
+    ///
+    /// [`Verifier::named`]: crate::verifier::Verifier::named
     pub function: String,
     /// Limit for one reward, in seconds; default 10. Built-in rules need none.
     pub timeout_s: f64,
     /// What a failed reward does; default `zero`.
     pub on_error: OnError,
+    /// The reward of a failed one under `value`, finite; default 0.
+    pub error_value: f64,
+    /// Requests to a program or a server at a time, 1 to 256; a program runs that often; default 4.
+    pub workers: usize,
 }
 
 /// What happens when a reward function fails.
@@ -158,6 +165,8 @@ pub struct RewardConfig {
 pub enum OnError {
     /// The response gets 0, and the failure is counted.
     Zero,
+    /// The response gets `reward.error_value`, and the failure is counted.
+    Value,
     /// The run ends.
     Fail,
 }

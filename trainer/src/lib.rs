@@ -2,7 +2,8 @@
 //!
 //! A [`Trainer`] owns an [`engine::Engine`] and the data it learns from; [`Trainer::step`] reads like
 //! the paper (arXiv 2505.22617). Algorithms are pure functions ([`advantage`], [`loss`]); everything
-//! around them does not know which one runs. Leaves out HTTP and every kind of printing.
+//! around them does not know which one runs. Leaves out HTTP, but for rewards asked
+//! for over it, and every kind of printing.
 #![forbid(unsafe_code)]
 
 pub mod advantage;

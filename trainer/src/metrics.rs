@@ -49,7 +49,6 @@ pub mod name {
     pub const MASKED_RESPONSES: &str = "train/masked_responses";
     pub const EMPTY_RESPONSES: &str = "train/empty_responses";
     pub const OVERLONG_RESPONSES: &str = "reward/overlong_responses";
-    pub const REWARD_FAILURES: &str = "reward/failures";
     pub const RESPONSE_LENGTH: &str = "response_length";
     pub const RESPONSE_LENGTH_MEAN: &str = "response_length/mean";
     pub const RESPONSE_CLIP_RATIO: &str = "response_length/clip_ratio";
@@ -66,6 +65,8 @@ pub mod name {
     pub const SYNC_SECONDS: &str = "sync/seconds";
     pub const VERSION_MIN: &str = "rollout/weight_version_min";
     pub const VERSION_MAX: &str = "rollout/weight_version_max";
+    pub const REWARD_FAILURES: &str = "reward/failures";
+    pub const REWARD_TIMEOUTS: &str = "reward/timeouts";
     pub const TIME_STEP: &str = "timing_s/step";
     pub const TIME_GEN: &str = "timing_s/gen";
     pub const TIME_REWARD: &str = "timing_s/reward";

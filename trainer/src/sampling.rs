@@ -11,7 +11,6 @@ use engine::EosRule;
 use crate::advantage::has_signal;
 use crate::batch::{Group, Response, Rollouts};
 use crate::config::{AdvEstimator, FilterMetric, OnError, RlConfig};
-use crate::data::Row;
 use crate::error::{Error, Result};
 use crate::filter::{GroupFilter, Next};
 use crate::learner::Packed;
@@ -95,23 +94,22 @@ impl Trainer {
         metrics: &mut Metrics,
     ) -> Result<Vec<Response>> {
         let start = Instant::now();
-        let empty = Verdict { score: 0.0, correct: false, predicted: String::new() };
-        let mut verdicts = vec![empty; prompts.len() * settings.samples];
+        let mut session = self.rewards.session(prompts.len() * settings.samples);
         let mut judging = 0.0;
-        let (data, rules) = (&self.rows.rows, self.rewards);
+        let data = &self.rows.rows;
         let mut judge = |episode: &Episode| {
             let begin = Instant::now();
-            let row: &Row = &data[rows[episode.prompt]];
-            let verifier =
-                rules.verifier(row.data_source.as_deref()).expect("checked at the start");
             let place = episode.prompt * settings.samples + episode.sample;
-            verdicts[place] = verifier.judge(&episode.text, &row.ground_truth);
+            session.submit(place, &data[rows[episode.prompt]], &episode.text);
             judging += begin.elapsed().as_secs_f64();
         };
         let episodes = rollout::generate(&mut self.engine, prompts, settings, &mut judge)?;
         metrics.add(name::TIME_GEN, start.elapsed().as_secs_f64() - judging);
-        metrics.add(name::TIME_REWARD, judging);
+        let waiting = Instant::now();
+        let mut verdicts = session.finish()?;
+        metrics.add(name::TIME_REWARD, judging + waiting.elapsed().as_secs_f64());
         let failed = settle(&mut verdicts, self.config.reward.on_error)?;
+        self.rewards.take_counts().record(metrics);
         metrics.add(name::REWARD_FAILURES, failed as f64);
         let respond = |(episode, verdict): (Episode, Verdict)| {
             let reward = verdict.score + penalty(&self.config, episode.tokens.len());

@@ -26,7 +26,7 @@ use crate::reference::Reference;
 use crate::samples::Sample;
 use crate::source::Rows;
 use crate::update::{UpdateReport, UpdateState, WeightsAge};
-use crate::verifier::RewardRule;
+use crate::verifier::Judge;
 
 /// An engine that learns.
 pub struct Trainer {
@@ -42,7 +42,7 @@ pub struct Trainer {
     /// Coefficient of the divergence in the reward.
     pub(crate) kl_coef: f64,
     pub(crate) encoder: PromptEncoder,
-    pub(crate) rewards: RewardRule,
+    pub(crate) rewards: Judge,
     reference: Option<Reference>,
     pub(crate) dynamics: Dynamics,
 }
@@ -56,10 +56,8 @@ impl Trainer {
         let max_prompt = config.data.max_prompt_length;
         let text = (engine.tokenizer(), engine.chat_template());
         let encoder = PromptEncoder::new(text, config.data.prompt_template, max_prompt)?;
-        let rewards = RewardRule::named(&config.reward.function)?;
-        for row in &rows.rows {
-            rewards.verifier(row.data_source.as_deref())?;
-        }
+        let rewards = Judge::new(&config.reward)?;
+        rows.rows.iter().try_for_each(|row| rewards.check(row))?;
         let (longest, room) = (config.data.max_response_length, engine.max_model_len());
         if longest + 1 > room {
             return Err(Error::config(format!(

@@ -247,6 +247,8 @@ impl RlConfig {
                 function: "auto".to_owned(),
                 timeout_s: 10.0,
                 on_error: OnError::Zero,
+                error_value: 0.0,
+                workers: 4,
             },
             validation: ValidationConfig::default(),
             trainer: TrainerConfig {

@@ -7,6 +7,11 @@ use crate::verifier::RewardRule;
 /// Seeds are TOML integers.
 const MAX_SEED: u64 = i64::MAX as u64;
 
+/// The longest time limit, a day.
+const MAX_TIMEOUT_S: f64 = 86_400.0;
+/// The same, for messages.
+const TIMEOUT_S: &str = "above 0, up to 86400";
+
 /// Fails with `key is value, limit is ...` unless `holds`.
 pub(super) fn limit(
     holds: bool,
@@ -49,7 +54,11 @@ impl RlConfig {
         self.validation.validate()?;
         RewardRule::named(&self.reward.function)?;
         let timeout = self.reward.timeout_s;
-        limit(timeout > 0.0 && timeout.is_finite(), "reward.timeout_s", timeout, "above 0")?;
+        limit(timeout > 0.0 && timeout <= MAX_TIMEOUT_S, "reward.timeout_s", timeout, TIMEOUT_S)?;
+        let value = self.reward.error_value;
+        limit(value.is_finite(), "reward.error_value", value, "a finite number")?;
+        let workers = self.reward.workers;
+        limit((1..=256).contains(&workers), "reward.workers", workers, "1 to 256")?;
         let t = &self.trainer;
         limit(t.total_steps >= 1, "trainer.total_steps", t.total_steps, "1 or more")?;
         positive("trainer.max_tokens_per_microbatch", t.max_tokens_per_microbatch)?;

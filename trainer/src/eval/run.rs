@@ -11,7 +11,7 @@ use crate::data::Row;
 use crate::encode::PromptEncoder;
 use crate::error::Result;
 use crate::rollout::{self, Episode, RolloutSettings};
-use crate::verifier::{RewardRule, Verdict};
+use crate::verifier::{self, Verdict};
 
 /// Temperature of the sources that the paper samples.
 const SAMPLED: f32 = 0.6;
@@ -59,7 +59,7 @@ pub struct Judge<'a> {
     /// Makes prompts of rows.
     pub encoder: &'a PromptEncoder,
     /// Judges responses.
-    pub rewards: &'a RewardRule,
+    pub rewards: &'a verifier::Judge,
     /// The problems.
     pub rows: &'a [Row],
 }
@@ -81,8 +81,8 @@ pub struct Response {
     pub verdict: Verdict,
 }
 
-/// Draws and judges responses to every row, calling `done` as each one ends; returns them by row, then
-/// sample.
+/// Draws and judges responses to every row, calling `done` as each one ends, before its verdict is
+/// known; returns them by row, then sample.
 ///
 /// # Errors
 /// When a row has no verifier or its prompt does not fit, or the model's numbers are not finite; nothing is
@@ -95,10 +95,9 @@ pub fn evaluate(
 ) -> Result<Vec<Response>> {
     let Judge { encoder, rewards, rows } = judge;
     let mut groups: Vec<(RolloutSettings, Vec<usize>, Vec<Vec<u32>>)> = Vec::new();
-    let mut verifiers = Vec::with_capacity(rows.len());
     for (index, row) in rows.iter().enumerate() {
         let source = row.data_source.as_deref();
-        verifiers.push(rewards.verifier(source)?);
+        rewards.check(row)?;
         let (sampling, prompt) = (settings.sampling(source), encoder.encode(&row.prompt)?);
         match groups.iter_mut().find(|(other, ..)| *other == sampling) {
             Some((_, members, prompts)) => {
@@ -110,6 +109,9 @@ pub fn evaluate(
     }
     let mut responses = Vec::new();
     for (sampling, members, prompts) in groups {
+        let mut session = rewards.session(prompts.len() * sampling.samples);
+        let first = responses.len();
+        let mut places = Vec::new();
         let mut end = |episode: &Episode| {
             let row = members[episode.prompt];
             let response = Response {
@@ -118,12 +120,19 @@ pub fn evaluate(
                 tokens: episode.tokens.clone(),
                 text: episode.text.clone(),
                 finish: episode.finish,
-                verdict: verifiers[row].judge(&episode.text, &rows[row].ground_truth),
+                verdict: Verdict { score: 0.0, correct: false, predicted: String::new() },
             };
+            let place = episode.prompt * sampling.samples + episode.sample;
+            session.submit(place, &rows[row], &episode.text);
+            places.push(place);
             done(&response);
             responses.push(response);
         };
         rollout::generate(engine, &prompts, &sampling, &mut end)?;
+        let verdicts = session.finish()?;
+        for (response, place) in responses[first..].iter_mut().zip(places) {
+            response.verdict.clone_from(&verdicts[place]);
+        }
     }
     responses.sort_unstable_by_key(|response| (response.row, response.sample));
     Ok(responses)

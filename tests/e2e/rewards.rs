@@ -1,0 +1,34 @@
+//! Rewards of a training run from a program: judged, counted, and what a failure does.
+
+use std::fs;
+
+use super::rl::Lab;
+use super::support::{fails, json_lines, run};
+
+/// Scores 1, but for every fourth request, which gets no valid answer.
+const PROGRAM: &str = r#"n=0
+while read -r line; do
+    id=${line#*\"id\":}; id=${id%%,*}; n=$((n+1))
+    if [ $((n % 4)) = 0 ]; then echo "{\"id\":$id,\"score\":NaN}"
+    else echo "{\"id\":$id,\"score\":1}"; fi
+done
+"#;
+
+#[test]
+fn a_program_judges_a_run_and_its_failures_are_counted() {
+    let lab = Lab::new();
+    let program = lab.folder.write("score.sh", PROGRAM);
+    let reward = format!("command:sh {}", program.display());
+    let few = ["trainer.total_steps=1", "reward.workers=1", "trainer.val_before_train=false"];
+    let ran = run(lab.rl("run", &few).args(["--reward", &reward]));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let metrics = fs::read_to_string(lab.folder.path("run/metrics.jsonl")).unwrap();
+    let step = &json_lines(&metrics)[0];
+    assert_eq!(step["reward/failures"].as_f64(), Some(8.0), "{step}");
+    assert_eq!(step["reward/timeouts"].as_f64(), Some(0.0), "{step}");
+    assert_eq!(step["critic/score/mean"].as_f64(), Some(0.75), "{step}");
+
+    let fail = [&few[..], &["reward.on_error=fail"]].concat();
+    fails(lab.rl("failed", &fail).args(["--reward", &reward]), 5, "the score is not finite");
+    fails(lab.rl("none", &few).args(["--reward", "magic"]), 2, "\"magic\" is unknown");
+}

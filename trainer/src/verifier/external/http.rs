@@ -1,0 +1,41 @@
+//! A server that is asked by POST, one request each, over kept connections.
+
+use std::time::Duration;
+
+use ureq::Agent;
+
+use super::{Asker, Failure, MAX_ANSWER_BYTES};
+
+/// An address, and the connections to it.
+pub(super) struct Server {
+    agent: Agent,
+    address: String,
+}
+
+impl Server {
+    pub(super) fn new(address: &str, timeout: Duration) -> Self {
+        let config = Agent::config_builder()
+            .timeout_global(Some(timeout))
+            .proxy(None)
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .build();
+        Self { agent: config.into(), address: address.to_owned() }
+    }
+}
+
+impl Asker for Server {
+    fn ask(&mut self, request: &str) -> Result<String, Failure> {
+        let failed = |error: ureq::Error| match error {
+            ureq::Error::Timeout(_) => Failure::Timeout,
+            error => Failure::Broken(error.to_string()),
+        };
+        let post = self.agent.post(&self.address).header("content-type", "application/json");
+        let mut response = post.send(request).map_err(failed)?;
+        if !response.status().is_success() {
+            return Err(Failure::Broken(format!("it answered {}", response.status())));
+        }
+        let body = response.body_mut().with_config().limit(MAX_ANSWER_BYTES);
+        body.read_to_string().map_err(failed)
+    }
+}

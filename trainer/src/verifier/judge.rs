@@ -1,0 +1,245 @@
+//! Judges the responses of a rollout while others are still being generated.
+//!
+//! Built-in rules judge at once; requests to a program or a server are sent as responses end and
+//! awaited at the end of the rollout. What a failure does is stated in the configuration, and every
+//! failure is counted.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::external::{Answer, Endpoint, Failure, Pool};
+use super::{Verdict, Verifier};
+use crate::config::{OnError, RewardConfig};
+use crate::data::Row;
+use crate::error::{Error, Result};
+use crate::metrics::{Metrics, name};
+
+/// How a run gets its rewards: one rule for all rows, by data source, or from outside.
+#[derive(Clone, Debug)]
+pub struct RewardRule(Source);
+
+#[derive(Clone, Debug)]
+enum Source {
+    Row,
+    Fixed(Verifier),
+    External(Endpoint),
+}
+
+/// Rewards that could not be had.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Responses without a valid answer.
+    pub failures: u64,
+    /// Those among them whose answer took too long.
+    pub timeouts: u64,
+}
+
+/// Judges responses as a configuration says.
+#[derive(Debug)]
+pub struct Judge {
+    rule: RewardRule,
+    pool: Option<Pool>,
+    /// What a failure scores; `None`: it ends the run.
+    on_error: Option<f64>,
+    function: String,
+    timeout_s: f64,
+    requests: AtomicU64,
+    failures: AtomicU64,
+    timeouts: AtomicU64,
+}
+
+/// The judgement of one rollout, under way.
+#[derive(Debug)]
+pub struct Session<'a> {
+    judge: &'a Judge,
+    verdicts: Vec<Option<Verdict>>,
+    reply: Sender<(usize, Answer)>,
+    answers: Receiver<(usize, Answer)>,
+    pending: usize,
+    error: Option<Error>,
+}
+
+impl Counts {
+    /// Adds to the metrics of a step.
+    pub fn record(self, metrics: &mut Metrics) {
+        metrics.add(name::REWARD_FAILURES, self.failures as f64);
+        metrics.add(name::REWARD_TIMEOUTS, self.timeouts as f64);
+    }
+}
+
+impl RewardRule {
+    /// The rule that `reward.function` names; `auto` means by data source.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub fn named(function: &str) -> Result<Self> {
+        Ok(Self(match (function, Endpoint::parse(function)?) {
+            (_, Some(endpoint)) => Source::External(endpoint),
+            ("auto", None) => Source::Row,
+            (name, None) => Source::Fixed(Verifier::named(name)?),
+        }))
+    }
+
+    /// The built-in rule for a row of `data_source`; `None` if rewards come from outside.
+    ///
+    /// # Errors
+    /// If the source has no rule, or the row names no source and one is needed.
+    fn verifier(&self, data_source: Option<&str>) -> Result<Option<Verifier>> {
+        match (&self.0, data_source) {
+            (Source::External(_), _) => Ok(None),
+            (Source::Fixed(verifier), _) => Ok(Some(verifier.clone())),
+            (Source::Row, Some(source)) => Verifier::for_source(source).map(Some),
+            (Source::Row, None) => Err(Error::config(format!(
+                "rows without data_source need reward.function, one of: {}",
+                super::AVAILABLE
+            ))),
+        }
+    }
+}
+
+impl Judge {
+    /// A judge as `config` says. Programs are started when they are first needed.
+    ///
+    /// # Errors
+    /// If the reward function is unknown.
+    pub fn new(config: &RewardConfig) -> Result<Self> {
+        let rule = RewardRule::named(&config.function)?;
+        let timeout = Duration::try_from_secs_f64(config.timeout_s)
+            .map_err(|error| Error::config(format!("reward.timeout_s: {error}")))?;
+        let pool = match &rule.0 {
+            Source::External(endpoint) => Some(Pool::new(endpoint, config.workers, timeout)),
+            _ => None,
+        };
+        let on_error = match config.on_error {
+            OnError::Zero => Some(0.0),
+            OnError::Value => Some(config.error_value),
+            OnError::Fail => None,
+        };
+        Ok(Self {
+            rule,
+            pool,
+            on_error,
+            function: config.function.clone(),
+            timeout_s: config.timeout_s,
+            requests: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+            timeouts: AtomicU64::new(0),
+        })
+    }
+
+    /// Checks that a row can be judged.
+    ///
+    /// # Errors
+    /// If its data source has no rule, or its ground truth is none for the rule.
+    pub fn check(&self, row: &Row) -> Result<()> {
+        match self.rule.verifier(row.data_source.as_deref())? {
+            Some(verifier) => verifier.check(&row.ground_truth),
+            None => Ok(()),
+        }
+    }
+
+    /// Begins to judge `responses` responses.
+    ///
+    /// ```
+    /// use trainer::{RlConfig, data::{Prompt, Row}, verifier::Judge};
+    /// let judge = Judge::new(&RlConfig::resolve(None, None, &[])?.reward)?;
+    /// let row = Row {
+    ///     data_source: Some("openai/gsm8k".to_owned()),
+    ///     prompt: Prompt::Text("1+1?".to_owned()),
+    ///     ground_truth: "2".to_owned(),
+    ///     extra: serde_json::Value::Null,
+    /// };
+    /// let mut session = judge.session(2);
+    /// session.submit(0, &row, "#### 2");
+    /// session.submit(1, &row, "#### 3");
+    /// let scores: Vec<f64> = session.finish()?.iter().map(|verdict| verdict.score).collect();
+    /// assert_eq!(scores, [1.0, 0.0]);
+    /// # Ok::<(), trainer::Error>(())
+    /// ```
+    pub fn session(&self, responses: usize) -> Session<'_> {
+        let (reply, answers) = channel();
+        let verdicts = vec![None; responses];
+        Session { judge: self, verdicts, reply, answers, pending: 0, error: None }
+    }
+
+    /// The failures since the last call, of validations too.
+    pub fn take_counts(&self) -> Counts {
+        let take = |count: &AtomicU64| count.swap(0, Ordering::Relaxed);
+        Counts { failures: take(&self.failures), timeouts: take(&self.timeouts) }
+    }
+
+    /// The verdict on a response whose reward failed.
+    fn failed(&self, failure: Failure) -> Result<Verdict> {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+        let reason = match failure {
+            Failure::Broken(reason) => reason,
+            Failure::Timeout => {
+                self.timeouts.fetch_add(1, Ordering::Relaxed);
+                format!("no answer within reward.timeout_s ({} s)", self.timeout_s)
+            }
+        };
+        let score = self.on_error;
+        let score = score.ok_or_else(|| Error::reward(format!("{}: {reason}", self.function)))?;
+        Ok(Verdict { score, correct: false, predicted: format!("reward failed: {reason}") })
+    }
+}
+
+impl Session<'_> {
+    /// Judges the response at `place`, at once or later. Errors are kept for [`Self::finish`].
+    ///
+    /// # Panics
+    /// If there is no such place.
+    pub fn submit(&mut self, place: usize, row: &Row, response: &str) {
+        let rule = self.judge.rule.verifier(row.data_source.as_deref());
+        let checked = rule.and_then(|rule| match rule {
+            Some(rule) => rule.check(&row.ground_truth).map(|()| Some(rule)),
+            None => Ok(None),
+        });
+        match (checked, &self.judge.pool) {
+            (Ok(Some(rule)), _) => {
+                self.verdicts[place] = Some(rule.judge(response, &row.ground_truth));
+            }
+            (Ok(None), Some(pool)) => {
+                let id = self.judge.requests.fetch_add(1, Ordering::Relaxed);
+                let request = json!({
+                    "id": id,
+                    "data_source": row.data_source,
+                    "prompt": row.prompt,
+                    "response": response,
+                    "ground_truth": row.ground_truth,
+                    "extra_info": row.extra,
+                });
+                pool.submit((id, place), request.to_string(), &self.reply);
+                self.pending += 1;
+            }
+            (Ok(None), None) => unreachable!("a judge of rewards from outside has a pool"),
+            (Err(error), _) => self.error = self.error.take().or(Some(error)),
+        }
+    }
+
+    /// The verdicts by place, once all are there.
+    ///
+    /// # Errors
+    /// `ErrorKind::Reward` if one failed and failures end the run, or a place was not submitted; else
+    /// what [`Judge::check`] says of a row.
+    pub fn finish(mut self) -> Result<Vec<Verdict>> {
+        if let Some(error) = self.error {
+            return Err(error);
+        }
+        // Without a sender of its own, the session ends even if a worker does not answer.
+        drop(self.reply);
+        for _ in 0..self.pending {
+            let (place, answer) =
+                self.answers.recv().map_err(|_| Error::reward("a worker for rewards has ended"))?;
+            self.verdicts[place] = Some(answer.or_else(|failure| self.judge.failed(failure))?);
+        }
+        let all: Option<Vec<Verdict>> = self.verdicts.into_iter().collect();
+        all.ok_or_else(|| Error::reward("a response was not judged"))
+    }
+}
+
+#[cfg(test)]
+mod tests;
