@@ -74,7 +74,7 @@ impl Sampler {
     ///
     /// ```
     /// use trainer::data::{Cursor, Part, Sampler, Visit};
-    /// let parts = [Part { rows: 0..2, weight: 3.0 }, Part { rows: 2..6, weight: 1.0 }];
+    /// let parts = [Part { rows: 0..2, weight: 2.0 }, Part { rows: 2..6, weight: 1.0 }];
     /// let mut sampler = Sampler::mixed(&parts, Visit::InOrder, Cursor::default());
     /// assert_eq!(sampler.next_batch(6), [0, 1, 0, 1, 2, 3]);
     /// assert_eq!(sampler.next_batch(6), [0, 1, 0, 1, 4, 5]);
