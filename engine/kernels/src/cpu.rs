@@ -12,7 +12,7 @@ pub enum Level {
     Reference,
     /// Blocked and threaded, but no instruction beyond the baseline processor.
     Portable,
-    /// AVX2 with fused multiply-adds.
+    /// AVX2 with fused multiply-adds and conversions of f16.
     Avx2,
     /// AVX-512 (F, BW, DQ, VL), with its bf16 dot products where the processor has them.
     Avx512,
@@ -98,7 +98,7 @@ impl Isa {
     }
 }
 
-/// Proof that AVX2 and FMA may be used.
+/// Proof that AVX2, FMA and F16C may be used.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx2(());
 
@@ -106,7 +106,9 @@ impl Avx2 {
     fn new() -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         {
-            let found = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let found = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
             found.then_some(Self(()))
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -114,9 +116,10 @@ impl Avx2 {
     }
 }
 
-/// Proof that AVX-512 F, BW, DQ and VL (and AVX2 and FMA) may be used.
+/// Proof that AVX-512 F, BW, DQ and VL (and AVX2, FMA and F16C) may be used.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx512 {
+    avx2: Avx2,
     bf16: bool,
 }
 
@@ -124,12 +127,12 @@ impl Avx512 {
     fn new() -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         {
-            let base = Avx2::new().is_some()
-                && is_x86_feature_detected!("avx512f")
+            let avx2 = Avx2::new()?;
+            let base = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            base.then(|| Self { bf16: is_x86_feature_detected!("avx512bf16") })
+            base.then(|| Self { avx2, bf16: is_x86_feature_detected!("avx512bf16") })
         }
         #[cfg(not(target_arch = "x86_64"))]
         None
@@ -138,7 +141,12 @@ impl Avx512 {
     /// The same processor as if it had no bf16 dot product, to test what is done then.
     #[cfg(test)]
     pub(crate) fn without_bf16(self) -> Self {
-        Self { bf16: false }
+        Self { bf16: false, ..self }
+    }
+
+    /// Proof that AVX2 may be used too.
+    pub(crate) fn avx2(self) -> Avx2 {
+        self.avx2
     }
 
     /// Proof that the AVX-512 bf16 dot product may be used too.
@@ -215,7 +223,7 @@ mod amx {
 pub fn features() -> Vec<&'static str> {
     let mut found = Vec::new();
     if Avx2::new().is_some() {
-        found.extend(["avx2", "fma"]);
+        found.extend(["avx2", "fma", "f16c"]);
     }
     if let Some(token) = Avx512::new() {
         found.extend(["avx512f", "avx512bw", "avx512dq", "avx512vl"]);

@@ -1,8 +1,8 @@
-//! The two number formats weights and KV caches are kept in.
+//! The number formats that weights in full and KV caches are kept in.
 //!
-//! Leaves out every quantised format: those are turned into one of these when a model is loaded.
+//! Leaves out the formats of quantised weights: see `quant`.
 
-/// Storage and multiply format of weights, activations entering a product, and the KV cache.
+/// Storage and multiply format of weights and of activations entering a product.
 ///
 /// Sums are always kept in f32, whatever the format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,5 +28,47 @@ impl Dtype {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
         }
+    }
+}
+
+/// Storage format of a KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KvDtype {
+    /// Keys and values rounded to a [`Dtype`].
+    Plain(Dtype),
+    /// 8-bit integers with one f32 scale for each key and each value of a head: x = scale q, the scale
+    /// being the largest magnitude over 127. Attention multiplies in f32.
+    Int8,
+}
+
+impl KvDtype {
+    /// Bytes of one head's key or value, `head_dim` elements.
+    pub const fn head_bytes(self, head_dim: usize) -> usize {
+        match self {
+            Self::Plain(dtype) => head_dim * dtype.size_bytes(),
+            Self::Int8 => head_dim + size_of::<f32>(),
+        }
+    }
+
+    /// The name used on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Plain(dtype) => dtype.name(),
+            Self::Int8 => "int8",
+        }
+    }
+
+    /// What queries are rounded to, and keys and values are expanded to.
+    pub(crate) const fn multiplied(self) -> Dtype {
+        match self {
+            Self::Plain(dtype) => dtype,
+            Self::Int8 => Dtype::F32,
+        }
+    }
+}
+
+impl From<Dtype> for KvDtype {
+    fn from(dtype: Dtype) -> Self {
+        Self::Plain(dtype)
     }
 }

@@ -3,14 +3,14 @@
 //! The weights `[vocabulary, cols]` are the ones of the output head where a model ties the two.
 //! Repeated ids add to their row of the gradient in ascending order of the tokens.
 
-use crate::{Kernels, Matrix, add::AddInto, cpu::Isa, disjoint::Disjoint, split::whole_rows};
+use crate::{Kernels, Linear, add::AddInto, cpu::Isa, disjoint::Disjoint, split::whole_rows};
 
 impl Kernels {
     /// `out[m] = w[ids[m]]`, as f32.
     ///
     /// # Panics
     /// When an id has no row or `out` is not one row for each id.
-    pub fn embed(&self, w: &Matrix, ids: &[u32], out: &mut [f32]) {
+    pub fn embed(&self, w: &Linear, ids: &[u32], out: &mut [f32]) {
         check_ids(ids, w.rows());
         let cols = w.cols();
         assert_eq!(out.len(), ids.len() * cols, "output length against {} rows", ids.len());
@@ -70,7 +70,7 @@ fn check_ids(ids: &[u32], vocabulary: usize) {
 #[cfg(test)]
 mod tests {
     use crate::{
-        Dtype, Matrix,
+        Dtype, Linear, Matrix,
         testing::{Random, bits, every_level, reference},
     };
 
@@ -82,6 +82,7 @@ mod tests {
             let ids: Vec<u32> = (0..tokens).map(|_| random.below(rows) as u32).collect();
             let mut w = Matrix::zeros(Dtype::F32, rows, cols);
             w.set_rows(0, &values);
+            let w = Linear::Full(w);
             let expected: Vec<f32> =
                 ids.iter().flat_map(|&id| values[id as usize * cols..][..cols].to_vec()).collect();
             for kernels in every_level(2) {
@@ -116,6 +117,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "token id 4, vocabulary has 4")]
     fn an_unknown_id_is_refused() {
-        reference().embed(&Matrix::zeros(Dtype::Bf16, 4, 2), &[1, 4], &mut [0.0; 4]);
+        let w = Linear::Full(Matrix::zeros(Dtype::Bf16, 4, 2));
+        reference().embed(&w, &[1, 4], &mut [0.0; 4]);
     }
 }

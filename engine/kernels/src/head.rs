@@ -14,7 +14,7 @@
 use std::ops::Range;
 
 use crate::{
-    Dtype, Kernels, Matrix, Operand, Scratch, Write,
+    Dtype, Input, Kernels, Linear, Matrix, Operand, Scratch, Write,
     cpu::Isa,
     disjoint::Disjoint,
     simd::{Job, LANES, Simd},
@@ -59,6 +59,16 @@ impl Default for HeadScratch {
     }
 }
 
+/// Computes the logits of a block of rows and a chunk of the vocabulary.
+type ChunkProduct<'a> = dyn FnMut(Range<usize>, Range<usize>, &mut [f32]) + 'a;
+
+/// The targets of all rows, and where their statistics go.
+struct RowsOut<'a> {
+    targets: &'a [u32],
+    inv_temperature: f32,
+    out: &'a mut [TokenStats],
+}
+
 /// What [`Kernels::head_backward`] reads and writes.
 pub struct HeadBackward<'a> {
     /// Hidden states `[rows, K]`, as given to the forward pass.
@@ -100,17 +110,65 @@ impl Kernels {
         if let Isa::Reference = self.isa {
             return self.reference_forward(h, w, targets, inv_temperature, out);
         }
-        for rows in blocks(h.rows(), ROW_BLOCK) {
-            scratch.totals.clear();
-            scratch.totals.resize(rows.len(), RowTotal { total: Total::EMPTY, target: None });
-            let hidden = block(h, &rows, &mut scratch.hidden);
-            for chunk in blocks(w.rows(), VOCAB_CHUNK) {
-                let logits = prefix(&mut scratch.logits, rows.len() * chunk.len());
-                self.matmul(hidden, w, chunk.clone(), None, Write::Set, logits);
-                let targets = &targets[rows.clone()];
-                self.join_chunk(logits, &chunk, targets, inv_temperature, &mut scratch.totals);
+        let HeadScratch { hidden, logits, totals, .. } = scratch;
+        let rows = RowsOut { targets, inv_temperature, out };
+        self.stats_by_chunks(w.rows(), rows, (logits, totals), &mut |rows, chunk, logits| {
+            // The block of rows stays the same for all chunks of the vocabulary.
+            if chunk.start == 0 && rows.len() < h.rows() {
+                copy_rows(h, &rows, hidden);
             }
-            for (out, row) in out[rows].iter_mut().zip(&scratch.totals) {
+            let hidden = if rows.len() < h.rows() { &*hidden } else { h };
+            self.matmul(hidden, w, chunk, None, Write::Set, logits);
+        });
+    }
+
+    /// [`Kernels::head_forward`] with weights in full or quantised.
+    ///
+    /// # Panics
+    /// When formats or shapes do not agree or a target lies beyond the vocabulary.
+    pub fn head_stats(
+        &self,
+        h: &Input,
+        w: &Linear,
+        targets: &[u32],
+        inv_temperature: f32,
+        out: &mut [TokenStats],
+        scratch: &mut HeadScratch,
+    ) {
+        let w = match w {
+            Linear::Full(w) => {
+                return self.head_forward(h.full(), w, targets, inv_temperature, out, scratch);
+            }
+            Linear::Quantised(w) => w,
+        };
+        let h = h.quantised();
+        assert_eq!([targets.len(), out.len()], [h.rows(); 2], "lengths against rows");
+        check_targets(targets, w.rows());
+        let to = (&mut scratch.logits, &mut scratch.totals);
+        let rows = RowsOut { targets, inv_temperature, out };
+        self.stats_by_chunks(w.rows(), rows, to, &mut |rows, chunk, logits| {
+            self.quant_logits((h, rows), w, chunk, logits);
+        });
+    }
+
+    /// Goes over blocks of rows and chunks of the vocabulary, whose logits `product` computes.
+    fn stats_by_chunks(
+        &self,
+        vocabulary: usize,
+        io: RowsOut<'_>,
+        (logits, totals): (&mut Vec<f32>, &mut Vec<RowTotal>),
+        product: &mut ChunkProduct<'_>,
+    ) {
+        for rows in blocks(io.targets.len(), ROW_BLOCK) {
+            totals.clear();
+            totals.resize(rows.len(), RowTotal { total: Total::EMPTY, target: None });
+            for chunk in blocks(vocabulary, VOCAB_CHUNK) {
+                let logits = prefix(logits, rows.len() * chunk.len());
+                product(rows.clone(), chunk.clone(), logits);
+                let targets = &io.targets[rows.clone()];
+                self.join_chunk(logits, &chunk, targets, io.inv_temperature, totals);
+            }
+            for (out, row) in io.out[rows].iter_mut().zip(&*totals) {
                 *out = row.total.stats(row.target);
             }
         }

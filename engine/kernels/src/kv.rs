@@ -4,16 +4,17 @@
 //! business and not known here. Nothing is ever cleared: readers look only at positions that their
 //! sequence has written.
 //!
-//! Everything is kept in 32-bit words, one f32 or two bf16 each (the even element in the lower half);
-//! `w` is the words of one head. Layout: `[layer][block][kv head]`, and for each of those first the
-//! keys, then the values of the block's positions. Keys lie in tiles of [`TILE`] positions,
+//! Everything is kept in 32-bit words, one f32, two bf16 or four 8-bit integers each (the first element in
+//! the lowest bits); `w` is the words of one head. Layout: `[layer][block][kv head]`, and for each of
+//! those first the keys, then the values of the block's positions, then, for integers, the scales of the
+//! keys and those of the values, as f32. Keys lie in tiles of [`TILE`] positions,
 //! transposed: `[pos / 16][w][16]`, so that one 64-byte line holds one word of 16 positions and is the
 //! operand of one multiplication with a broadcast word of a query. Values lie row by row: `[pos][w]`.
 //! Every tile starts on a 64-byte line.
 
 use crate::disjoint::Disjoint;
 use crate::gemm::convert::{element, pair, per_word};
-use crate::{Dtype, Kernels};
+use crate::{Dtype, Kernels, KvDtype};
 
 /// Positions in one tile of keys: the lanes of a 512-bit register.
 pub(crate) const TILE: usize = 16;
@@ -47,7 +48,7 @@ pub struct KvCache {
 /// Where things lie; see the layout above.
 #[derive(Clone, Copy)]
 struct Shape {
-    dtype: Dtype,
+    dtype: KvDtype,
     layers: usize,
     num_blocks: usize,
     block_size: usize,
@@ -63,7 +64,7 @@ impl KvCache {
     /// # Panics
     /// When `block_size` is no positive multiple of 16, or `head_dim` no multiple of 16 from 16 to 256.
     pub fn new(
-        dtype: Dtype,
+        dtype: impl Into<KvDtype>,
         layers: usize,
         num_blocks: usize,
         block_size: usize,
@@ -75,6 +76,7 @@ impl KvCache {
             "block size is {block_size}, must be a multiple of {TILE}"
         );
         check_head_dim(head_dim);
+        let dtype = dtype.into();
         let bytes = Self::bytes_per_block(dtype, layers, block_size, kv_heads, head_dim);
         let (words, lead) = zeroed(num_blocks * bytes / 4);
         let shape = Shape { dtype, layers, num_blocks, block_size, kv_heads, head_dim };
@@ -82,14 +84,14 @@ impl KvCache {
     }
 
     /// Bytes of one block in all layers: keys and values.
-    pub const fn bytes_per_block(
-        dtype: Dtype,
+    pub fn bytes_per_block(
+        dtype: impl Into<KvDtype>,
         layers: usize,
         block_size: usize,
         kv_heads: usize,
         head_dim: usize,
     ) -> usize {
-        layers * kv_heads * 2 * block_size * head_dim * dtype.size_bytes()
+        layers * kv_heads * 2 * block_size * dtype.into().head_bytes(head_dim)
     }
 
     /// Bytes of all blocks.
@@ -99,7 +101,7 @@ impl KvCache {
     }
 
     /// The storage format.
-    pub fn dtype(&self) -> Dtype {
+    pub fn dtype(&self) -> KvDtype {
         self.shape.dtype
     }
 
@@ -134,8 +136,8 @@ impl KvCache {
     /// When layer, slot or head do not exist.
     pub fn key(&self, layer: usize, slot: u32, head: usize) -> Vec<f32> {
         let (start, lane) = self.shape.key_tile(layer, slot, head);
-        let word = |w| self.words()[start + w * TILE + lane];
-        (0..self.head_dim()).map(|i| element(self.dtype(), word, i)).collect()
+        let scale = self.shape.scale_of_key(layer, slot, head);
+        self.expand(|w| self.words()[start + w * TILE + lane], scale)
     }
 
     /// The value at `slot` of one head, as stored. For tests and tools; slow.
@@ -144,8 +146,17 @@ impl KvCache {
     /// When layer, slot or head do not exist.
     pub fn value(&self, layer: usize, slot: u32, head: usize) -> Vec<f32> {
         let start = self.shape.value_row(layer, slot, head);
-        let word = |w| self.words()[start + w];
-        (0..self.head_dim()).map(|i| element(self.dtype(), word, i)).collect()
+        let scale = self.shape.scale_of_key(layer, slot, head) + self.block_size();
+        self.expand(|w| self.words()[start + w], scale)
+    }
+
+    /// The elements in some words, whose scale is word `scale` if they have one.
+    fn expand(&self, word: impl Fn(usize) -> u32, scale: usize) -> Vec<f32> {
+        let one = |i: usize| match self.shape.dtype {
+            KvDtype::Plain(dtype) => element(dtype, &word, i),
+            KvDtype::Int8 => f32::from_bits(self.words()[scale]) * integer(word(i / 4), i % 4),
+        };
+        (0..self.head_dim()).map(one).collect()
     }
 
     /// Copies a block in all layers: keys and values of every position.
@@ -153,7 +164,7 @@ impl KvCache {
     /// # Panics
     /// When one of the blocks does not exist.
     pub fn copy_block(&mut self, from: u32, to: u32) {
-        let len = self.kv_heads() * 2 * self.values_after();
+        let len = self.kv_heads() * self.shape.region();
         for layer in 0..self.layers() {
             let source = self.keys_start(layer, from as usize, 0);
             let target = self.keys_start(layer, to as usize, 0);
@@ -176,6 +187,13 @@ impl KvCache {
             }
             let source = shape.value_row(layer, from, head);
             cache.copy_within(source..source + words, shape.value_row(layer, to, head));
+            if shape.dtype == KvDtype::Int8 {
+                let source = shape.scale_of_key(layer, from, head);
+                let target = shape.scale_of_key(layer, to, head);
+                for after in [0, shape.block_size] {
+                    cache[target + after] = cache[source + after];
+                }
+            }
         }
     }
 
@@ -187,6 +205,13 @@ impl KvCache {
     /// Words of one head of one position.
     pub(crate) fn head_words(&self) -> usize {
         self.shape.head_words()
+    }
+
+    /// The scales of keys and values of the 16 positions whose tile of keys begins at word `tile`, in a
+    /// block whose keys begin at `keys`; for caches of integers.
+    pub(crate) fn tile_scales(&self, keys: usize, tile: usize) -> [&[u32]; 2] {
+        let first = keys + 2 * self.values_after() + (tile - keys) / self.head_words();
+        [first, first + self.block_size()].map(|at| &self.words()[at..at + TILE])
     }
 
     /// Where the keys of one head in one block begin.
@@ -202,7 +227,22 @@ impl KvCache {
 
 impl Shape {
     fn head_words(self) -> usize {
-        self.head_dim / per_word(self.dtype)
+        match self.dtype {
+            KvDtype::Plain(dtype) => self.head_dim / per_word(dtype),
+            KvDtype::Int8 => self.head_dim / 4,
+        }
+    }
+
+    /// Words of one head in one block.
+    fn region(self) -> usize {
+        2 * self.block_size * self.dtype.head_bytes(self.head_dim) / 4
+    }
+
+    /// Where the scale of the key of a slot lies, in caches of integers; that of the value lies a block's
+    /// positions further.
+    fn scale_of_key(self, layer: usize, slot: u32, head: usize) -> usize {
+        let (block, offset) = (slot as usize / self.block_size, slot as usize % self.block_size);
+        self.keys_start(layer, block, head) + 2 * self.values_after() + offset
     }
 
     fn values_after(self) -> usize {
@@ -213,7 +253,7 @@ impl Shape {
         assert!(layer < self.layers, "layer {layer}, the cache has {}", self.layers);
         assert!(block < self.num_blocks, "block {block}, the cache has {}", self.num_blocks);
         assert!(head < self.kv_heads, "kv head {head}, the cache has {}", self.kv_heads);
-        ((layer * self.num_blocks + block) * self.kv_heads + head) * 2 * self.values_after()
+        ((layer * self.num_blocks + block) * self.kv_heads + head) * self.region()
     }
 
     /// Where the tile with the key of a slot begins, and the lane of the key.
@@ -274,8 +314,15 @@ impl Write<'_> {
             // SAFETY: only this task writes keys of this head.
             let tile = unsafe { cache.part(start, start + TILE * words) };
             let source = &k[(row * self.shape.kv_heads + head) * d..][..d];
-            round_words(self.shape.dtype, source, &mut rounded[..words]);
+            let scale = match self.shape.dtype {
+                KvDtype::Plain(dtype) => {
+                    round_words(dtype, source, &mut rounded[..words]);
+                    None
+                }
+                KvDtype::Int8 => Some(quantize(source, &mut rounded[..words])),
+            };
             write_key(&rounded[..words], lane, tile);
+            self.scale(self.shape.scale_of_key(self.layer, slot, head), scale, cache);
         }
     }
 
@@ -286,9 +333,54 @@ impl Write<'_> {
             // SAFETY: only this task writes values of this head.
             let target = unsafe { cache.part(start, start + words) };
             let source = &v[(row * self.shape.kv_heads + head) * d..][..d];
-            round_words(self.shape.dtype, source, target);
+            let scale = match self.shape.dtype {
+                KvDtype::Plain(dtype) => {
+                    round_words(dtype, source, target);
+                    None
+                }
+                KvDtype::Int8 => Some(quantize(source, target)),
+            };
+            let place = self.shape.scale_of_key(self.layer, slot, head) + self.shape.block_size;
+            self.scale(place, scale, cache);
         }
     }
+
+    /// Writes the scale of a key or of a value, if it has one.
+    fn scale(&self, place: usize, scale: Option<f32>, cache: &Disjoint<'_, u32>) {
+        if let Some(scale) = scale {
+            // SAFETY: only one task writes scales of keys of a head, and one those of values.
+            let word = unsafe { cache.part(place, place + 1) };
+            word[0] = scale.to_bits();
+        }
+    }
+}
+
+/// Integer `i` of the four in a word.
+#[inline(always)]
+pub(crate) fn integer(word: u32, i: usize) -> f32 {
+    f32::from((word >> (8 * i)) as u8 as i8)
+}
+
+/// Rounds a head's key or value to 8-bit integers, ties to even; returns the scale. An element that is
+/// not finite makes the scale not a number.
+fn quantize(elements: &[f32], words: &mut [u32]) -> f32 {
+    const LARGEST: f32 = 127.0;
+    let largest = elements.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m });
+    if elements.iter().any(|x| !x.is_finite()) {
+        words.fill(0);
+        return f32::NAN;
+    }
+    // Below this the inverse overflows; nothing so small changes a score.
+    if largest < LARGEST * f32::MIN_POSITIVE {
+        words.fill(0);
+        return 0.0;
+    }
+    let inverse = LARGEST / largest;
+    for (word, x) in words.iter_mut().zip(elements.chunks_exact(4)) {
+        let byte = |i: usize| u32::from(((x[i] * inverse).round_ties_even() as i8).cast_unsigned());
+        *word = byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24;
+    }
+    largest / LARGEST
 }
 
 /// Rounds elements into words.
@@ -353,16 +445,26 @@ mod tests {
         (0..len as u32).map(|i| ((i ^ seed).wrapping_mul(2_654_435_761) as f32) / 4e9).collect()
     }
 
-    fn stored(dtype: Dtype, x: &[f32]) -> Vec<f32> {
+    const DTYPES: [KvDtype; 3] =
+        [KvDtype::Plain(Dtype::F32), KvDtype::Plain(Dtype::Bf16), KvDtype::Int8];
+
+    fn stored(dtype: KvDtype, x: &[f32]) -> Vec<f32> {
         match dtype {
-            Dtype::F32 => x.to_vec(),
-            Dtype::Bf16 => x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect(),
+            KvDtype::Plain(Dtype::F32) => x.to_vec(),
+            KvDtype::Plain(Dtype::Bf16) => {
+                x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect()
+            }
+            KvDtype::Int8 => {
+                let largest = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+                let (scale, inverse) = (largest / 127.0, 127.0 / largest);
+                x.iter().map(|x| (x * inverse).round_ties_even() * scale).collect()
+            }
         }
     }
 
     #[test]
     fn rows_come_back_rounded_from_their_slots() {
-        for dtype in [Dtype::F32, Dtype::Bf16] {
+        for dtype in DTYPES {
             for (threads, rows) in [(1, 5), (3, 200)] {
                 let kernels = Kernels::new(Level::Portable, threads).unwrap();
                 let (heads, d) = (3, 48);
@@ -385,6 +487,17 @@ mod tests {
                 assert!((0..9 * 32).all(|slot| kv.value(0, slot, 2) == vec![0.0; d]));
             }
         }
+    }
+
+    #[test]
+    fn integers_keep_faults_and_zeros() {
+        let kernels = Kernels::new(Level::Portable, 1).unwrap();
+        let mut kv = KvCache::new(KvDtype::Int8, 1, 1, 16, 1, 16);
+        let mut k = [0.5; 16];
+        k[3] = f32::INFINITY;
+        kernels.kv_write(&mut kv, 0, &k, &[0.0; 16], &[4]);
+        assert!(kv.key(0, 4, 0).iter().all(|x| x.is_nan()));
+        assert_eq!(kv.value(0, 4, 0), vec![0.0; 16]);
     }
 
     #[test]
@@ -416,7 +529,7 @@ mod tests {
     #[test]
     fn a_slot_is_copied_in_one_layer_and_nothing_else_changes() {
         let kernels = Kernels::new(Level::Portable, 1).unwrap();
-        for dtype in [Dtype::F32, Dtype::Bf16] {
+        for dtype in DTYPES {
             let (heads, d) = (2, 32);
             let mut kv = KvCache::new(dtype, 2, 3, 16, heads, d);
             let k = numbers(3 * 16 * heads * d, 3);
@@ -438,6 +551,7 @@ mod tests {
     #[test]
     fn sizes_add_up_and_large_caches_start_on_huge_pages() {
         assert_eq!(KvCache::bytes_per_block(Dtype::Bf16, 30, 16, 3, 64), 30 * 3 * 2 * 16 * 64 * 2);
+        assert_eq!(KvCache::bytes_per_block(KvDtype::Int8, 30, 16, 3, 64), 30 * 3 * 2 * 16 * 68);
         let kv = KvCache::new(Dtype::F32, 2, 100, 16, 3, 64);
         assert_eq!(kv.bytes(), 100 * 2 * 3 * 2 * 16 * 64 * 4);
         assert!(kv.words().len() * 4 >= kv.bytes());

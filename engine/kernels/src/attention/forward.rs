@@ -1,10 +1,11 @@
 //! The forward pass: work items shared out to the threads.
 
-use super::tiles::{Ahead, MAX_ROWS, Panel, Products, ScoresOut, Softmax, Weights, stride};
+use super::tiles::{Ahead, Grow, MAX_ROWS, Panel, Products, ScoresOut, Softmax, Weights, stride};
 use super::{Attention, AttnScratch, AttnSeq, Lane};
-use crate::Kernels;
 use crate::disjoint::Disjoint;
-use crate::kv::{KvCache, TILE};
+use crate::kv::{KvCache, TILE, integer};
+use crate::simd::{Job, Simd};
+use crate::{Dtype, Kernels, KvDtype};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Everything an item needs to know.
@@ -107,19 +108,25 @@ impl<P: Products> Forward<'_, P> {
             *len = item.seq.start + (item.first + row) / self.group + 1;
         }
         let positions = lens[rows - 1];
-        let keys = Panel {
-            dtype: self.kv.dtype(),
-            words: self.kv.words(),
-            tiles: &lane.tiles,
-            shift: 0,
-            head_words: self.kv.head_words(),
-            // Later items of this head find the values in the processor's cache.
-            ahead: match item.first {
-                0 => Ahead::Behind(self.kv.values_after()),
-                _ => Ahead::Nothing,
-            },
+        let Lane { tiles, expanded, expanded_tiles, .. } = lane;
+        let (keys, values) = match self.kv.dtype() {
+            KvDtype::Int8 => self.expand(item, tiles, (expanded, expanded_tiles)),
+            KvDtype::Plain(dtype) => {
+                let keys = Panel {
+                    dtype,
+                    words: self.kv.words(),
+                    tiles,
+                    shift: 0,
+                    head_words: self.kv.head_words(),
+                    // Later items of this head find the values in the processor's cache.
+                    ahead: match item.first {
+                        0 => Ahead::Behind(self.kv.values_after()),
+                        _ => Ahead::Nothing,
+                    },
+                };
+                (keys, Panel { shift: self.kv.values_after(), ahead, ..keys })
+            }
         };
-        let values = Panel { shift: self.kv.values_after(), ahead, ..keys };
 
         let q = lane.rows.slice(rows * d);
         for (row, to) in q.chunks_exact_mut(d).enumerate() {
@@ -144,6 +151,36 @@ impl<P: Products> Forward<'_, P> {
         }
     }
 
+    /// Keys and values of a cache of integers, as tiles of f32.
+    fn expand<'l>(
+        &self,
+        item: &Item<'_>,
+        tiles: &[usize],
+        (expanded, starts): (&'l mut Grow<u32>, &'l mut Vec<usize>),
+    ) -> (Panel<'l>, Panel<'l>) {
+        let (d, words) = (self.kv.head_dim(), self.kv.head_words());
+        let (per_block, len) = (self.kv.block_size() / TILE, tiles.len() * TILE * d);
+        let (keys, values) = expanded.slice(2 * len).split_at_mut(len);
+        let targets = keys.chunks_exact_mut(TILE * d).zip(values.chunks_exact_mut(TILE * d));
+        for (i, (&tile, (keys, values))) in tiles.iter().zip(targets).enumerate() {
+            let block = item.seq.blocks[i / per_block] as usize;
+            let start = self.kv.keys_start(self.task.layer, block, item.kv_head);
+            let [key_scales, value_scales] = self.kv.tile_scales(start, tile);
+            let packed = &self.kv.words()[tile..][..TILE * words];
+            let to = ExpandTo { scales: key_scales, to: keys };
+            self.kernels.isa.vectorize(ExpandKeys { packed, to });
+            let packed = &self.kv.words()[tile + self.kv.values_after()..][..TILE * words];
+            let to = ExpandTo { scales: value_scales, to: values };
+            self.kernels.isa.vectorize(ExpandValues { packed, to });
+        }
+        starts.clear();
+        starts.extend((0..tiles.len()).map(|i| i * TILE * d));
+        let words = &*expanded.slice(2 * len);
+        let (dtype, ahead) = (Dtype::F32, Ahead::Nothing);
+        let keys = Panel { dtype, words, tiles: starts, shift: 0, head_words: d, ahead };
+        (keys, Panel { shift: len, ..keys })
+    }
+
     /// Where the tiles of the positions that an item sees begin.
     fn find_tiles(&self, item: &Item<'_>, tiles: &mut Vec<usize>) {
         let positions = item.seq.start + (item.first + item.rows - 1) / self.group + 1;
@@ -157,6 +194,56 @@ impl<P: Products> Forward<'_, P> {
             left -= per_block.min(left);
             if left == 0 {
                 return;
+            }
+        }
+    }
+}
+
+/// Where a tile of integers goes as f32 bits, and the scales of its positions.
+struct ExpandTo<'a> {
+    scales: &'a [u32],
+    to: &'a mut [u32],
+}
+
+/// `[w / 4][16 positions]` words of four integers become `[w][16]`.
+struct ExpandKeys<'a> {
+    packed: &'a [u32],
+    to: ExpandTo<'a>,
+}
+
+impl Job for ExpandKeys<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _s: S) {
+        let Some(scales) = self.to.scales.first_chunk::<TILE>() else { return };
+        let lines = self.packed.as_chunks::<TILE>().0;
+        for (line, to) in lines.iter().zip(self.to.to.as_chunks_mut::<{ 4 * TILE }>().0) {
+            for (i, to) in to.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+                for ((to, &word), &scale) in to.iter_mut().zip(line).zip(scales) {
+                    *to = (f32::from_bits(scale) * integer(word, i)).to_bits();
+                }
+            }
+        }
+    }
+}
+
+/// `[16 positions][w / 4]` words of four integers become `[16][w]`.
+struct ExpandValues<'a> {
+    packed: &'a [u32],
+    to: ExpandTo<'a>,
+}
+
+impl Job for ExpandValues<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _s: S) {
+        let d = self.to.to.len() / TILE;
+        let rows = self.packed.chunks_exact(d / 4).zip(self.to.to.chunks_exact_mut(d));
+        for ((words, to), &scale) in rows.zip(self.to.scales) {
+            for (&word, to) in words.iter().zip(to.as_chunks_mut::<4>().0) {
+                *to = std::array::from_fn(|i| (f32::from_bits(scale) * integer(word, i)).to_bits());
             }
         }
     }

@@ -11,7 +11,8 @@
 //! computed with where that is cheaper, but reaches no result, not even as NaN times zero.
 //!
 //! Work item: up to [`MAX_ROWS`] rows (token, query head of a group) of one sequence and kv head; so
-//! keys and values are loaded once for all of them. Costs 4 d FLOP per (row, position) and reads each
+//! keys and values are loaded once for all of them. Integers of the cache are expanded to f32 once for
+//! an item, into a buffer of its thread. Costs 4 d FLOP per (row, position) and reads each
 //! key and value once per item. Leaves out sliding windows, soft caps and sinks.
 
 #[cfg(target_arch = "x86_64")]
@@ -77,6 +78,9 @@ struct Lane {
     packed: Grow<u32>,
     scores: Grow<f32>,
     mixed: Grow<f32>,
+    /// Keys, then values of a cache of integers, as tiles of f32; and where these begin.
+    expanded: Grow<u32>,
+    expanded_tiles: Vec<usize>,
     backward: backward::Buffers,
 }
 

@@ -42,7 +42,7 @@ pub(super) fn forward(kv: &KvCache, task: &Attention<'_>, out: &mut [f32]) {
                 slots.map(|j| read(kv.value(task.layer, slot(j), head / group))).collect();
             for row in 0..seq.rows {
                 let place = ((seq.first_row + row) * task.heads + head) * d;
-                let q = rounded(kv.dtype(), &task.q[place..place + d]);
+                let q = rounded(kv.dtype().multiplied(), &task.q[place..place + d]);
                 let p = probabilities(&q, &keys[..=seq.start + row], task.scale);
                 for i in 0..d {
                     let sum: f64 = p.iter().zip(&values).map(|(p, v)| p * v[i]).sum();

@@ -45,7 +45,7 @@ macro_rules! widened {
         }
     };
 }
-pub(super) use widened;
+pub(crate) use widened;
 
 widened! {
     /// Rounds row-major `rows` of `cols` values into the rows of a block from `first` on.
