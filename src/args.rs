@@ -176,9 +176,31 @@ pub(crate) struct EngineArgs {
     /// Tokens of a KV block, a multiple of 16 [default: 16]
     #[arg(long, value_name = "TOKENS")]
     pub(crate) block_size: Option<usize>,
+    /// Format of the KV cache; int8 halves its memory, for serving only; auto is that of --dtype
+    #[arg(long, value_enum, default_value_t = KvCacheDtype::Auto)]
+    pub(crate) kv_cache_dtype: KvCacheDtype,
     /// Compute every prompt anew
     #[arg(long)]
     pub(crate) no_enable_prefix_caching: bool,
+    /// Keep a GGUF file's quantised weights as they are (gguf), or expand them (none); auto keeps them
+    /// where a command only generates and --dtype is auto
+    #[arg(long, value_enum, default_value_t = QuantizationArg::Auto)]
+    pub(crate) quantization: QuantizationArg,
+}
+
+/// `--kv-cache-dtype`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvCacheDtype {
+    Auto,
+    Int8,
+}
+
+/// `--quantization`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum QuantizationArg {
+    Auto,
+    None,
+    Gguf,
 }
 
 /// `engine serve`.

@@ -13,10 +13,10 @@ use crate::{model, output};
 
 /// Runs the command.
 pub(crate) fn run(args: &DoctorArgs, terminal: &Terminal) -> Result<()> {
-    let config = model::engine_config(&args.common, &args.engine)?;
+    let config = model::serving_config(&args.common, &args.engine)?;
     output::print(&machine(&config))?;
     let source = model::open(&args.model, terminal)?;
-    let plan = MemoryPlan::new(source.config(), &config)?;
+    let plan = MemoryPlan::for_source(&source, &config)?;
     output::print(&format!("\nmodel        {}\n{}\n{plan}", args.model, shape(source.config())))?;
     terminal.info("measuring memory and multipliers");
     output::print(&estimate(&plan, source.config(), &config)?)
@@ -39,7 +39,11 @@ fn machine(config: &EngineConfig) -> String {
         format!("cores        {cores}, {} used", config.resolved_threads()),
         format!("memory       {memory} available"),
         format!("kernels      {} (available: {})", config.resolved_level(), levels.join(" ")),
-        format!("dtype        {}", config.resolved_dtype().name()),
+        format!(
+            "dtype        {}, kv cache {}",
+            config.resolved_dtype().name(),
+            config.resolved_kv_dtype().name()
+        ),
         format!("devices      {candle}"),
     ]
     .join("\n")

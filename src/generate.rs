@@ -32,7 +32,7 @@ pub(crate) fn run(args: &GenerateArgs, terminal: &Terminal) -> Result<()> {
     }
     let input = prompts(args)?;
     let signals = Signals::listen()?;
-    let config = model::engine_config(&args.common, &args.engine)?;
+    let config = model::serving_config(&args.common, &args.engine)?;
     let mut engine = model::load(&args.model, &config, terminal)?;
     let jobs = Reader::of(&engine).read(&input, args, terminal)?;
     let (done, output) = results(args, &jobs, terminal)?;

@@ -4,9 +4,9 @@ use std::env;
 
 use engine::model::hub::{self, HubSettings, Located};
 use engine::model::open_builtin;
-use engine::{Dtype, Engine, EngineConfig, Level, ModelSource, PrefixCache};
+use engine::{Dtype, Engine, EngineConfig, KvDtype, Level, ModelSource, PrefixCache, Quantization};
 
-use crate::args::{CommonArgs, DtypeArg, EngineArgs};
+use crate::args::{CommonArgs, DtypeArg, EngineArgs, KvCacheDtype, QuantizationArg};
 use crate::download::download;
 use crate::exit::{Failure, Result};
 use crate::terminal::Terminal;
@@ -57,8 +57,43 @@ pub(crate) fn engine_config(common: &CommonArgs, args: &EngineArgs) -> Result<En
             DtypeArg::F32 => Some(Dtype::F32),
             DtypeArg::Bf16 => Some(Dtype::Bf16),
         },
+        kv_dtype: (args.kv_cache_dtype == KvCacheDtype::Int8).then_some(KvDtype::Int8),
+        quantization: match args.quantization {
+            QuantizationArg::Gguf => Quantization::AsStored,
+            QuantizationArg::Auto | QuantizationArg::None => Quantization::None,
+        },
         seed: common.seed,
     })
+}
+
+/// As [`engine_config`], for a command that never changes weights: `auto` keeps them quantised.
+pub(crate) fn serving_config(common: &CommonArgs, args: &EngineArgs) -> Result<EngineConfig> {
+    let mut config = engine_config(common, args)?;
+    if args.quantization == QuantizationArg::Auto && common.dtype == DtypeArg::Auto {
+        config.quantization = Quantization::AsStored;
+    }
+    Ok(config)
+}
+
+/// As [`engine_config`], for a command that needs the weights in full to do `what`.
+pub(crate) fn training_config(
+    common: &CommonArgs,
+    args: &EngineArgs,
+    what: &str,
+) -> Result<EngineConfig> {
+    let config = engine_config(common, args)?;
+    if config.quantization == Quantization::AsStored {
+        return Err(Failure::usage(format!(
+            "--quantization is gguf, limit is none for {what}: it needs the weights in full"
+        )));
+    }
+    if config.kv_dtype.is_some() {
+        return Err(Failure::usage(format!(
+            "--kv-cache-dtype is int8, limit is auto for {what}: log-probabilities would not be those of \
+             training"
+        )));
+    }
+    Ok(config)
 }
 
 /// The kernels that `ENGINE_CPU` forces, if it does.
@@ -108,8 +143,12 @@ pub(crate) fn load(name: &str, config: &EngineConfig, terminal: &Terminal) -> Re
     let source = open(name, terminal)?;
     let begun = std::time::Instant::now();
     let engine = Engine::load(&source, config)?;
-    let (dtype, took) = (engine.dtype().name(), begun.elapsed().as_secs_f64());
-    terminal.info(&format!("{name}: loaded in {took:.1} s as {dtype}"));
+    let took = begun.elapsed().as_secs_f64();
+    let form = match engine.decoder().weights.quantised() {
+        true => "quantised as stored",
+        false => engine.dtype().name(),
+    };
+    terminal.info(&format!("{name}: loaded in {took:.1} s, weights {form}"));
     Ok(engine)
 }
 

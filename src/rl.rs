@@ -43,7 +43,7 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
         "never" => Resume::Never,
         dir => Resume::From(dir.into()),
     };
-    let engine = model::engine_config(&args.common, &args.engine)?;
+    let engine = model::training_config(&args.common, &args.engine, "engine rl")?;
     let mut request = request(&args.run, args.common.seed, file, engine)?;
     if let Some(reward) = &args.reward {
         request.overrides.push(("reward.function".to_owned(), quoted(reward)));

@@ -27,6 +27,9 @@ pub(crate) fn run(args: ScoreArgs, terminal: &Terminal) -> Result<()> {
     let input = Input::read(path)?;
     let signals = Signals::listen()?;
     let config = model::engine_config(&args.common, &args.engine)?;
+    if args.path == ScorePath::Train && config.kv_dtype.is_some() {
+        return Err(Failure::usage("--kv-cache-dtype is int8, limit is auto with --path train"));
+    }
     let mut engine = model::load(&args.model, &config, terminal)?;
     let texts =
         input.lines().map(|line| read(&input, line?, &engine)).collect::<Result<Vec<_>>>()?;

@@ -15,7 +15,7 @@ use crate::terminal::Terminal;
 
 /// Runs the command until a signal ends it.
 pub(crate) fn run(args: ServeArgs, terminal: &Terminal) -> Result<()> {
-    let config = model::engine_config(&args.common, &args.engine)?;
+    let config = model::serving_config(&args.common, &args.engine)?;
     // A port in use is reported before minutes are spent on loading.
     let listener = listen(&args.host, args.port)?;
     let signals = Signals::listen()?;

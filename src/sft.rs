@@ -17,7 +17,7 @@ use crate::{model, output};
 
 /// Runs the command.
 pub(crate) fn run(args: SftArgs, file: Option<RunConfig>, terminal: &Terminal) -> Result<()> {
-    let engine = model::engine_config(&args.common, &args.engine)?;
+    let engine = model::training_config(&args.common, &args.engine, "engine sft")?;
     let mut request = request(&args.run, args.common.seed, file, engine)?;
     if let Some(path) = &args.config_json {
         let path = toml::Value::from(path.to_string_lossy().as_ref()).to_string();

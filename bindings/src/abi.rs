@@ -5,7 +5,7 @@
 
 use std::ffi::{c_char, c_void};
 
-use engine::{Dtype, EngineConfig, EosRule, PrefixCache, SamplingParams};
+use engine::{Dtype, EngineConfig, EosRule, PrefixCache, Quantization, SamplingParams};
 
 use crate::ffi::Fault;
 use crate::memory::{array, token_ids};
@@ -216,6 +216,8 @@ impl Config {
                 2 => Some(Dtype::Bf16),
                 other => return Err(unknown("dtype", other, 2)),
             },
+            kv_dtype: None,
+            quantization: Quantization::None,
             seed: self.seed,
         })
     }

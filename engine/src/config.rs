@@ -1,9 +1,19 @@
 //! How an engine is set up; resolved once, never changed afterwards.
 
-use kernels::{Dtype, Level};
+use kernels::{Dtype, KvDtype, Level};
 use scheduler::PrefixCache;
 
 use crate::error::{Error, Result};
+
+/// What becomes of quantised weights of a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Quantization {
+    /// They are expanded when the file is loaded: the weights can be trained.
+    #[default]
+    None,
+    /// They stay as they are stored: less memory and faster decoding, for serving only.
+    AsStored,
+}
 
 /// Settings of an engine. The default is the vetted one.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,6 +39,10 @@ pub struct EngineConfig {
     pub level: Option<Level>,
     /// Format of weights, products and KV cache; `None` for bf16.
     pub dtype: Option<Dtype>,
+    /// Format of the KV cache alone, for serving; `None` for that of `dtype`.
+    pub kv_dtype: Option<KvDtype>,
+    /// Whether quantised weights of a file are expanded to `dtype` when it is loaded.
+    pub quantization: Quantization,
     /// Key of the random streams of requests without a seed of their own.
     pub seed: u64,
 }
@@ -46,6 +60,8 @@ impl Default for EngineConfig {
             threads: None,
             level: None,
             dtype: None,
+            kv_dtype: None,
+            quantization: Quantization::None,
             seed: 0,
         }
     }
@@ -55,6 +71,11 @@ impl EngineConfig {
     /// The format in use.
     pub fn resolved_dtype(&self) -> Dtype {
         self.dtype.unwrap_or(Dtype::Bf16)
+    }
+
+    /// The format of the KV cache in use.
+    pub fn resolved_kv_dtype(&self) -> KvDtype {
+        self.kv_dtype.unwrap_or(KvDtype::Plain(self.resolved_dtype()))
     }
 
     /// The number of compute threads in use.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use kernels::{Dtype, Kernels, TokenStats};
 use scheduler::{NewSequence, PrefixCache, Scheduler, SeqId, Slice, WeightsVersion};
 
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, Quantization};
 use crate::decoder::{Decoder, Weights};
 use crate::error::{Error, Result};
 use crate::load::load_text;
@@ -76,11 +76,15 @@ impl Engine {
     /// `ErrorKind::Request` for a setting out of range.
     pub fn load(source: &ModelSource, config: &EngineConfig) -> Result<Self> {
         config.validate()?;
-        let plan = MemoryPlan::new(source.config(), config)?;
+        let plan = MemoryPlan::for_source(source, config)?;
         let level = config.resolved_level();
         let kernels = Kernels::new(level, config.resolved_threads())
             .ok_or_else(|| Error::unsupported(format!("this processor has no {level} kernels")))?;
-        let weights = Weights::load(source, config.resolved_dtype())?;
+        let dtype = config.resolved_dtype();
+        let weights = match config.quantization {
+            Quantization::None => Weights::load(source, dtype)?,
+            Quantization::AsStored => Weights::load_as_stored(source, dtype)?,
+        };
         let decoder = Decoder::new(source.config().clone(), weights, plan.max_model_len);
         let scheduler = Scheduler::new(scheduler::Config {
             block_size: config.block_size,
@@ -94,7 +98,7 @@ impl Engine {
         .map_err(|e| Error::request(e.to_string()))?;
         let (tokenizer, chat_template) = load_text(source)?;
         Ok(Self {
-            runner: Runner::new(kernels, decoder, &plan),
+            runner: Runner::new(kernels, decoder, &plan, config.resolved_kv_dtype()),
             scheduler,
             plan,
             config: config.clone(),
@@ -544,8 +548,14 @@ impl Engine {
     /// Exclusive access to the weights; ends, with the version one higher, when the value is dropped.
     ///
     /// # Errors
-    /// `ErrorKind::Busy` while requests wait or run.
+    /// `ErrorKind::Busy` while requests wait or run; `ErrorKind::Unsupported` when weights were left
+    /// quantised, which do not change.
     pub fn begin_update(&mut self) -> Result<WeightsUpdate<'_>> {
+        if self.runner.decoder.weights.quantised() {
+            let why =
+                "weights are quantised as their file stores them: load them in full to change them";
+            return Err(Error::unsupported(why));
+        }
         self.scheduler.begin_update().map_err(|e| Error::busy(e.to_string()))?;
         let Runner { kernels, decoder, .. } = &mut self.runner;
         Ok(WeightsUpdate { decoder, kernels, scheduler: &mut self.scheduler })

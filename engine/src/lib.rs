@@ -22,10 +22,10 @@ mod service;
 pub mod text;
 mod update;
 
-pub use config::EngineConfig;
+pub use config::{EngineConfig, Quantization};
 pub use engine::{Engine, Score};
 pub use error::{Error, ErrorKind, Result};
-pub use kernels::{Dtype, Kernels, Level, features, probe};
+pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};
 pub use load::load_text;
 pub use memory::{MemoryPlan, available_memory_bytes};
 pub use model::{GenerationDefaults, ModelConfig, ModelSource};

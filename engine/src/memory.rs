@@ -6,10 +6,10 @@ use std::fmt;
 
 use kernels::KvCache;
 
-use crate::config::EngineConfig;
-use crate::decoder::{Keep, Tape};
+use crate::config::{EngineConfig, Quantization};
+use crate::decoder::{Keep, Tape, Weights};
 use crate::error::{Error, Result};
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, ModelSource};
 
 /// Rows of logits held at once.
 pub(crate) const LOGIT_ROWS: usize = 64;
@@ -43,10 +43,30 @@ impl MemoryPlan {
     /// # Errors
     /// When the KV cache cannot hold one sequence of the longest length, or a setting is out of range.
     pub fn new(model: &ModelConfig, config: &EngineConfig) -> Result<Self> {
-        let dtype = config.resolved_dtype();
-        let weights_bytes = model.weights_bytes(dtype);
+        Self::with_weights(model, config, model.weights_bytes(config.resolved_dtype()))
+    }
+
+    /// As [`MemoryPlan::new`], with weights that stay quantised where `config` says so.
+    ///
+    /// # Errors
+    /// As [`MemoryPlan::new`].
+    pub fn for_source(source: &ModelSource, config: &EngineConfig) -> Result<Self> {
+        match config.quantization {
+            Quantization::None => Self::new(source.config(), config),
+            Quantization::AsStored => {
+                let bytes = Weights::bytes_as_stored(source, config.resolved_dtype());
+                Self::with_weights(source.config(), config, bytes)
+            }
+        }
+    }
+
+    fn with_weights(
+        model: &ModelConfig,
+        config: &EngineConfig,
+        weights_bytes: u64,
+    ) -> Result<Self> {
         let block_bytes = KvCache::bytes_per_block(
-            dtype,
+            config.resolved_kv_dtype(),
             model.layers,
             config.block_size,
             model.kv_heads,

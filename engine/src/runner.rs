@@ -2,7 +2,7 @@
 //!
 //! The only place that knows both the scheduler's block tables and the kernels' buffers.
 
-use kernels::{AttnSeq, HeadScratch, Kernels, KvCache, TokenStats};
+use kernels::{AttnSeq, HeadScratch, Kernels, KvCache, KvDtype, TokenStats};
 use scheduler::{Scheduler, Slice};
 
 use crate::decoder::{Batch, Decoder, HeadInput, Keep, KvLayers, Tape};
@@ -25,10 +25,15 @@ pub(crate) struct Runner {
 }
 
 impl Runner {
-    pub(crate) fn new(kernels: Kernels, decoder: Decoder, plan: &MemoryPlan) -> Self {
+    pub(crate) fn new(
+        kernels: Kernels,
+        decoder: Decoder,
+        plan: &MemoryPlan,
+        kv_dtype: KvDtype,
+    ) -> Self {
         let (config, dtype) = (&decoder.config, decoder.weights.dtype());
         let kv = KvCache::new(
-            dtype,
+            kv_dtype,
             config.layers,
             plan.kv_blocks,
             plan.block_size,
@@ -93,9 +98,9 @@ impl Runner {
     ) -> Vec<TokenStats> {
         self.decoder.head_input(&self.kernels, &self.tape, rows, &mut self.head);
         let mut stats = vec![TokenStats::default(); rows.len()];
-        let (input, head) = (&self.head.operand, self.decoder.weights.head());
+        let (input, head) = (&self.head.input, self.decoder.weights.head());
         let scratch = &mut self.head_scratch;
-        self.kernels.head_forward(input, head, targets, inv_temperature, &mut stats, scratch);
+        self.kernels.head_stats(input, head, targets, inv_temperature, &mut stats, scratch);
         stats
     }
 
@@ -108,9 +113,9 @@ impl Runner {
         if self.logits.len() < len {
             self.logits.resize(len, 0.0);
         }
-        let (operand, write) = (&self.head.operand, kernels::Write::Set);
+        let (input, write) = (&self.head.input, kernels::Write::Set);
         let logits = &mut self.logits[..len];
-        self.kernels.matmul(operand, head, 0..head.rows(), None, write, logits);
+        self.kernels.linear(input, head, 0..head.rows(), None, write, logits);
         (&self.kernels, logits)
     }
 }

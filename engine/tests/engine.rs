@@ -80,7 +80,7 @@ fn written_weights_are_used() {
         let (rows, mut row) = (head.rows(), vec![0.0; head.cols()]);
         head.get_row(5, &mut row);
         let zeros = vec![0.0; row.len()];
-        (0..rows).for_each(|i| head.set_row(i, &zeros));
+        (0..rows).for_each(|i| head.full_mut().set_row(i, &zeros));
         drop(update);
         engine.add(Request::new(text.clone(), sampled(1))).unwrap();
         let answers = drain(&mut engine);
@@ -166,7 +166,7 @@ fn spoil(engine: &mut Engine, row: usize, value: f32) -> Vec<f32> {
     embed.get_row(row, &mut before);
     let mut after = before.clone();
     after[3] = value;
-    embed.set_row(row, &after);
+    embed.full_mut().set_row(row, &after);
     before
 }
 
@@ -200,7 +200,7 @@ fn numbers_that_are_not_end_a_request_and_the_engine_lives_on() {
         }
         let error = engine.score(&[good.clone(), bad.clone()], 1.0).unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Numeric(_)), "{error}");
-        engine.begin_update().unwrap().decoder().0.weights.embed.set_row(77, &row);
+        engine.begin_update().unwrap().decoder().0.weights.embed.full_mut().set_row(77, &row);
         let healed = run(&mut engine);
         assert!(healed.iter().zip(&before).all(|(a, b)| a.tokens() == b.tokens()));
         engine.score(&[good, bad], 1.0).unwrap();
@@ -217,6 +217,7 @@ fn no_value_in_the_weights_stops_the_engine() {
         for mut param in params {
             let len = match &param {
                 ParamMut::Matrix(matrix) => matrix.rows() * matrix.cols(),
+                ParamMut::Quantised(matrix) => matrix.rows() * matrix.cols(),
                 ParamMut::Vector(vector) => vector.len(),
             };
             param.write(kernels, dtype, &vec![value; len]);

@@ -225,9 +225,9 @@ impl Learner {
         let layout = &self.layout;
         decoder.head_input(kernels, &self.tape, &layout.rows, &mut self.head);
         let mut stats = vec![TokenStats::default(); layout.targets.len()];
-        let (input, head) = (&self.head.operand, decoder.weights.head());
+        let (input, head) = (&self.head.input, decoder.weights.head());
         let scratch = &mut self.scratch;
-        kernels.head_forward(input, head, &layout.targets, inv_temperature, &mut stats, scratch);
+        kernels.head_stats(input, head, &layout.targets, inv_temperature, &mut stats, scratch);
         stats
     }
 

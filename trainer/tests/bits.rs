@@ -8,8 +8,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use engine::{
-    Dtype, Engine, EngineConfig, EosRule, Event, Level, ModelSource, PrefixCache, Request,
-    SamplingParams,
+    Dtype, Engine, EngineConfig, EosRule, Event, KvDtype, Level, ModelSource, PrefixCache,
+    Quantization, Request, SamplingParams,
 };
 use trainer::score_train_path;
 
@@ -155,27 +155,81 @@ fn rollout_and_training_agree_on_tiny_models() {
     }
 }
 
-#[test]
-fn rollout_and_training_agree_on_smollm2() {
+/// SmolLM2 with quantised weights, if `models/` has it.
+fn smollm2() -> Option<ModelSource> {
     let models =
         std::env::var_os("ENGINE_MODELS_DIR").map_or(workspace().join("models"), PathBuf::from);
     let path = models.join("smollm2-135m.gguf");
-    if !path.exists() {
-        // Written past the harness, which keeps the output of tests that pass to itself.
-        let line =
-            format!("left out: {} is missing; scripts/fetch-models.sh gets it", path.display());
-        std::io::stderr().write_all(format!("{line}\n").as_bytes()).unwrap();
-        return;
+    if path.exists() {
+        return Some(ModelSource::open(&path).unwrap());
     }
-    let source = ModelSource::open(&path).unwrap();
-    let base = EngineConfig {
+    // Written past the harness, which keeps the output of tests that pass to itself.
+    let line = format!("left out: {} is missing; scripts/fetch-models.sh gets it", path.display());
+    std::io::stderr().write_all(format!("{line}\n").as_bytes()).unwrap();
+    None
+}
+
+fn smollm2_config() -> EngineConfig {
+    EngineConfig {
         dtype: Some(Dtype::Bf16),
         level: level(),
         threads: Some(2),
         max_model_len: Some(256),
         kv_cache_memory_bytes: Some(1 << 30),
         ..EngineConfig::default()
-    };
+    }
+}
+
+#[test]
+fn rollout_and_training_agree_on_smollm2() {
+    let Some(source) = smollm2() else { return };
     // 2 x 30 layers x 3 heads x 64 numbers of 2 bytes a token.
-    check(&source, &base, 560 * 23_040, 40);
+    check(&source, &smollm2_config(), 560 * 23_040, 40);
+}
+
+#[test]
+fn quantised_weights_keep_the_promise_and_stay_close_to_full_ones() {
+    let Some(source) = smollm2() else { return };
+    let config = EngineConfig { quantization: Quantization::AsStored, ..smollm2_config() };
+    check(&source, &config, 288 * 23_040, 12);
+
+    let sequences: Vec<Vec<u32>> =
+        requests(source.config().vocab_size as u32, 0).into_iter().map(|r| r.prompt).collect();
+    let mut logprobs =
+        [config, EngineConfig { dtype: Some(Dtype::F32), ..smollm2_config() }].map(|config| {
+            let mut engine = Engine::load(&source, &config).unwrap();
+            let scores = engine.score(&sequences, 1.0).unwrap();
+            scores.into_iter().flat_map(|s| s.logprobs).collect::<Vec<f32>>()
+        });
+    let full = std::mem::take(&mut logprobs[1]);
+    let errors = full.iter().zip(&logprobs[0]).map(|(full, got)| f64::from((full - got).abs()));
+    let mean = errors.sum::<f64>() / full.len() as f64;
+    println!("{} tokens, mean absolute difference {mean:.4}", full.len());
+    assert!(full.len() > 400 && mean < 0.02, "mean difference is {mean}, limit is 0.02");
+}
+
+#[test]
+fn keys_and_values_of_8_bits_change_little_and_never_with_the_batch() {
+    let Some(source) = smollm2() else { return };
+    let requests = &requests(source.config().vocab_size as u32, 8)[..4];
+    let config = EngineConfig { kv_dtype: Some(KvDtype::Int8), ..smollm2_config() };
+    let run = |config: &EngineConfig, reversed: bool| {
+        let setup = Setup { name: "8 bits", config: config.clone(), reversed };
+        sample(&source, &setup, requests)
+    };
+    let (want, mut engine) = run(&config, false);
+    for changed in [
+        EngineConfig { max_num_seqs: 1, ..config.clone() },
+        EngineConfig { max_num_batched_tokens: 7, block_size: 32, ..config },
+    ] {
+        assert!(run(&changed, true).0 == want, "{changed:?}");
+    }
+    let sequences: Vec<Vec<u32>> = want.iter().map(|s| s.tokens.clone()).collect();
+    let got = engine.score(&sequences, 1.0).unwrap();
+    let full = Engine::load(&source, &smollm2_config()).unwrap().score(&sequences, 1.0).unwrap();
+    let pairs = got.iter().zip(&full).flat_map(|(a, b)| a.logprobs.iter().zip(&b.logprobs));
+    let errors: Vec<f64> = pairs.map(|(a, b)| f64::from((a - b).abs())).collect();
+    let mean = errors.iter().sum::<f64>() / errors.len() as f64;
+    println!("{} tokens, mean absolute difference {mean:.4}", errors.len());
+    assert!(errors.len() > 200 && mean > 0.0 && mean < 0.05, "mean difference is {mean}");
 }

@@ -190,8 +190,8 @@ impl Decoder {
         let mut dh = vec![0.0; head.input.gathered.len()];
         kernels.head_backward(
             HeadBackward {
-                h: &head.input.operand,
-                w: self.weights.head(),
+                h: head.input.input.full(),
+                w: self.weights.head().full(),
                 targets: head.targets,
                 inv_temperature: head.inv_temperature,
                 stats: head.stats,
@@ -240,14 +240,14 @@ impl Decoder {
         kernels.operand(dx, hidden, &mut b.dy_operand);
         let all = 0..weights.down.rows();
         let s = &mut b.scratch;
-        kernels.matmul_dx(&b.dy_operand, &weights.down, all, Write::Set, &mut b.d_act, s);
+        kernels.matmul_dx(&b.dy_operand, weights.down.full(), all, Write::Set, &mut b.d_act, s);
         kernels.swiglu_backward(&layer.gate_up, inter, &b.d_act, &mut b.d_gate_up);
         kernels.rms_norm(&layer.mid, &weights.mlp_norm, eps, &mut b.d_norm);
         kernels.operand(&b.d_norm, hidden, &mut b.operand);
         kernels.matmul_dw(&b.d_gate_up, &b.operand, Write::Add, &mut sums[gate_up], s);
         kernels.operand(&b.d_gate_up, 2 * inter, &mut b.dy_operand);
         let all = 0..weights.gate_up.rows();
-        kernels.matmul_dx(&b.dy_operand, &weights.gate_up, all, Write::Set, &mut b.d_norm, s);
+        kernels.matmul_dx(&b.dy_operand, weights.gate_up.full(), all, Write::Set, &mut b.d_norm, s);
         kernels.rms_norm_backward(RmsNormBackward {
             x: &layer.mid,
             weight: &weights.mlp_norm,
@@ -279,7 +279,7 @@ impl Decoder {
         kernels.operand(dx, hidden, &mut b.dy_operand);
         let all = 0..weights.o.rows();
         let s = &mut b.scratch;
-        kernels.matmul_dx(&b.dy_operand, &weights.o, all, Write::Set, &mut b.d_attn, s);
+        kernels.matmul_dx(&b.dy_operand, weights.o.full(), all, Write::Set, &mut b.d_attn, s);
         let task = AttnBackward {
             dtype: self.weights.dtype(),
             q: &layer.q,
@@ -360,7 +360,7 @@ impl Decoder {
             }
             kernels.operand(dy, rows.len(), &mut b.dy_operand);
             let s = &mut b.scratch;
-            kernels.matmul_dx(&b.dy_operand, &weights.qkv, rows, write, &mut b.d_norm, s);
+            kernels.matmul_dx(&b.dy_operand, weights.qkv.full(), rows, write, &mut b.d_norm, s);
         }
         kernels.rms_norm_backward(RmsNormBackward {
             x: &layer.x,

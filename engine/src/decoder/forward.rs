@@ -7,7 +7,7 @@
 //! logits = W_head rms_norm(x)
 //! ```
 
-use kernels::{Attention, AttnSeq, Dtype, Kernels, KvCache, Operand, RopeTable, Write};
+use kernels::{Attention, AttnSeq, Dtype, Input, Kernels, KvCache, RopeTable, Write};
 
 use super::tape::{Keep, LayerTape, Tape, Work};
 use super::weights::{LayerWeights, Weights};
@@ -43,14 +43,14 @@ pub struct HeadInput {
     pub gathered: Vec<f32>,
     /// `[R, H]`: after it.
     normed: Vec<f32>,
-    /// `[R, H]`: rounded to the compute format.
-    pub operand: Operand,
+    /// `[R, H]`: rounded for the head.
+    pub input: Input,
 }
 
 impl HeadInput {
     /// Empty buffers.
     pub fn new(dtype: Dtype) -> Self {
-        Self { gathered: Vec::new(), normed: Vec::new(), operand: Operand::new(dtype) }
+        Self { gathered: Vec::new(), normed: Vec::new(), input: Input::new(dtype) }
     }
 }
 
@@ -109,9 +109,9 @@ impl Decoder {
             self.layer(kernels, weights, batch, (kv, kv_layer), (layer, work));
             x.copy_from_slice(&layer.mid);
             kernels.swiglu(&layer.gate_up, self.config.intermediate_size, &mut work.act);
-            kernels.operand(&work.act, self.config.intermediate_size, &mut work.operand);
+            kernels.input(&work.act, &weights.down, &mut work.input);
             let all = 0..weights.down.rows();
-            kernels.matmul(&work.operand, &weights.down, all, None, Write::Add, x);
+            kernels.linear(&work.input, &weights.down, all, None, Write::Add, x);
         }
     }
 
@@ -125,11 +125,11 @@ impl Decoder {
         (kv, kv_layer): (&mut KvCache, usize),
         (layer, work): (&mut LayerTape, &mut Work),
     ) {
-        let Work { norm, operand, attn, .. } = work;
-        let (hidden, eps) = (self.config.hidden_size, self.config.rms_eps);
+        let Work { norm, input, attn, .. } = work;
+        let eps = self.config.rms_eps;
         kernels.rms_norm(&layer.x, &weights.attn_norm, eps, norm);
-        kernels.operand(norm, hidden, operand);
-        self.project_qkv(kernels, weights, operand, batch.positions, layer);
+        kernels.input(norm, &weights.qkv, input);
+        self.project_qkv(kernels, weights, input, batch.positions, layer);
         kernels.kv_write(kv, kv_layer, &layer.k, &layer.v, batch.slots);
         batch.copies.iter().for_each(|(from, to)| kv.copy_slot(kv_layer, *from, *to));
         let task = Attention {
@@ -140,29 +140,29 @@ impl Decoder {
             scale: self.scale,
         };
         kernels.attention(kv, task, &mut layer.attn, attn);
-        kernels.operand(&layer.attn, self.q_width(), operand);
+        kernels.input(&layer.attn, &weights.o, input);
         layer.mid.copy_from_slice(&layer.x);
         let all = 0..weights.o.rows();
-        kernels.matmul(operand, &weights.o, all, None, Write::Add, &mut layer.mid);
+        kernels.linear(input, &weights.o, all, None, Write::Add, &mut layer.mid);
         kernels.rms_norm(&layer.mid, &weights.mlp_norm, eps, norm);
-        kernels.operand(norm, hidden, operand);
+        kernels.input(norm, &weights.gate_up, input);
         let wide = 0..weights.gate_up.rows();
-        kernels.matmul(operand, &weights.gate_up, wide, None, Write::Set, &mut layer.gate_up);
+        kernels.linear(input, &weights.gate_up, wide, None, Write::Set, &mut layer.gate_up);
     }
 
-    /// Queries, keys and values of the normed rows in `operand`, rotated to their positions.
+    /// Queries, keys and values of the normed rows in `input`, rotated to their positions.
     fn project_qkv(
         &self,
         kernels: &Kernels,
         weights: &LayerWeights,
-        operand: &Operand,
+        input: &Input,
         positions: &[u32],
         layer: &mut LayerTape,
     ) {
         let (q, kv) = (self.q_width(), self.kv_width());
         let bias = |rows: std::ops::Range<usize>| weights.qkv_bias.as_ref().map(|b| &b[rows]);
         let project = |rows: std::ops::Range<usize>, out: &mut [f32]| {
-            kernels.matmul(operand, &weights.qkv, rows.clone(), bias(rows), Write::Set, out);
+            kernels.linear(input, &weights.qkv, rows.clone(), bias(rows), Write::Set, out);
         };
         match &weights.qk_norm {
             None => {
@@ -191,6 +191,6 @@ impl Decoder {
         out.normed.resize(out.gathered.len(), 0.0);
         let eps = self.config.rms_eps;
         kernels.rms_norm(&out.gathered, &self.weights.norm, eps, &mut out.normed);
-        kernels.operand(&out.normed, hidden, &mut out.operand);
+        kernels.input(&out.normed, self.weights.head(), &mut out.input);
     }
 }

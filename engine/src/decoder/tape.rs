@@ -1,6 +1,6 @@
 //! The intermediate values of a forward pass: one layer's, used again, or what backward needs of all.
 
-use kernels::{AttnScratch, Operand};
+use kernels::{AttnScratch, Input};
 
 use crate::model::ModelConfig;
 
@@ -87,7 +87,7 @@ pub(super) struct Work {
     /// `[M, I]`: the activated feed-forward values.
     pub(super) act: Vec<f32>,
     /// The left operand of the product at hand.
-    pub(super) operand: Operand,
+    pub(super) input: Input,
     pub(super) attn: AttnScratch,
 }
 
@@ -103,7 +103,7 @@ impl Tape {
             work: Work {
                 norm: Vec::new(),
                 act: Vec::new(),
-                operand: Operand::new(dtype),
+                input: Input::new(dtype),
                 attn: AttnScratch::new(),
             },
         }

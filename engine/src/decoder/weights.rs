@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use kernels::{Dtype, Kernels, Matrix};
+use kernels::{Dtype, Kernels, Linear, Matrix, QuantFormat, QuantMatrix, QuantRow};
 
 use crate::error::Result;
 use crate::model::{ModelConfig, ModelSource};
@@ -15,31 +15,31 @@ pub struct LayerWeights {
     /// `[H]`, of the norm before attention.
     pub attn_norm: Vec<f32>,
     /// `[(heads + 2 kv_heads) d, H]`: query, key and value rows.
-    pub qkv: Matrix,
+    pub qkv: Linear,
     /// `[(heads + 2 kv_heads) d]`, Qwen2's.
     pub qkv_bias: Option<Vec<f32>>,
     /// `[d]` each, Qwen3's norms of queries and keys.
     pub qk_norm: Option<(Vec<f32>, Vec<f32>)>,
     /// `[H, heads d]`.
-    pub o: Matrix,
+    pub o: Linear,
     /// `[H]`, of the norm before the feed-forward part.
     pub mlp_norm: Vec<f32>,
     /// `[2 I, H]`: gate rows, then up rows.
-    pub gate_up: Matrix,
+    pub gate_up: Linear,
     /// `[H, I]`.
-    pub down: Matrix,
+    pub down: Linear,
 }
 
 /// All weights of a model.
 pub struct Weights {
     /// `[V, H]`; also the head when embeddings are tied.
-    pub embed: Matrix,
+    pub embed: Linear,
     /// The layers, first to last.
     pub layers: Vec<LayerWeights>,
     /// `[H]`, of the norm after the last layer.
     pub norm: Vec<f32>,
     /// `[V, H]`, unless tied.
-    pub head: Option<Matrix>,
+    pub head: Option<Linear>,
     dtype: Dtype,
 }
 
@@ -140,6 +140,8 @@ pub fn param_specs(config: &ModelConfig) -> Vec<ParamSpec> {
 pub enum ParamMut<'a> {
     /// A matrix in tile layout.
     Matrix(&'a mut Matrix),
+    /// A matrix as a file stores it, which never changes.
+    Quantised(&'a mut QuantMatrix),
     /// A vector, holding only values that the compute format can represent.
     Vector(&'a mut Vec<f32>),
 }
@@ -147,29 +149,39 @@ pub enum ParamMut<'a> {
 impl Weights {
     /// Zeroed weights of this shape.
     pub fn zeros(config: &ModelConfig, dtype: Dtype) -> Self {
-        let (hidden, inter) = (config.hidden_size, config.intermediate_size);
-        let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let qkv = q + 2 * kv;
-        let layer = |_| LayerWeights {
-            attn_norm: vec![0.0; hidden],
-            qkv: Matrix::zeros(dtype, qkv, hidden),
-            qkv_bias: config.qkv_bias.then(|| vec![0.0; qkv]),
-            qk_norm: config
-                .qk_norm
-                .then(|| (vec![0.0; config.head_dim], vec![0.0; config.head_dim])),
-            o: Matrix::zeros(dtype, hidden, q),
-            mlp_norm: vec![0.0; hidden],
-            gate_up: Matrix::zeros(dtype, 2 * inter, hidden),
-            down: Matrix::zeros(dtype, hidden, inter),
-        };
-        Self {
-            embed: Matrix::zeros(dtype, config.vocab_size, hidden),
-            layers: (0..config.layers).map(layer).collect(),
-            norm: vec![0.0; hidden],
-            head: (!config.tied_embeddings)
-                .then(|| Matrix::zeros(dtype, config.vocab_size, hidden)),
-            dtype,
+        let full = |spec: &ParamSpec| Ok(Linear::Full(Matrix::zeros(dtype, spec.rows, spec.cols)));
+        Self::build(config, dtype, full).expect("nothing in it fails")
+    }
+
+    /// All vectors zero, and matrices made one after the other, in the order of their parameters.
+    fn build(
+        config: &ModelConfig,
+        dtype: Dtype,
+        mut matrix: impl FnMut(&ParamSpec) -> Result<Linear>,
+    ) -> Result<Self> {
+        let specs = param_specs(config);
+        let mut matrices = specs.iter().filter(|spec| spec.shape == ParamShape::Matrix);
+        let mut next = || matrix(matrices.next().expect("as many as are asked for here"));
+        let zeros = |len| vec![0.0; len];
+        let (hidden, head) = (config.hidden_size, config.head_dim);
+        let qkv = (config.heads + 2 * config.kv_heads) * head;
+        let embed = next()?;
+        let mut layers = Vec::with_capacity(config.layers);
+        for _ in 0..config.layers {
+            layers.push(LayerWeights {
+                attn_norm: zeros(hidden),
+                qkv: next()?,
+                qkv_bias: config.qkv_bias.then(|| zeros(qkv)),
+                qk_norm: config.qk_norm.then(|| (zeros(head), zeros(head))),
+                o: next()?,
+                mlp_norm: zeros(hidden),
+                gate_up: next()?,
+                down: next()?,
+            });
         }
+        let norm = zeros(hidden);
+        let head = if config.tied_embeddings { None } else { Some(next()?) };
+        Ok(Self { embed, layers, norm, head, dtype })
     }
 
     /// Reads all tensors of `source`, a few rows at a time.
@@ -177,11 +189,29 @@ impl Weights {
     /// # Errors
     /// `ErrorKind::Model` when a tensor is missing, has another shape or cannot be read.
     pub fn load(source: &ModelSource, dtype: Dtype) -> Result<Self> {
-        const CHUNK_BYTES: usize = 8 << 20;
-        let config = source.config();
-        let mut weights = Self::zeros(config, dtype);
-        let mut buffer = Vec::new();
-        for (spec, param) in param_specs(config).iter().zip(weights.params_mut()) {
+        let mut weights = Self::zeros(source.config(), dtype);
+        weights.fill(source)?;
+        Ok(weights)
+    }
+
+    /// As [`Weights::load`], but matrices all of whose tensors are quantised stay so.
+    ///
+    /// # Errors
+    /// As [`Weights::load`].
+    pub fn load_as_stored(source: &ModelSource, dtype: Dtype) -> Result<Self> {
+        let matrix = |spec: &ParamSpec| match stored_format(source, spec) {
+            Some(format) => load_quantised(source, spec, format, dtype),
+            None => Ok(Linear::Full(Matrix::zeros(dtype, spec.rows, spec.cols))),
+        };
+        let mut weights = Self::build(source.config(), dtype, matrix)?;
+        weights.fill(source)?;
+        Ok(weights)
+    }
+
+    /// Reads everything that is kept in full.
+    fn fill(&mut self, source: &ModelSource) -> Result<()> {
+        let dtype = self.dtype;
+        for (spec, param) in param_specs(source.config()).iter().zip(self.params_mut()) {
             match param {
                 ParamMut::Vector(vector) => {
                     for (name, range) in &spec.tensors {
@@ -189,21 +219,21 @@ impl Weights {
                     }
                     round(dtype, vector);
                 }
-                ParamMut::Matrix(matrix) => {
-                    // Whole tiles of 16 rows are written at once.
-                    let step = (CHUNK_BYTES / 4 / spec.cols).next_multiple_of(16);
-                    for (name, range) in &spec.tensors {
-                        for from in (0..range.len()).step_by(step) {
-                            let rows = from..(from + step).min(range.len());
-                            buffer.resize(rows.len() * spec.cols, 0.0);
-                            source.read_rows(name, rows.clone(), &mut buffer)?;
-                            matrix.set_rows(range.start + rows.start, &buffer);
-                        }
-                    }
-                }
+                ParamMut::Matrix(matrix) => fill_matrix(source, spec, matrix)?,
+                ParamMut::Quantised(_) => {}
             }
         }
-        Ok(weights)
+        Ok(())
+    }
+
+    /// Bytes that [`Weights::load_as_stored`] takes.
+    pub fn bytes_as_stored(source: &ModelSource, dtype: Dtype) -> u64 {
+        let bytes = |spec: &ParamSpec| match (spec.shape, stored_format(source, spec)) {
+            (ParamShape::Vector, _) => 4 * spec.len() as u64,
+            (_, Some(format)) => format.bytes(spec.rows, spec.cols),
+            (_, None) => (dtype.size_bytes() * spec.len()) as u64,
+        };
+        param_specs(source.config()).iter().map(bytes).sum()
     }
 
     /// The format of the matrices.
@@ -211,8 +241,17 @@ impl Weights {
         self.dtype
     }
 
+    /// Whether any of the matrices is quantised.
+    pub fn quantised(&self) -> bool {
+        let quantised = |w: &Linear| matches!(w, Linear::Quantised(_));
+        let layer = |l: &LayerWeights| [&l.qkv, &l.o, &l.gate_up, &l.down].map(quantised);
+        quantised(&self.embed)
+            || quantised(self.head())
+            || self.layers.iter().any(|l| layer(l).contains(&true))
+    }
+
     /// The matrix that turns hidden states into logits.
-    pub fn head(&self) -> &Matrix {
+    pub fn head(&self) -> &Linear {
         self.head.as_ref().unwrap_or(&self.embed)
     }
 
@@ -221,6 +260,7 @@ impl Weights {
         self.params_mut()
             .map(|param| match param {
                 ParamMut::Matrix(matrix) => matrix.bytes() as u64,
+                ParamMut::Quantised(matrix) => matrix.bytes() as u64,
                 ParamMut::Vector(vector) => 4 * vector.len() as u64,
             })
             .sum()
@@ -235,26 +275,33 @@ impl Weights {
             };
             [
                 Some(ParamMut::Vector(&mut layer.attn_norm)),
-                Some(ParamMut::Matrix(&mut layer.qkv)),
+                Some(ParamMut::linear(&mut layer.qkv)),
                 layer.qkv_bias.as_mut().map(ParamMut::Vector),
                 q_norm.map(ParamMut::Vector),
                 k_norm.map(ParamMut::Vector),
-                Some(ParamMut::Matrix(&mut layer.o)),
+                Some(ParamMut::linear(&mut layer.o)),
                 Some(ParamMut::Vector(&mut layer.mlp_norm)),
-                Some(ParamMut::Matrix(&mut layer.gate_up)),
-                Some(ParamMut::Matrix(&mut layer.down)),
+                Some(ParamMut::linear(&mut layer.gate_up)),
+                Some(ParamMut::linear(&mut layer.down)),
             ]
             .into_iter()
             .flatten()
         });
-        std::iter::once(ParamMut::Matrix(&mut self.embed))
+        std::iter::once(ParamMut::linear(&mut self.embed))
             .chain(layers)
             .chain(std::iter::once(ParamMut::Vector(&mut self.norm)))
-            .chain(self.head.as_mut().map(ParamMut::Matrix))
+            .chain(self.head.as_mut().map(ParamMut::linear))
     }
 }
 
-impl ParamMut<'_> {
+impl<'a> ParamMut<'a> {
+    fn linear(linear: &'a mut Linear) -> Self {
+        match linear {
+            Linear::Full(matrix) => Self::Matrix(matrix),
+            Linear::Quantised(matrix) => Self::Quantised(matrix),
+        }
+    }
+
     /// Copies the parameter to `out`, row-major `[rows, cols]`.
     pub fn read(&self, out: &mut [f32]) {
         match self {
@@ -264,10 +311,18 @@ impl ParamMut<'_> {
                     matrix.get_row(row, out);
                 }
             }
+            Self::Quantised(matrix) => {
+                for (row, out) in out.chunks_exact_mut(matrix.cols()).enumerate() {
+                    matrix.get_row(row, out);
+                }
+            }
         }
     }
 
     /// Replaces the parameter by `values` (row-major), rounded to `dtype`.
+    ///
+    /// # Panics
+    /// When the parameter is quantised: such weights do not change.
     pub fn write(&mut self, kernels: &Kernels, dtype: Dtype, values: &[f32]) {
         match self {
             Self::Vector(vector) => {
@@ -275,8 +330,52 @@ impl ParamMut<'_> {
                 round(dtype, vector);
             }
             Self::Matrix(matrix) => kernels.load_matrix(values, matrix),
+            Self::Quantised(_) => panic!("a quantised parameter cannot be written"),
         }
     }
+}
+
+/// Reads a matrix, a few rows at a time.
+fn fill_matrix(source: &ModelSource, spec: &ParamSpec, matrix: &mut Matrix) -> Result<()> {
+    const CHUNK_BYTES: usize = 8 << 20;
+    // Whole tiles of 16 rows are written at once.
+    let step = (CHUNK_BYTES / 4 / spec.cols).next_multiple_of(16);
+    let mut buffer = Vec::new();
+    for (name, range) in &spec.tensors {
+        for from in (0..range.len()).step_by(step) {
+            let rows = from..(from + step).min(range.len());
+            buffer.resize(rows.len() * spec.cols, 0.0);
+            source.read_rows(name, rows.clone(), &mut buffer)?;
+            matrix.set_rows(range.start + rows.start, &buffer);
+        }
+    }
+    Ok(())
+}
+
+/// The format that holds all tensors of a matrix as they are stored; `None` when one is not quantised.
+fn stored_format(source: &ModelSource, spec: &ParamSpec) -> Option<QuantFormat> {
+    let formats = spec.tensors.iter().map(|(name, _)| source.quant_format(name));
+    formats.reduce(|a, b| Some(a?.join(b?))).flatten()
+}
+
+/// Reads a matrix as it is stored; in full after all when one of its scales has no place in the format.
+fn load_quantised(
+    source: &ModelSource,
+    spec: &ParamSpec,
+    format: QuantFormat,
+    dtype: Dtype,
+) -> Result<Linear> {
+    let mut matrix = QuantMatrix::zeros(format, spec.rows, spec.cols);
+    for (name, range) in &spec.tensors {
+        let mut fits = true;
+        source.quantised_rows(name, &mut |row, numbers: QuantRow<'_>| {
+            fits &= matrix.set_row(range.start + row, numbers).is_ok();
+        })?;
+        if !fits {
+            return Ok(Linear::Full(Matrix::zeros(dtype, spec.rows, spec.cols)));
+        }
+    }
+    Ok(Linear::Quantised(matrix))
 }
 
 /// Rounds to what `dtype` can represent, so that a saved and reloaded vector is the same.

@@ -180,12 +180,32 @@ impl Gguf {
     /// # Panics
     /// When `out` does not hold `rows.len()` rows.
     pub fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let (part, stored) = self.tensor(name)?;
+        stored.check_rows(name, &rows).map_err(|e| e.in_file(self.path()))?;
+        part.read_rows(stored, rows, out)
+    }
+
+    /// The bytes of one row of a weight.
+    ///
+    /// # Errors
+    /// When there is no such weight or row, or the file cannot be read.
+    ///
+    /// # Panics
+    /// When `out` does not have the length of a row.
+    pub(crate) fn row_bytes(&self, name: &str, row: usize, out: &mut [u8]) -> Result<()> {
+        let (part, stored) = self.tensor(name)?;
+        stored.check_rows(name, &(row..row + 1)).map_err(|e| e.in_file(self.path()))?;
+        let bytes = stored.format.bytes(stored.cols() as u64);
+        assert_eq!(bytes, Some(out.len() as u64), "bytes of a row of {name:?}");
+        part.read_at(stored.offset + (row * out.len()) as u64, out)
+    }
+
+    fn tensor(&self, name: &str) -> Result<(&Bytes, &Stored)> {
         let Some((part, stored)) = self.tensors.get(name) else {
             let message = format!("tensor {name:?} is missing");
             return Err(Error::model(message).in_file(self.path()));
         };
-        stored.check_rows(name, &rows).map_err(|e| e.in_file(self.path()))?;
-        self.parts[*part].read_rows(stored, rows, out)
+        Ok((&self.parts[*part], stored))
     }
 }
 

@@ -7,10 +7,12 @@
 
 use crate::error::{Error, Result};
 use crate::model::config::{GenerationDefaults, ModelConfig, TensorSpec};
+use crate::model::dequant::{self, Unpacked};
 use crate::model::gguf::Gguf;
 use crate::model::rope::RopeConfig;
 use crate::model::safetensors::SafeTensors;
 use crate::model::{config_gguf, config_hf};
+use kernels::{QuantFormat, QuantRow};
 use std::borrow::Cow;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -238,6 +240,44 @@ impl ModelSource {
         for (row, out) in rows.zip(out.chunks_exact_mut(cols)) {
             let row = config_gguf::gguf_row(row, self.config.head_dim);
             file.read_rows(&stored, row..row + 1, out)?;
+        }
+        Ok(())
+    }
+
+    /// What the integers of a quantised weight mean; `None` when it is stored in full.
+    pub(crate) fn quant_format(&self, name: &str) -> Option<QuantFormat> {
+        self.gguf()?.format(&config_gguf::gguf_name(name)?)?.quant_format()
+    }
+
+    /// Calls `each` with every row of a quantised weight, in Hugging Face's order.
+    ///
+    /// # Errors
+    /// When there is no such weight, it is stored in full, or the file cannot be read.
+    pub(crate) fn quantised_rows(
+        &self,
+        name: &str,
+        each: &mut dyn FnMut(usize, QuantRow<'_>),
+    ) -> Result<()> {
+        let stored = config_gguf::gguf_name(name).ok_or_else(|| self.missing(name))?;
+        let file = self.gguf().ok_or_else(|| self.missing(name))?;
+        let format = file.format(&stored).ok_or_else(|| self.missing(name))?;
+        let (Some(quant), &[rows, cols]) = (format.quant_format(), &self.shape(name)?[..]) else {
+            let message = format!("tensor {name:?} is not a quantised matrix");
+            return Err(Error::model(message).in_file(file.path()));
+        };
+        let interleaved = config_gguf::is_interleaved(self.config.architecture, name);
+        let bytes = format.bytes(cols as u64).expect("checked when the file was opened");
+        let mut bytes = vec![0; bytes as usize];
+        let groups = cols / format.group_elements();
+        let (mut q, mut scales, mut minima) = (vec![0; cols], vec![0.0; groups], vec![0.0; groups]);
+        for row in 0..rows {
+            let at =
+                if interleaved { config_gguf::gguf_row(row, self.config.head_dim) } else { row };
+            file.row_bytes(&stored, at, &mut bytes)?;
+            let to = Unpacked { q: &mut q, scales: &mut scales, minima: &mut minima };
+            dequant::unpack(format, &bytes, to);
+            let minima = if quant.minimum() { &minima[..] } else { &[] };
+            each(row, QuantRow { format: quant, q: &q, scales: &scales, minima });
         }
         Ok(())
     }

@@ -54,7 +54,7 @@ impl Fast {
         let targets = &tokens[prompt_len..];
         let mut stats = vec![TokenStats::default(); targets.len()];
         let (weights, mut scratch) = (decoder.weights.head(), HeadScratch::default());
-        kernels.head_forward(&input.operand, weights, targets, 1.0, &mut stats, &mut scratch);
+        kernels.head_stats(&input.input, weights, targets, 1.0, &mut stats, &mut scratch);
         let log_probs: Vec<f32> = stats.iter().map(|s| s.log_prob).collect();
         let dlogp = derivatives(&log_probs);
         let head = HeadGradient {

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::model::bytes::Bytes;
+use crate::model::dequant::Format;
 use crate::model::gguf::tests::Builder;
 use crate::model::safetensors::Writer;
 use kernels::Dtype;
@@ -260,4 +261,128 @@ fn cut_and_flipped_files_never_panic() {
         }
         assert!((1..3000).contains(&valid), "{valid} of 3000 damaged files were valid");
     }
+}
+
+/// Bytes of a quantised weight whose scales are small and finite.
+fn quantised(format: Format, elements: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    let mut bytes = vec![0; format.bytes(elements as u64).unwrap() as usize];
+    for byte in &mut bytes {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *byte = (state >> 33) as u8;
+    }
+    // An f16 with this high byte lies between 0.002 and 0.008 in magnitude.
+    let halves: &[usize] = match format {
+        Format::Q4_0 | Format::Q5_0 | Format::Q8_0 => &[0],
+        Format::Q4_1 | Format::Q5_1 | Format::Q4_K | Format::Q5_K => &[0, 2],
+        Format::Q2_K => &[80, 82],
+        Format::Q3_K => &[108],
+        _ => &[208],
+    };
+    for block in bytes.chunks_exact_mut(format.block_bytes()) {
+        halves.iter().for_each(|at| block[at + 1] = 0x18 | block[at + 1] & 7);
+    }
+    bytes
+}
+
+/// A llama with every tensor in the format that `format` gives for its name; `None` keeps it in full.
+fn quantised_model(format: impl Fn(&str) -> Option<Format>) -> ModelSource {
+    const H: usize = 256;
+    let shape = CONFIG.replace("\"hidden_size\": 32", "\"hidden_size\": 256");
+    let shape = shape.replace("\"intermediate_size\": 64", "\"intermediate_size\": 512");
+    let shape = shape.replace("\"num_attention_heads\": 2", "\"num_attention_heads\": 16");
+    let config = ModelConfig::from_hf_json(&shape).unwrap();
+    let config = ModelConfig { tied_embeddings: true, ..config };
+    let key = |k: &str| format!("llama.{k}");
+    let mut b = Builder::new()
+        .string("general.architecture", "llama")
+        .number(&key("block_count"), 2)
+        .number(&key("context_length"), 128)
+        .number(&key("embedding_length"), H as u32)
+        .number(&key("feed_forward_length"), 512)
+        .number(&key("attention.head_count"), 16)
+        .number(&key("attention.head_count_kv"), 1)
+        .float(&key("attention.layer_norm_rms_epsilon"), 1e-5)
+        .strings("tokenizer.ggml.tokens", &(0..40).map(|i| format!("t{i}")).collect::<Vec<_>>())
+        .number("tokenizer.ggml.eos_token_id", 3);
+    for (seed, t) in config.tensors().into_iter().enumerate() {
+        let dims: Vec<u64> = t.shape.iter().rev().map(|n| *n as u64).collect();
+        let name = config_gguf::gguf_name(&t.name).unwrap();
+        b = match format(&t.name).filter(|_| t.shape.len() == 2) {
+            None => b.f32(&name, &dims, &vec![0.5; t.elements() as usize]),
+            Some(format) => {
+                let number = Format::GGML.iter().find(|(_, f)| *f == format).unwrap().0;
+                b.tensor(
+                    &name,
+                    &dims,
+                    number,
+                    quantised(format, t.elements() as usize, seed as u64),
+                )
+            }
+        };
+    }
+    from_gguf(b.build()).unwrap()
+}
+
+/// All parameters of `weights`, row-major.
+fn parameters(weights: &mut crate::decoder::Weights, config: &ModelConfig) -> Vec<Vec<f32>> {
+    let specs = crate::decoder::param_specs(config);
+    let read = |(spec, param): (&crate::decoder::ParamSpec, crate::decoder::ParamMut<'_>)| {
+        let mut values = vec![0.0; spec.len()];
+        param.read(&mut values);
+        values
+    };
+    specs.iter().zip(weights.params_mut()).map(read).collect()
+}
+
+#[test]
+fn weights_kept_as_stored_are_the_expanded_ones() {
+    use crate::decoder::Weights;
+    let formats = [
+        Format::Q4_0,
+        Format::Q4_1,
+        Format::Q5_0,
+        Format::Q5_1,
+        Format::Q8_0,
+        Format::Q2_K,
+        Format::Q3_K,
+        Format::Q4_K,
+        Format::Q5_K,
+        Format::Q6_K,
+    ];
+    for (i, format) in formats.into_iter().enumerate() {
+        // Values are of another format than queries and keys, as in the usual mixtures.
+        let other = formats[(i + 3) % formats.len()];
+        let source =
+            quantised_model(|name| Some(if name.contains("v_proj") { other } else { format }));
+        let mut full = Weights::load(&source, Dtype::F32).unwrap();
+        let mut stored = Weights::load_as_stored(&source, Dtype::F32).unwrap();
+        assert!(stored.quantised() && !full.quantised());
+        assert_eq!(stored.bytes(), Weights::bytes_as_stored(&source, Dtype::F32));
+        assert!(stored.bytes() < full.bytes() / 2, "{format:?}: {} bytes", stored.bytes());
+        let config = source.config();
+        let pairs = parameters(&mut full, config).into_iter().zip(parameters(&mut stored, config));
+        for (full, stored) in pairs {
+            for (a, b) in full.iter().zip(&stored) {
+                // Half a unit of an f16 for the scale and for the minimum, which is below 0.5.
+                assert!((a - b).abs() <= 5e-4 * (a.abs() + 1.0), "{format:?}: {a}, {b}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_matrix_with_one_tensor_in_full_is_kept_in_full() {
+    use crate::decoder::Weights;
+    use kernels::Linear;
+    let source = quantised_model(|name| (!name.contains("up_proj")).then_some(Format::Q4_0));
+    let weights = Weights::load_as_stored(&source, Dtype::Bf16).unwrap();
+    for layer in &weights.layers {
+        assert!(matches!(layer.gate_up, Linear::Full(_)));
+        assert!(matches!(layer.down, Linear::Quantised(_)));
+    }
+    let mut row = [0.0; 256];
+    weights.layers[1].gate_up.get_row(512, &mut row);
+    assert_eq!(row, [0.5; 256]);
 }
