@@ -9,7 +9,7 @@ use std::sync::Arc;
 use kernels::{Dtype, Kernels, TokenStats};
 use scheduler::{NewSequence, PrefixCache, Scheduler, SeqId, Slice, WeightsVersion};
 
-use crate::config::{EngineConfig, Quantization};
+use crate::config::EngineConfig;
 use crate::decoder::{Decoder, Weights};
 use crate::error::{Error, Result};
 use crate::load::load_text;
@@ -81,10 +81,7 @@ impl Engine {
         let kernels = Kernels::new(level, config.resolved_threads())
             .ok_or_else(|| Error::unsupported(format!("this processor has no {level} kernels")))?;
         let dtype = config.resolved_dtype();
-        let weights = match config.quantization {
-            Quantization::None => Weights::load(source, dtype)?,
-            Quantization::AsStored => Weights::load_as_stored(source, dtype)?,
-        };
+        let weights = Weights::load(source, dtype, config.quantization, kernels.pool())?;
         let decoder = Decoder::new(source.config().clone(), weights, plan.max_model_len);
         let scheduler = Scheduler::new(scheduler::Config {
             block_size: config.block_size,

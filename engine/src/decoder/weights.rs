@@ -4,10 +4,13 @@
 //! [`ParamSpec`] says which rows carry which Hugging Face name. Optimizer state is not kept here.
 
 use std::ops::Range;
+use std::path::Path;
 
-use kernels::{Dtype, Kernels, Linear, Matrix, QuantFormat, QuantMatrix, QuantRow};
+use kernels::{Dtype, Kernels, Linear, Matrix, QuantFormat, QuantMatrix, QuantRow, ThreadPool};
+use parking_lot::Mutex;
 
-use crate::error::Result;
+use crate::config::Quantization;
+use crate::error::{Error, Result};
 use crate::model::{ModelConfig, ModelSource};
 
 /// The weights of one transformer layer. `H` hidden, `I` intermediate, `d` head size.
@@ -149,84 +152,71 @@ pub enum ParamMut<'a> {
 impl Weights {
     /// Zeroed weights of this shape.
     pub fn zeros(config: &ModelConfig, dtype: Dtype) -> Self {
-        let full = |spec: &ParamSpec| Ok(Linear::Full(Matrix::zeros(dtype, spec.rows, spec.cols)));
-        Self::build(config, dtype, full).expect("nothing in it fails")
+        Self::build(config, dtype, |spec| Linear::Full(Matrix::zeros(dtype, spec.rows, spec.cols)))
     }
 
     /// All vectors zero, and matrices made one after the other, in the order of their parameters.
-    fn build(
-        config: &ModelConfig,
-        dtype: Dtype,
-        mut matrix: impl FnMut(&ParamSpec) -> Result<Linear>,
-    ) -> Result<Self> {
+    fn build(config: &ModelConfig, dtype: Dtype, matrix: impl Fn(&ParamSpec) -> Linear) -> Self {
         let specs = param_specs(config);
         let mut matrices = specs.iter().filter(|spec| spec.shape == ParamShape::Matrix);
         let mut next = || matrix(matrices.next().expect("as many as are asked for here"));
         let zeros = |len| vec![0.0; len];
         let (hidden, head) = (config.hidden_size, config.head_dim);
         let qkv = (config.heads + 2 * config.kv_heads) * head;
-        let embed = next()?;
-        let mut layers = Vec::with_capacity(config.layers);
-        for _ in 0..config.layers {
-            layers.push(LayerWeights {
-                attn_norm: zeros(hidden),
-                qkv: next()?,
-                qkv_bias: config.qkv_bias.then(|| zeros(qkv)),
-                qk_norm: config.qk_norm.then(|| (zeros(head), zeros(head))),
-                o: next()?,
-                mlp_norm: zeros(hidden),
-                gate_up: next()?,
-                down: next()?,
-            });
-        }
-        let norm = zeros(hidden);
-        let head = if config.tied_embeddings { None } else { Some(next()?) };
-        Ok(Self { embed, layers, norm, head, dtype })
+        let embed = next();
+        let layers = (0..config.layers).map(|_| LayerWeights {
+            attn_norm: zeros(hidden),
+            qkv: next(),
+            qkv_bias: config.qkv_bias.then(|| zeros(qkv)),
+            qk_norm: config.qk_norm.then(|| (zeros(head), zeros(head))),
+            o: next(),
+            mlp_norm: zeros(hidden),
+            gate_up: next(),
+            down: next(),
+        });
+        let layers = layers.collect();
+        let head = if config.tied_embeddings { None } else { Some(next()) };
+        Self { embed, layers, norm: zeros(hidden), head, dtype }
     }
 
-    /// Reads all tensors of `source`, a few rows at a time.
+    /// Reads all tensors of `source`, a few rows at a time, on the threads of `pool`. Matrices all of
+    /// whose tensors are quantised stay so if `quantization` says it.
     ///
     /// # Errors
-    /// `ErrorKind::Model` when a tensor is missing, has another shape or cannot be read.
-    pub fn load(source: &ModelSource, dtype: Dtype) -> Result<Self> {
-        let mut weights = Self::zeros(source.config(), dtype);
-        weights.fill(source)?;
-        Ok(weights)
-    }
-
-    /// As [`Weights::load`], but matrices all of whose tensors are quantised stay so.
-    ///
-    /// # Errors
-    /// As [`Weights::load`].
-    pub fn load_as_stored(source: &ModelSource, dtype: Dtype) -> Result<Self> {
-        let matrix = |spec: &ParamSpec| match stored_format(source, spec) {
-            Some(format) => load_quantised(source, spec, format, dtype),
-            None => Ok(Linear::Full(Matrix::zeros(dtype, spec.rows, spec.cols))),
-        };
-        let mut weights = Self::build(source.config(), dtype, matrix)?;
-        weights.fill(source)?;
-        Ok(weights)
-    }
-
-    /// Reads everything that is kept in full.
-    fn fill(&mut self, source: &ModelSource) -> Result<()> {
-        let dtype = self.dtype;
-        for (spec, param) in param_specs(source.config()).iter().zip(self.params_mut()) {
-            match param {
-                ParamMut::Vector(vector) => {
-                    for (name, range) in &spec.tensors {
-                        source.read_rows(name, 0..1, &mut vector[range.clone()])?;
-                    }
-                    round(dtype, vector);
-                }
-                ParamMut::Matrix(matrix) => fill_matrix(source, spec, matrix)?,
-                ParamMut::Quantised(_) => {}
+    /// `ErrorKind::Model` when a tensor is missing, has another shape or cannot be read, or a scale of a
+    /// quantised one does not fit where it is kept.
+    pub fn load(
+        source: &ModelSource,
+        dtype: Dtype,
+        quantization: Quantization,
+        pool: &ThreadPool,
+    ) -> Result<Self> {
+        let mut weights = Self::build(source.config(), dtype, |spec| {
+            match stored_format(source, spec).filter(|_| quantization == Quantization::AsStored) {
+                Some(format) => Linear::Quantised(QuantMatrix::zeros(format, spec.rows, spec.cols)),
+                None => Linear::Full(Matrix::zeros(dtype, spec.rows, spec.cols)),
             }
-        }
-        Ok(())
+        });
+        let specs = param_specs(source.config());
+        let mut work: Vec<_> = specs.iter().zip(weights.params_mut()).collect();
+        // Taken from the end: the largest first, so that no thread is left alone with one.
+        work.sort_by_key(|(spec, _)| spec.len());
+        let work = Mutex::new((work, Ok(())));
+        pool.run(pool.threads(), &|_| {
+            loop {
+                let Some((spec, param)) = work.lock().0.pop() else { return };
+                let read = fill(source, spec, param, dtype);
+                if read.is_err() {
+                    *work.lock() = (Vec::new(), read);
+                }
+            }
+        });
+        let (_, read) = work.into_inner();
+        read?;
+        Ok(weights)
     }
 
-    /// Bytes that [`Weights::load_as_stored`] takes.
+    /// Bytes of the weights with matrices kept as they are stored.
     pub fn bytes_as_stored(source: &ModelSource, dtype: Dtype) -> u64 {
         let bytes = |spec: &ParamSpec| match (spec.shape, stored_format(source, spec)) {
             (ParamShape::Vector, _) => 4 * spec.len() as u64,
@@ -335,6 +325,21 @@ impl<'a> ParamMut<'a> {
     }
 }
 
+/// Reads one parameter.
+fn fill(source: &ModelSource, spec: &ParamSpec, param: ParamMut<'_>, dtype: Dtype) -> Result<()> {
+    match param {
+        ParamMut::Vector(vector) => {
+            for (name, range) in &spec.tensors {
+                source.read_rows(name, 0..1, &mut vector[range.clone()])?;
+            }
+            round(dtype, vector);
+            Ok(())
+        }
+        ParamMut::Matrix(matrix) => fill_matrix(source, spec, matrix),
+        ParamMut::Quantised(matrix) => fill_quantised(source, spec, matrix),
+    }
+}
+
 /// Reads a matrix, a few rows at a time.
 fn fill_matrix(source: &ModelSource, spec: &ParamSpec, matrix: &mut Matrix) -> Result<()> {
     const CHUNK_BYTES: usize = 8 << 20;
@@ -358,24 +363,21 @@ fn stored_format(source: &ModelSource, spec: &ParamSpec) -> Option<QuantFormat> 
     formats.reduce(|a, b| Some(a?.join(b?))).flatten()
 }
 
-/// Reads a matrix as it is stored; in full after all when one of its scales has no place in the format.
-fn load_quantised(
-    source: &ModelSource,
-    spec: &ParamSpec,
-    format: QuantFormat,
-    dtype: Dtype,
-) -> Result<Linear> {
-    let mut matrix = QuantMatrix::zeros(format, spec.rows, spec.cols);
+/// Reads a matrix as it is stored.
+fn fill_quantised(source: &ModelSource, spec: &ParamSpec, matrix: &mut QuantMatrix) -> Result<()> {
     for (name, range) in &spec.tensors {
-        let mut fits = true;
+        let mut fits = Ok(());
         source.quantised_rows(name, &mut |row, numbers: QuantRow<'_>| {
-            fits &= matrix.set_row(range.start + row, numbers).is_ok();
+            if fits.is_ok() {
+                fits = matrix.set_row(range.start + row, numbers);
+            }
         })?;
-        if !fits {
-            return Ok(Linear::Full(Matrix::zeros(dtype, spec.rows, spec.cols)));
-        }
+        fits.map_err(|e| {
+            let message = format!("tensor {name:?}: {e}; --quantization none expands it");
+            Error::model(message).in_file(Path::new(&source.name()))
+        })?;
     }
-    Ok(Linear::Quantised(matrix))
+    Ok(())
 }
 
 /// Rounds to what `dtype` can represent, so that a saved and reloaded vector is the same.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use engine::decoder::{
     Batch, Decoder, Gradients, HeadGradient, HeadInput, Keep, KvLayers, PackedPass, Tape, Weights,
 };
-use engine::{Dtype, Level, ModelConfig, ModelSource};
+use engine::{Dtype, Level, ModelConfig, ModelSource, Quantization};
 use kernels::{AttnFamily, AttnSeq, HeadScratch, Kernels, KvCache, TokenStats};
 
 const BLOCK_SIZE: usize = 16;
@@ -18,8 +18,9 @@ pub(crate) struct Fast {
 
 impl Fast {
     pub(crate) fn load(config: ModelConfig, source: &ModelSource) -> Self {
-        let weights = Weights::load(source, Dtype::F32).unwrap();
         let kernels = Kernels::new(Level::detect(), 2).unwrap();
+        let full = Quantization::None;
+        let weights = Weights::load(source, Dtype::F32, full, kernels.pool()).unwrap();
         Self { kernels, decoder: Decoder::new(config, weights, 512) }
     }
 

@@ -1,11 +1,12 @@
 //! Small models in every container, and damaged ones.
 
 use super::*;
+use crate::config::Quantization;
 use crate::model::bytes::Bytes;
 use crate::model::dequant::Format;
 use crate::model::gguf::tests::Builder;
 use crate::model::safetensors::Writer;
-use kernels::Dtype;
+use kernels::{Dtype, ThreadPool};
 
 /// A folder of one test, removed when dropped.
 pub(crate) struct Scratch {
@@ -263,8 +264,8 @@ fn cut_and_flipped_files_never_panic() {
     }
 }
 
-/// Bytes of a quantised weight whose scales are small and finite.
-fn quantised(format: Format, elements: usize, seed: u64) -> Vec<u8> {
+/// Bytes of a quantised weight whose blocks' scales have this high byte, but for the lowest three bits.
+fn quantised(format: Format, elements: usize, seed: u64, high: u8) -> Vec<u8> {
     let mut state = seed;
     let mut bytes = vec![0; format.bytes(elements as u64).unwrap() as usize];
     for byte in &mut bytes {
@@ -272,7 +273,6 @@ fn quantised(format: Format, elements: usize, seed: u64) -> Vec<u8> {
             state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         *byte = (state >> 33) as u8;
     }
-    // An f16 with this high byte lies between 0.002 and 0.008 in magnitude.
     let halves: &[usize] = match format {
         Format::Q4_0 | Format::Q5_0 | Format::Q8_0 => &[0],
         Format::Q4_1 | Format::Q5_1 | Format::Q4_K | Format::Q5_K => &[0, 2],
@@ -281,13 +281,18 @@ fn quantised(format: Format, elements: usize, seed: u64) -> Vec<u8> {
         _ => &[208],
     };
     for block in bytes.chunks_exact_mut(format.block_bytes()) {
-        halves.iter().for_each(|at| block[at + 1] = 0x18 | block[at + 1] & 7);
+        halves.iter().for_each(|at| block[at + 1] = high | block[at + 1] & 3);
     }
     bytes
 }
 
 /// A llama with every tensor in the format that `format` gives for its name; `None` keeps it in full.
+/// Scales of blocks lie between 0.002 and 0.004.
 fn quantised_model(format: impl Fn(&str) -> Option<Format>) -> ModelSource {
+    quantised_model_of_scale(0x18, format)
+}
+
+fn quantised_model_of_scale(high: u8, format: impl Fn(&str) -> Option<Format>) -> ModelSource {
     const H: usize = 256;
     let shape = CONFIG.replace("\"hidden_size\": 32", "\"hidden_size\": 256");
     let shape = shape.replace("\"intermediate_size\": 64", "\"intermediate_size\": 512");
@@ -317,7 +322,7 @@ fn quantised_model(format: impl Fn(&str) -> Option<Format>) -> ModelSource {
                     &name,
                     &dims,
                     number,
-                    quantised(format, t.elements() as usize, seed as u64),
+                    quantised(format, t.elements() as usize, seed as u64, high),
                 )
             }
         };
@@ -356,8 +361,10 @@ fn weights_kept_as_stored_are_the_expanded_ones() {
         let other = formats[(i + 3) % formats.len()];
         let source =
             quantised_model(|name| Some(if name.contains("v_proj") { other } else { format }));
-        let mut full = Weights::load(&source, Dtype::F32).unwrap();
-        let mut stored = Weights::load_as_stored(&source, Dtype::F32).unwrap();
+        let load = |quantization| {
+            Weights::load(&source, Dtype::F32, quantization, &ThreadPool::new(2)).unwrap()
+        };
+        let (mut full, mut stored) = (load(Quantization::None), load(Quantization::AsStored));
         assert!(stored.quantised() && !full.quantised());
         assert_eq!(stored.bytes(), Weights::bytes_as_stored(&source, Dtype::F32));
         assert!(stored.bytes() < full.bytes() / 2, "{format:?}: {} bytes", stored.bytes());
@@ -377,7 +384,8 @@ fn a_matrix_with_one_tensor_in_full_is_kept_in_full() {
     use crate::decoder::Weights;
     use kernels::Linear;
     let source = quantised_model(|name| (!name.contains("up_proj")).then_some(Format::Q4_0));
-    let weights = Weights::load_as_stored(&source, Dtype::Bf16).unwrap();
+    let (stored, pool) = (Quantization::AsStored, ThreadPool::new(1));
+    let weights = Weights::load(&source, Dtype::Bf16, stored, &pool).unwrap();
     for layer in &weights.layers {
         assert!(matches!(layer.gate_up, Linear::Full(_)));
         assert!(matches!(layer.down, Linear::Quantised(_)));
@@ -385,4 +393,17 @@ fn a_matrix_with_one_tensor_in_full_is_kept_in_full() {
     let mut row = [0.0; 256];
     weights.layers[1].gate_up.get_row(512, &mut row);
     assert_eq!(row, [0.5; 256]);
+}
+
+#[test]
+fn a_scale_that_does_not_fit_names_its_tensor() {
+    use crate::decoder::Weights;
+    // Scales of 16,384 and more, times the scales within a block.
+    let source = quantised_model_of_scale(0x74, |_| Some(Format::Q4_K));
+    let pool = ThreadPool::new(2);
+    let error = Weights::load(&source, Dtype::Bf16, Quantization::AsStored, &pool).err().unwrap();
+    let message = error.to_string();
+    assert!(message.contains("limit is what f16 holds"), "{message}");
+    assert!(message.contains("tensor \"model."), "{message}");
+    assert!(Weights::load(&source, Dtype::Bf16, Quantization::None, &pool).is_ok());
 }
