@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::args_eval::EvalArgs;
 use crate::args_run::{RlArgs, SftArgs};
+use crate::bench::args::BenchArgs;
 use crate::device::DeviceArg;
 use crate::plot::PlotArgs;
 
@@ -64,6 +65,9 @@ pub(crate) enum Command {
     /// Draw the curves of training runs and fit reward against entropy
     #[command(after_help = crate::plot::EXAMPLES)]
     Plot(PlotArgs),
+    /// Measure speed beside the limits of the machine
+    #[command(after_help = crate::bench::args::EXAMPLES)]
+    Bench(Box<BenchArgs>),
     /// Show what was detected and what a model will take
     #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArgs),
@@ -112,6 +116,7 @@ impl Command {
             Self::Sft(args) => &args.common,
             Self::Eval(args) => &args.common,
             Self::Plot(args) => &args.common,
+            Self::Bench(args) => args.common(),
             Self::Doctor(args) => &args.common,
         }
     }

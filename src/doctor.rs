@@ -50,7 +50,7 @@ fn machine(config: &EngineConfig) -> String {
 }
 
 /// The processor's name, as the system reports it.
-fn processor() -> String {
+pub(crate) fn processor() -> String {
     // Without the file there is no name to show.
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let line = text.lines().find(|line| line.starts_with("model name"));

@@ -42,10 +42,9 @@ pub(crate) fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Parse
     let mut args: Vec<OsString> = args.collect();
     let grammar = grammar();
     let Some(matches) = matches(&grammar, &args)? else { return Ok(None) };
-    let (name, given) = matches.subcommand().expect("clap asks for a command");
+    let Chosen { name, depth, sub, given } = chosen(&grammar, &matches);
     let mut run_config = None;
     if let Some(path) = given.get_one::<PathBuf>("config") {
-        let sub = grammar.find_subcommand(name).expect("clap found it before");
         let (flags, tables) = read_file(path)?;
         if !tables.is_empty() && !WITH_TABLES.contains(&name) {
             let table = tables.keys().next().expect("it is not empty");
@@ -54,15 +53,39 @@ pub(crate) fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Parse
         let extra = flag_arguments(path, &flags, sub, given)?;
         let text = toml::to_string(&tables).expect("a parsed table can be written");
         run_config = (!tables.is_empty()).then(|| RunConfig { path: path.clone(), text });
-        args.splice(2..2, extra);
+        args.splice(1 + depth..1 + depth, extra);
     }
     let Some(matches) = self::matches(&grammar, &args)? else { return Ok(None) };
     let cli = Cli::from_arg_matches(&matches).map_err(|error| usage(&error))?;
     Ok(Some(Parsed { command: cli.command, run_config }))
 }
 
+/// The command that was asked for.
+struct Chosen<'a> {
+    name: &'a str,
+    /// Words that name it.
+    depth: usize,
+    sub: &'a clap::Command,
+    given: &'a ArgMatches,
+}
+
+/// The innermost command of `matches`.
+fn chosen<'a>(grammar: &'a clap::Command, matches: &'a ArgMatches) -> Chosen<'a> {
+    let (mut sub, mut given, mut depth, mut chosen) = (grammar, matches, 0, "");
+    while let Some((name, inner)) = given.subcommand() {
+        sub = sub.find_subcommand(name).expect("clap found it before");
+        (given, depth, chosen) = (inner, depth + 1, name);
+    }
+    Chosen { name: chosen, depth, sub, given }
+}
+
 /// The grammar of the command line, every argument with its environment variable.
 fn grammar() -> clap::Command {
+    with_variables(Cli::command())
+}
+
+/// `command` with a variable for each argument of it and of the commands within it.
+fn with_variables(command: clap::Command) -> clap::Command {
     let named = |arg: Arg| {
         if arg.get_action().takes_values() || matches!(arg.get_action(), ArgAction::SetTrue) {
             // Leaked once per flag and process: clap keeps names for as long as it likes.
@@ -72,12 +95,11 @@ fn grammar() -> clap::Command {
             arg
         }
     };
-    let grammar = Cli::command();
     let names: Vec<String> =
-        grammar.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
+        command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
     names
         .iter()
-        .fold(grammar, |grammar, name| grammar.mut_subcommand(name, |sub| sub.mut_args(named)))
+        .fold(command.mut_args(named), |command, name| command.mut_subcommand(name, with_variables))
 }
 
 fn matches(grammar: &clap::Command, args: &[OsString]) -> Result<Option<ArgMatches>> {
@@ -89,9 +111,13 @@ fn matches(grammar: &clap::Command, args: &[OsString]) -> Result<Option<ArgMatch
             Ok(None)
         }
         Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            let names: Vec<&str> = grammar.get_subcommands().map(clap::Command::get_name).collect();
-            let names = names.join(" ");
-            Err(Failure::usage(format!("no command given, known are {names} (see --help)")))
+            let outer = args.get(1).and_then(|word| grammar.find_subcommand(word));
+            let within = outer.map_or("command", |outer| outer.get_name());
+            let known = outer.unwrap_or(grammar).get_subcommands();
+            let names: Vec<&str> = known.map(clap::Command::get_name).collect();
+            let (what, names) =
+                (if outer.is_some() { "subcommand of " } else { "" }, names.join(" "));
+            Err(Failure::usage(format!("no {what}{within} given, known are {names} (see --help)")))
         }
         Err(error) => Err(usage(&error)),
     }
@@ -221,7 +247,8 @@ mod tests {
     fn the_grammar_is_sound_and_every_flag_has_a_variable() {
         let grammar = grammar();
         grammar.clone().debug_assert();
-        for sub in grammar.get_subcommands() {
+        let within = grammar.find_subcommand("bench").unwrap().get_subcommands();
+        for sub in grammar.get_subcommands().chain(within) {
             for arg in sub.get_arguments().filter(|arg| arg.get_id() != "help") {
                 let name = format!("ENGINE_{}", arg.get_id().as_str().to_uppercase());
                 assert_eq!(arg.get_env().unwrap(), name.as_str(), "{}", sub.get_name());

@@ -8,6 +8,7 @@
 mod args;
 mod args_eval;
 mod args_run;
+mod bench;
 #[cfg(feature = "candle")]
 mod candle;
 #[cfg(not(feature = "candle"))]
@@ -63,6 +64,7 @@ fn run(parsed: Parsed, terminal: &Terminal) -> Result<()> {
         Command::Sft(args) => sft::run(args, run_config, terminal),
         Command::Eval(args) => eval::run(&args, terminal),
         Command::Plot(args) => plot::run(&args, terminal),
+        Command::Bench(args) => bench::run(&args, terminal),
         Command::Doctor(args) => doctor::run(&args, terminal),
     }
 }

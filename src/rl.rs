@@ -2,10 +2,9 @@
 
 use std::path::Path;
 
-use engine::decoder::{Keep, Tape};
 use engine::{Engine, MemoryPlan, ModelSource};
-use trainer::config::kept_for_backward;
-use trainer::{Interrupt, Optimizer, Progress, Resume, RlConfig, run_rl};
+use trainer::memory::{Demand, TrainingPlan, planned_tokens};
+use trainer::{Interrupt, Progress, Resume, RlConfig, run_rl};
 
 use crate::args_run::{RlArgs, RunArgs};
 use crate::device::DeviceArg;
@@ -54,14 +53,12 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
         .map_err(|error| in_file(error, file))?;
     let engine = sized(&request.engine, &config);
     if request.mode == Mode::DryRun {
-        let keep = kept_for_backward(config.trainer.recompute);
         let source = model::open(&config.model.path, terminal)?;
-        let copies = match config.algorithm.needs_reference() {
-            true => Copies::WithReference,
-            false => Copies::One,
-        };
-        let training = Footprint { copies, keep, tokens: config.trainer.max_tokens_per_microbatch };
-        return dry_run(&config.to_toml(), &source, &engine, &training);
+        let mut config = config;
+        let mut demand = Demand::rl(&config, &engine);
+        let tokens = &mut config.trainer.max_tokens_per_microbatch;
+        demand = budgeted(tokens, &source, (&engine, demand))?;
+        return dry_run(&config.to_toml(), &source, (&engine, &demand));
     }
     match (&args.device, &resume) {
         (DeviceArg::Cpu, _) => train(&config, &engine, &resume, terminal),
@@ -152,57 +149,41 @@ fn train(
     }
 }
 
-/// How many sets of weights a run holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Copies {
-    /// Those that are trained.
-    One,
-    /// And those of the reference policy.
-    WithReference,
-}
-
-/// What training holds in memory besides the engine.
-pub(crate) struct Footprint {
-    /// Sets of weights.
-    pub(crate) copies: Copies,
-    /// What a pass keeps,
-    pub(crate) keep: Keep,
-    /// of how many tokens.
-    pub(crate) tokens: usize,
+/// Plans the tokens of a training pass where they are left open; what a run with them demands.
+pub(crate) fn budgeted(
+    tokens: &mut usize,
+    source: &ModelSource,
+    (engine, demand): (&engine::EngineConfig, Demand),
+) -> Result<Demand> {
+    if *tokens == 0 {
+        let plan = MemoryPlan::new(source.config(), engine)?;
+        *tokens = planned_tokens(source.config(), engine.resolved_dtype(), &plan, &demand);
+    }
+    Ok(demand.with_budget(*tokens))
 }
 
 /// Prints the resolved configuration and what the model and its training will take.
 pub(crate) fn dry_run(
     config: &str,
     source: &ModelSource,
-    engine: &engine::EngineConfig,
-    &Footprint { copies, keep, tokens }: &Footprint,
+    (engine, demand): (&engine::EngineConfig, &Demand),
 ) -> Result<()> {
-    let model = source.config();
+    let (model, dtype) = (source.config(), engine.resolved_dtype());
     let plan = MemoryPlan::new(model, engine)?;
-    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-    let optimizer = Optimizer::bytes(model.parameters());
-    let tape = Tape::bytes(model, keep, tokens);
-    let mut lines: Vec<String> = plan.to_string().lines().map(|line| format!("# {line}")).collect();
-    lines.push("# memory of training".to_owned());
-    lines.push(format!(
-        "# optimizer    {:>10.1} MiB  f32 masters, two moments, gradients",
-        mib(optimizer)
-    ));
-    lines.push(format!("# activations  {:>10.1} MiB  {tokens} tokens a pass", mib(tape)));
-    let reference = match copies {
-        Copies::One => 0,
-        Copies::WithReference => plan.weights_bytes + Tape::bytes(model, Keep::OneLayer, tokens),
-    };
-    if reference > 0 {
-        lines.push(format!(
-            "# reference    {:>10.1} MiB  weights of the policy at the start, {tokens} tokens a pass",
-            mib(reference)
-        ));
-    }
-    let all = plan.total_bytes() + optimizer + tape + reference;
-    lines.push(format!("# all together {:>10.1} MiB", mib(all)));
-    output::print(&format!("{}\n\n# memory of the engine\n{}", config.trim_end(), lines.join("\n")))
+    // The real run holds the tokenizer and the template, so that the program is as large here.
+    let text = engine::load_text(source)?;
+    let training = TrainingPlan::new(model, dtype, &plan, demand);
+    drop(text);
+    let lines = training.to_string();
+    let lines: Vec<String> = lines.lines().map(|line| format!("# {line}")).collect();
+    output::print(&format!(
+        "{}\n\n# memory of the run\n{}\n# {} blocks of {} tokens, longest sequence {} tokens",
+        config.trim_end(),
+        lines.join("\n"),
+        plan.kv_blocks,
+        plan.block_size,
+        plan.max_model_len
+    ))
 }
 
 /// A refusal of the configuration, with the file it may stand in.

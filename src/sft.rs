@@ -4,13 +4,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use engine::{Engine, ModelConfig, ModelSource};
-use trainer::config::kept_for_backward;
+use trainer::memory::Demand;
 use trainer::{Progress, SftConfig, initial_weights, run_sft};
 
 use crate::args_run::SftArgs;
 use crate::exit::{Failure, Result};
 use crate::layers::RunConfig;
-use crate::rl::{Copies, Footprint, Mode, RunRequest, dry_run, in_file, request, tell};
+use crate::rl::{Mode, RunRequest, budgeted, dry_run, in_file, request, tell};
 use crate::signals::Signals;
 use crate::terminal::Terminal;
 use crate::{model, output};
@@ -32,11 +32,12 @@ fn train(request: &RunRequest, terminal: &Terminal) -> Result<()> {
     let config = SftConfig::resolve(file.map(|file| file.text.as_str()), &request.overrides)
         .map_err(|error| in_file(error, file))?;
     if request.mode == Mode::DryRun {
-        let keep = kept_for_backward(config.trainer.recompute);
         let source = model::open(&config.model.path, terminal)?;
-        let tokens = config.trainer.max_tokens_per_microbatch;
-        let training = Footprint { copies: Copies::One, keep, tokens };
-        return dry_run(&config.to_toml(), &source, &request.engine, &training);
+        let (mut config, engine) = (config, &request.engine);
+        let demand = Demand::sft(&config, engine);
+        let tokens = &mut config.trainer.max_tokens_per_microbatch;
+        let demand = budgeted(tokens, &source, (engine, demand))?;
+        return dry_run(&config.to_toml(), &source, (engine, &demand));
     }
     let signals = Signals::listen()?;
     let source = match config.model.config_json.as_str() {

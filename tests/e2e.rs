@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod e2e {
+    mod bench;
     mod cli;
     mod eval;
     mod generate;

@@ -27,7 +27,7 @@ pub use engine::{Engine, Score};
 pub use error::{Error, ErrorKind, Result};
 pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};
 pub use load::load_text;
-pub use memory::{MemoryPlan, available_memory_bytes};
+pub use memory::{MemoryPlan, ResidentMemory, available_memory_bytes};
 pub use model::{GenerationDefaults, ModelConfig, ModelSource};
 pub use request::{
     EosRule, Event, FinishReason, Finished, MAX_LOGPROBS, MAX_SAMPLES, Request, RequestId,

@@ -132,6 +132,43 @@ pub fn available_memory_bytes() -> Option<u64> {
     Some(kib << 10)
 }
 
+/// Memory of a process that is in RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResidentMemory {
+    /// At the moment, in bytes.
+    pub now_bytes: u64,
+    /// The most at any time so far, in bytes.
+    pub peak_bytes: u64,
+}
+
+impl ResidentMemory {
+    /// That of this process; `None` where the system does not say.
+    ///
+    /// ```
+    /// if let Some(memory) = engine::ResidentMemory::own() {
+    ///     assert!(memory.peak_bytes >= memory.now_bytes);
+    /// }
+    /// ```
+    pub fn own() -> Option<Self> {
+        Self::read("/proc/self/status")
+    }
+
+    /// That of the process `id`; `None` if it is gone or the system does not say.
+    pub fn of(id: u32) -> Option<Self> {
+        Self::read(&format!("/proc/{id}/status"))
+    }
+
+    fn read(path: &str) -> Option<Self> {
+        let text = std::fs::read_to_string(path).ok()?;
+        let bytes = |key: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+            let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+            Some(kib << 10)
+        };
+        Some(Self { now_bytes: bytes("VmRSS:")?, peak_bytes: bytes("VmHWM:")? })
+    }
+}
+
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);

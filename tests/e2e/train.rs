@@ -1,5 +1,8 @@
 //! `engine rl` and `engine sft`: the resolved configuration, and what bad input leads to.
 
+use std::fs;
+
+use super::rl::Lab;
 use super::support::{Folder, SMALL, engine, fails, run};
 
 #[test]
@@ -19,6 +22,24 @@ fn a_dry_run_prints_what_was_resolved() {
     assert_eq!(text["algorithm"]["method"].as_str(), Some("clip_cov"));
     assert_eq!(text["model"]["path"].as_str(), model.to_str());
     assert!(ran.stdout.contains("# kv cache"), "{}", ran.stdout);
+    // Left open, planned from memory that tests have.
+    assert_eq!(text["trainer"]["max_tokens_per_microbatch"].as_integer(), Some(4096));
+}
+
+#[test]
+fn the_tokens_of_a_pass_are_recorded_and_kept_by_whoever_goes_on() {
+    let lab = Lab::new();
+    let tokens = |output: &str, settings: &[&str]| {
+        let ran = run(&mut lab.rl(output, settings));
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        let text = fs::read_to_string(lab.folder.path(output).join("config.toml")).unwrap();
+        let config: toml::Table = text.parse().unwrap();
+        config["trainer"]["max_tokens_per_microbatch"].as_integer().unwrap()
+    };
+    assert_eq!(tokens("open", &["trainer.total_steps=1"]), 4096);
+    let cut = ["trainer.total_steps=1", "trainer.max_tokens_per_microbatch=16"];
+    assert_eq!(tokens("cut", &cut), 16);
+    assert_eq!(tokens("cut", &["trainer.total_steps=2"]), 16);
 }
 
 #[test]

@@ -24,6 +24,7 @@ pub mod fit;
 pub mod kl;
 mod learner;
 pub mod loss;
+pub mod memory;
 pub mod metrics;
 mod objective;
 mod optimizer;

@@ -39,11 +39,6 @@ impl Optimizer {
         &self.masters
     }
 
-    /// Bytes of masters and moments for `params` numbers, plus gradients.
-    pub fn bytes(params: u64) -> u64 {
-        params * 16
-    }
-
     /// One step: moments and masters from `grads`, then the weights from the masters.
     pub fn apply(
         &mut self,

@@ -86,7 +86,11 @@ pub fn run_rl(
     };
     let engine = open(from.as_deref()).map_err(Error::engine)?;
     let files = ModelFiles::new(&engine)?;
-    let mut trainer = Trainer::new(engine, config.clone(), rows)?;
+    let mut own = config.clone();
+    if let (0, Some(checkpoint)) = (own.trainer.max_tokens_per_microbatch, &from) {
+        own.trainer.max_tokens_per_microbatch = earlier_budget(checkpoint);
+    }
+    let mut trainer = Trainer::new(engine, own, rows)?;
     if let Some(decoder) = reference {
         trainer.set_reference(decoder)?;
     }
@@ -104,11 +108,20 @@ pub fn run_rl(
         tell(Progress::Note(format!("an older run's checkpoints are now in {}", aside.display())));
     }
     let path = output.join("config.toml");
-    std::fs::write(&path, config.to_toml()).map_err(|e| Error::io(&path, e))?;
-    let metrics = Trackers::open(&config.trainer, from.map(|_| trainer.steps()))?;
+    std::fs::write(&path, trainer.config.to_toml()).map_err(|e| Error::io(&path, e))?;
+    let metrics = Trackers::open(&trainer.config.trainer, from.map(|_| trainer.steps()))?;
     trainer.dynamics = Dynamics::after(metrics.last(name::ENTROPY));
     let mut run = Run { trainer, store, files, metrics, val, output };
     run.steps(stop, tell)
+}
+
+/// The tokens of a pass in the run that left `checkpoint`, so that gradients go on being summed as they
+/// were; 0, to be planned, where its configuration is gone.
+fn earlier_budget(checkpoint: &Path) -> usize {
+    let run = checkpoint.parent().and_then(Path::parent);
+    let text = run.and_then(|run| std::fs::read_to_string(run.join("config.toml")).ok());
+    let config = text.and_then(|text| RlConfig::resolve(None, Some(&text), &[]).ok());
+    config.map_or(0, |config| config.trainer.max_tokens_per_microbatch)
 }
 
 /// The checkpoint to go on from.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use engine::decoder::param_specs;
 use engine::model::ModelConfig;
 use engine::model::safetensors::Writer;
-use engine::{Dtype, Engine, EosRule, WeightsUpdate};
+use engine::{Dtype, Engine, EngineConfig, EosRule, WeightsUpdate};
 
 use crate::checkpoint::CheckpointStore;
 use crate::config::{SftConfig, kept_for_backward};
@@ -17,6 +17,7 @@ use crate::encode::PromptEncoder;
 use crate::error::{Error, Result};
 use crate::eval::Evaluation;
 use crate::learner::{LossGradient, Packed};
+use crate::memory::{Demand, planned_tokens_beside};
 use crate::metrics::{Metrics, MetricsWriter, name};
 use crate::optimizer::global_norm;
 use crate::packing::{Order, pack};
@@ -95,10 +96,15 @@ pub fn run_sft(
     std::fs::create_dir_all(&output).map_err(|e| Error::io(&output, e))?;
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
     let files = ModelFiles::new(&engine)?;
+    let mut config = config.clone();
+    if config.trainer.max_tokens_per_microbatch == 0 {
+        let demand = Demand::sft(&config, &EngineConfig::default());
+        config.trainer.max_tokens_per_microbatch = planned_tokens_beside(&engine, &demand);
+    }
     let path = output.join("config.toml");
     std::fs::write(&path, config.to_toml()).map_err(|e| Error::io(&path, e))?;
     let mut metrics = MetricsWriter::create(&output.join("metrics.jsonl"))?;
-    let mut sft = Sft::new(engine, config)?;
+    let mut sft = Sft::new(engine, &config)?;
     let t = &config.trainer;
     for step in 1..=t.total_steps {
         let mut line = sft.step(step)?;

@@ -8,8 +8,8 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use engine::Engine;
 use engine::decoder::Decoder;
+use engine::{Engine, EngineConfig};
 
 use crate::advantage::{Advantages, Estimated, Outcomes, estimate};
 use crate::batch::{Group, Part, Response, Rollouts, Truncated};
@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::kl::adapted_coefficient;
 use crate::learner::Packed;
 use crate::loss::ChoiceKey;
+use crate::memory::{Demand, planned_tokens_beside};
 use crate::metrics::{Metrics, name};
 use crate::reference::Reference;
 use crate::samples::Sample;
@@ -48,11 +49,12 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// A trainer of `engine` on `rows`, at its first step.
+    /// A trainer of `engine` on `rows`, at its first step. A budget of tokens that the configuration
+    /// leaves open is planned from the memory that is free.
     ///
     /// # Errors
     /// When a prompt does not fit, rows have no known reward, or the engine is busy.
-    pub fn new(mut engine: Engine, config: RlConfig, mut rows: Rows) -> Result<Self> {
+    pub fn new(mut engine: Engine, mut config: RlConfig, mut rows: Rows) -> Result<Self> {
         let max_prompt = config.data.max_prompt_length;
         let text = (engine.tokenizer(), engine.chat_template());
         let encoder = PromptEncoder::new(text, config.data.prompt_template, max_prompt)?;
@@ -67,6 +69,10 @@ impl Trainer {
         let encoder = encoder.within(room - longest);
         encoder.fit(&mut rows, &config.data.train_files, config.data.overlong())?;
         let sampler = rows.sampler(&config.data, Cursor::default())?;
+        if config.trainer.max_tokens_per_microbatch == 0 {
+            let demand = Demand::rl(&config, &EngineConfig::default());
+            config.trainer.max_tokens_per_microbatch = planned_tokens_beside(&engine, &demand);
+        }
         let mut update = engine.begin_update().map_err(Error::engine)?;
         let state =
             UpdateState::new(update.decoder().0, kept_for_backward(config.trainer.recompute));

@@ -80,11 +80,14 @@ mod multiply {
 
     use std::arch::x86_64::*;
 
-    use super::{best, black_box};
-    use crate::{Dtype, Kernels, Level};
+    use super::{best, black_box, tiles};
+    use crate::cpu::Isa;
+    use crate::{Dtype, Kernels};
 
     const CHAINS: usize = 24;
-    const STEPS: usize = 100_000;
+    pub(super) const STEPS: usize = 100_000;
+    /// Of a step of tiles: four products of 16 x 32 and 32 x 16.
+    const TILE_FLOPS: usize = 4 * 2 * 16 * 16 * 32;
 
     pub(super) fn peak(kernels: &Kernels, dtype: Dtype) -> Option<f64> {
         if let Some(_proof) = kernels.isa.avx2() {
@@ -98,8 +101,9 @@ mod multiply {
                 // SAFETY: the token proves AVX-512 F.
                 Some(rate(kernels, 32.0, &|| unsafe { fma() }))
             }
-            // Tiles multiply faster than any vector instruction.
-            Dtype::Bf16 if kernels.level() == Level::Amx => None,
+            Dtype::Bf16 if let Isa::Amx(proof) = kernels.isa => {
+                Some(rate_of(kernels, STEPS * TILE_FLOPS, &|| tiles::products(proof)))
+            }
             Dtype::Bf16 => match token.bf16() {
                 Some(_proof) => {
                     // SAFETY: the tokens prove AVX-512 F and BF16.
@@ -112,9 +116,14 @@ mod multiply {
     }
 
     fn rate(kernels: &Kernels, flops: f64, f: &(dyn Fn() + Sync)) -> f64 {
+        rate_of(kernels, CHAINS * STEPS * flops as usize, f)
+    }
+
+    /// Operations a second of `f`, which does `flops` of them, on all threads.
+    fn rate_of(kernels: &Kernels, flops: usize, f: &(dyn Fn() + Sync)) -> f64 {
         let pool = kernels.pool();
         let seconds = best(|| pool.run(pool.threads(), &|_| f()));
-        (pool.threads() * CHAINS * STEPS) as f64 * flops / seconds
+        (pool.threads() * flops) as f64 / seconds
     }
 
     /// Half of the chains at a time: there are sixteen registers.
@@ -148,6 +157,92 @@ mod multiply {
             sums.iter_mut().for_each(|sum| *sum = _mm512_dpbf16_ps(*sum, x, x));
         }
         black_box(sums);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod tiles {
+    //! Four chains of AMX tile products, as many as hide their latency.
+    //!
+    //! ```text
+    //! four tiles of sums = 0;  two tiles of x, two of w = 0
+    //! repeat: each of the sums += one of x times one of w     the data changes no instruction's time
+    //! ```
+
+    use std::arch::asm;
+
+    use super::multiply::STEPS;
+    use crate::cpu::Amx;
+
+    /// The operand of `ldtilecfg`: palette 1; bytes per row from byte 16 on, rows from byte 48 on.
+    #[repr(C, align(64))]
+    struct Configuration([u8; 64]);
+
+    impl Configuration {
+        /// Eight tiles of 16 rows by 64 bytes.
+        const fn all_full() -> Self {
+            let mut bytes = [0; 64];
+            bytes[0] = 1;
+            let mut tile = 0;
+            while tile < 8 {
+                bytes[16 + 2 * tile] = 64;
+                bytes[48 + tile] = 16;
+                tile += 1;
+            }
+            Self(bytes)
+        }
+    }
+
+    static CONFIGURATION: Configuration = Configuration::all_full();
+
+    /// Runs [`STEPS`] steps of four products on this thread.
+    pub(super) fn products(_proof: Amx) {
+        // SAFETY: the token proves AMX and the permission to use it; the configuration is valid for
+        // palette 1 and is released again, no compiled code uses tiles, and no memory is written.
+        unsafe {
+            asm!(
+                "ldtilecfg [{configuration}]",
+                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
+                "2:",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "dec {steps}", "jnz 2b",
+                "tilerelease",
+                configuration = in(reg) &raw const CONFIGURATION,
+                steps = inout(reg) STEPS => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, readonly),
+            );
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn the_configuration_has_eight_full_tiles() {
+            let bytes = Configuration::all_full().0;
+            assert_eq!(
+                (bytes[0], bytes.iter().map(|&b| usize::from(b)).sum()),
+                (1, 1 + 8 * (64 + 16))
+            );
+            assert!((0..8).all(|tile| (bytes[16 + 2 * tile], bytes[48 + tile]) == (64, 16)));
+        }
+
+        /// Where there is AMX, the loop ends and leaves the thread as it was.
+        #[test]
+        #[cfg_attr(miri, ignore = "assembly")]
+        fn the_loop_ends() {
+            if let Some(proof) = Amx::new() {
+                products(proof);
+                products(proof);
+            }
+        }
     }
 }
 

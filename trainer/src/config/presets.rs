@@ -256,7 +256,7 @@ impl RlConfig {
                 save_freq: 0,
                 test_freq: 10,
                 val_before_train: true,
-                max_tokens_per_microbatch: 4096,
+                max_tokens_per_microbatch: 0,
                 recompute: false,
                 keep_checkpoints: 2,
                 output: format!("runs/{}", method.name()),

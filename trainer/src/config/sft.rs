@@ -63,7 +63,8 @@ pub struct SftTrainerConfig {
     pub save_freq: u64,
     /// Steps between validations; 0: none; default 100.
     pub test_freq: u64,
-    /// Tokens a forward and backward pass holds at once; a longer sequence passes alone; default 4096.
+    /// Tokens a forward and backward pass holds at once; a longer sequence passes alone. 0
+    /// (default): 4096, or less where memory is short; the number in use is written to `config.toml`.
     pub max_tokens_per_microbatch: usize,
     /// Whether layers run again in the backward pass, to save memory; default false.
     pub recompute: bool,
@@ -95,7 +96,7 @@ impl Default for SftConfig {
                 total_steps: 1000,
                 save_freq: 0,
                 test_freq: 100,
-                max_tokens_per_microbatch: 4096,
+                max_tokens_per_microbatch: 0,
                 recompute: false,
                 keep_checkpoints: 1,
                 output: "runs/sft".to_owned(),
@@ -127,7 +128,6 @@ impl SftConfig {
         limit((0.0..=1.0).contains(&stutter), "data.stutter", stutter, "0 to 1")?;
         let t = &config.trainer;
         limit(t.total_steps >= 1, "trainer.total_steps", t.total_steps, "1 or more")?;
-        positive("trainer.max_tokens_per_microbatch", t.max_tokens_per_microbatch)?;
         limit(!t.output.is_empty(), "trainer.output", "\"\"", "a folder")?;
         config.optimizer.validate()?;
         Ok(config)

@@ -61,7 +61,6 @@ impl RlConfig {
         limit((1..=256).contains(&workers), "reward.workers", workers, "1 to 256")?;
         let t = &self.trainer;
         limit(t.total_steps >= 1, "trainer.total_steps", t.total_steps, "1 or more")?;
-        positive("trainer.max_tokens_per_microbatch", t.max_tokens_per_microbatch)?;
         limit(t.seed <= MAX_SEED, "trainer.seed", t.seed, &MAX_SEED.to_string())?;
         limit(!t.output.is_empty(), "trainer.output", "\"\"", "a folder")?;
         for tracker in &t.trackers {
