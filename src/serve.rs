@@ -20,16 +20,24 @@ pub(crate) fn run(args: ServeArgs, terminal: &Terminal) -> Result<()> {
     let listener = listen(&args.host, args.port)?;
     let signals = Signals::listen()?;
     let service = Service::start(model::load(&args.model, &config, terminal)?)?;
+    let server_config = server_config(&args, *terminal);
+    host(service, server_config, listener, (terminal, signals.wait()))
+}
+
+/// Serves until `shutdown` or a failure of the engine.
+fn host(
+    service: Service,
+    config: ServerConfig,
+    listener: TcpListener,
+    (terminal, shutdown): (&Terminal, impl Future<Output = ()>),
+) -> Result<()> {
     let failed = |error: std::io::Error| Failure::running(format!("server: {error}"));
     let address = listener.local_addr().map_err(failed)?;
-    let server_config = server_config(&args, *terminal);
-    let name = &server_config.model_names[0];
-    terminal.info(&format!("{name}: serving at http://{address}/v1"));
+    terminal.info(&format!("{}: serving at http://{address}/v1", config.model_names[0]));
     let runtime = tokio::runtime::Runtime::new().map_err(failed)?;
-    let service = Arc::new(service);
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener).map_err(failed)?;
-        server::serve(service, server_config, listener, signals.wait()).await?;
+        server::serve(Arc::new(service), config, listener, shutdown).await?;
         Ok(())
     })
 }
@@ -73,5 +81,51 @@ fn log(terminal: &Terminal, event: &LogEvent) {
             terminal.warn(&format!("shutdown timeout, {running} requests are aborted"));
         }
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+    use std::process::ExitCode;
+
+    use engine::{Engine, EngineConfig};
+
+    use super::*;
+
+    #[test]
+    fn an_engine_that_has_failed_ends_the_command_with_code_1() {
+        let terminal = Terminal::plain();
+        let config = EngineConfig { threads: Some(1), ..EngineConfig::default() };
+        let source = model::source("builtin:arith", &terminal).unwrap();
+        let mut engine = Engine::load(&source, &config).unwrap();
+        engine.inject_fault(|batch| assert!(batch.len() < 2, "injected"));
+        let service = Service::start(engine).unwrap();
+        let listener = listen("127.0.0.1", 0).unwrap();
+        let address = listener.local_addr().unwrap();
+        let client = std::thread::spawn(move || {
+            let mut stream = TcpStream::connect(address).unwrap();
+            let body = r#"{"prompt": "1+1=", "n": 2}"#;
+            let length = body.len();
+            write!(
+                stream,
+                "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+                 content-length: {length}\r\nconnection: close\r\n\r\n{body}"
+            )
+            .unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            answer
+        });
+        let config = ServerConfig::new("arith");
+        let failure = host(service, config, listener, (&terminal, std::future::pending()));
+        let failure = failure.unwrap_err();
+        assert!(client.join().unwrap().starts_with("HTTP/1.1 500"));
+        assert_eq!(failure.to_string(), "engine: a step panicked twice");
+        // Codes can only be compared as they print.
+        assert_eq!(format!("{:?}", failure.exit_code()), format!("{:?}", ExitCode::from(1)));
     }
 }

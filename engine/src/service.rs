@@ -1,9 +1,11 @@
 //! The engine on a thread of its own, for concurrent callers.
 //!
 //! Callers send commands through a channel; the events of a request go to the sink that came with it.
-//! A sink is called on the engine's thread and must not block: hand the event on and return.
+//! A sink is called on the engine's thread and must not block: hand the event on and return. A panic in a
+//! step ends the requests that cause it; if it is not theirs, the thread ends and [`Status::failure`] says so.
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -134,11 +136,15 @@ impl Service {
     /// Aborts what runs, ends the thread and gives the engine back.
     ///
     /// # Errors
-    /// When the thread has panicked.
+    /// When the engine has failed: what it holds is not to be relied on.
     pub fn stop(mut self) -> Result<Engine> {
         let _stopped = self.commands.send(Command::Stop);
         let thread = self.thread.take().expect("the thread is joined once");
-        thread.join().map_err(|_| Error::internal("the engine's thread panicked"))
+        let engine = thread.join().map_err(|_| Error::internal(PANICKED))?;
+        match self.status().failure {
+            None => Ok(engine),
+            Some(failure) => Err(Error::internal(failure)),
+        }
     }
 
     /// The model's shape.
@@ -189,23 +195,30 @@ struct Worker {
     status: Arc<Mutex<Status>>,
 }
 
+/// Why the thread has ended, if by a panic that was not contained.
+const PANICKED: &str = "the engine's thread panicked";
+
 /// How long an idle thread waits before it shows that it is alive.
 const IDLE: Duration = Duration::from_millis(500);
 
 impl Worker {
+    /// Serves until it is told to stop, or the engine fails; then all sinks are dropped.
     fn run(mut self) -> Engine {
-        loop {
-            if !self.take_commands() {
-                break;
-            }
+        // Steps contain their panics; after one from elsewhere the engine is not used again.
+        let served = catch_unwind(AssertUnwindSafe(|| self.serve()));
+        let outcome = served.unwrap_or_else(|_panic| Err(Error::internal(PANICKED)));
+        if let Err(error) = outcome {
+            // Said before the sinks go: whoever misses an event can ask why.
+            self.status.lock().failure = Some(error.to_string());
+        }
+        self.engine
+    }
+
+    fn serve(&mut self) -> Result<()> {
+        while self.take_commands() {
             if self.engine.has_work() {
-                match self.engine.step() {
-                    Ok(events) => self.deliver(events),
-                    Err(error) => {
-                        self.status.lock().failure = Some(error.to_string());
-                        break;
-                    }
-                }
+                let events = self.engine.step_contained()?;
+                self.deliver(events);
             }
             self.report();
         }
@@ -213,11 +226,10 @@ impl Worker {
         for id in open {
             self.engine.abort(id);
         }
-        if let Ok(events) = self.engine.step() {
-            self.deliver(events);
-        }
+        let events = self.engine.step_contained()?;
+        self.deliver(events);
         self.report();
-        self.engine
+        Ok(())
     }
 
     /// Carries out what has been asked, waiting for it when there is nothing else to do. False to stop.

@@ -5,6 +5,8 @@
 //! on the batch, which the trainer's tests compare with training at the same time.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "engine/panics.rs"]
+mod panics;
 #[path = "engine/sampling.rs"]
 mod sampling;
 #[path = "engine/service.rs"]
