@@ -509,8 +509,22 @@ impl Engine {
     /// `ErrorKind::Busy` while requests wait or run.
     pub fn begin_update(&mut self) -> Result<WeightsUpdate<'_>> {
         self.scheduler.begin_update().map_err(|e| Error::busy(e.to_string()))?;
+        Ok(self.update())
+    }
+
+    /// Like [`begin_update`](Self::begin_update), but requests that wait or run are kept: they go on after
+    /// the update, and the new weights compute anew what they read.
+    ///
+    /// # Errors
+    /// `ErrorKind::Busy` after a step that has failed.
+    pub fn begin_update_keeping(&mut self) -> Result<WeightsUpdate<'_>> {
+        self.scheduler.begin_update_keeping().map_err(|e| Error::busy(e.to_string()))?;
+        Ok(self.update())
+    }
+
+    fn update(&mut self) -> WeightsUpdate<'_> {
         let Runner { kernels, decoder, .. } = &mut self.runner;
-        Ok(WeightsUpdate { decoder, kernels, scheduler: &mut self.scheduler })
+        WeightsUpdate { decoder, kernels, scheduler: &mut self.scheduler }
     }
 }
 
