@@ -1,5 +1,6 @@
 //! `engine serve`: the OpenAI-compatible server over one model.
 
+use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +8,7 @@ use std::time::Duration;
 use engine::{SamplingParams, Service};
 use server::{LogEvent, ServerConfig};
 
-use crate::args::{GenerationConfig, ServeArgs};
+use crate::args::{ApiArgs, GenerationConfig, ServeArgs};
 use crate::exit::{Failure, Result};
 use crate::model;
 use crate::signals::Signals;
@@ -17,15 +18,15 @@ use crate::terminal::Terminal;
 pub(crate) fn run(args: ServeArgs, terminal: &Terminal) -> Result<()> {
     let config = model::engine_config(&args.common, &args.engine)?;
     // A port in use is reported before minutes are spent on loading.
-    let listener = listen(&args.host, args.port)?;
+    let listener = listen(&format!("{}:{}", args.host, args.port))?;
     let signals = Signals::listen()?;
     let service = Service::start(model::load(&args.model, &config, terminal)?)?;
-    let server_config = server_config(&args, *terminal);
+    let server_config = server_config(&args.model, &args.api, *terminal);
     host(service, server_config, listener, (terminal, signals.wait()))
 }
 
 /// Serves until `shutdown` or a failure of the engine.
-fn host(
+pub(crate) fn host(
     service: Service,
     config: ServerConfig,
     listener: TcpListener,
@@ -42,15 +43,22 @@ fn host(
     })
 }
 
-fn listen(host: &str, port: u16) -> Result<TcpListener> {
-    let failed = |error: std::io::Error| Failure::running(format!("{host}:{port}: {error}"));
-    let listener = TcpListener::bind((host, port)).map_err(failed)?;
+/// Takes the address, `HOST:PORT`.
+pub(crate) fn listen(address: &str) -> Result<TcpListener> {
+    let failed = |error: std::io::Error| Failure::running(format!("{address}: {error}"));
+    let listener = TcpListener::bind(address).map_err(|error| match error.kind() {
+        ErrorKind::InvalidInput => {
+            Failure::usage(format!("{address}: expected HOST:PORT to listen on"))
+        }
+        _ => failed(error),
+    })?;
     listener.set_nonblocking(true).map_err(failed)?;
     Ok(listener)
 }
 
-fn server_config(args: &ServeArgs, terminal: Terminal) -> ServerConfig {
-    let mut config = ServerConfig::new(&args.model);
+/// How a server of `model` behaves.
+pub(crate) fn server_config(model: &str, args: &ApiArgs, terminal: Terminal) -> ServerConfig {
+    let mut config = ServerConfig::new(model);
     if !args.served_model_name.is_empty() {
         config.model_names.clone_from(&args.served_model_name);
     }
@@ -104,7 +112,7 @@ mod tests {
         let mut engine = Engine::load(&source, &config).unwrap();
         engine.inject_fault(|batch| assert!(batch.len() < 2, "injected"));
         let service = Service::start(engine).unwrap();
-        let listener = listen("127.0.0.1", 0).unwrap();
+        let listener = listen("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let client = std::thread::spawn(move || {
             let mut stream = TcpStream::connect(address).unwrap();
