@@ -1,7 +1,7 @@
 //! `engine serve`: the OpenAI-compatible server over one model.
 
 use std::io::ErrorKind;
-use std::net::TcpListener;
+use std::net::{TcpListener, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +18,8 @@ use crate::terminal::Terminal;
 pub(crate) fn run(args: ServeArgs, terminal: &Terminal) -> Result<()> {
     let config = model::engine_config(&args.common, &args.engine)?;
     // A port in use is reported before minutes are spent on loading.
-    let listener = listen(&format!("{}:{}", args.host, args.port))?;
+    let name = format!("{}:{}", args.host, args.port);
+    let listener = listen(&name, (args.host.as_str(), args.port))?;
     let signals = Signals::listen()?;
     let service = Service::start(model::load(&args.model, &config, terminal)?)?;
     let server_config = server_config(&args.model, &args.api, *terminal);
@@ -43,12 +44,12 @@ pub(crate) fn host(
     })
 }
 
-/// Takes the address, `HOST:PORT`.
-pub(crate) fn listen(address: &str) -> Result<TcpListener> {
-    let failed = |error: std::io::Error| Failure::running(format!("{address}: {error}"));
+/// Takes the address, which messages call `name`.
+pub(crate) fn listen(name: &str, address: impl ToSocketAddrs) -> Result<TcpListener> {
+    let failed = |error: std::io::Error| Failure::running(format!("{name}: {error}"));
     let listener = TcpListener::bind(address).map_err(|error| match error.kind() {
         ErrorKind::InvalidInput => {
-            Failure::usage(format!("{address}: expected HOST:PORT to listen on"))
+            Failure::usage(format!("{name}: expected HOST:PORT to listen on"))
         }
         _ => failed(error),
     })?;
@@ -94,8 +95,6 @@ fn log(terminal: &Terminal, event: &LogEvent) {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::io::{Read, Write};
     use std::net::TcpStream;
     use std::process::ExitCode;
@@ -112,7 +111,7 @@ mod tests {
         let mut engine = Engine::load(&source, &config).unwrap();
         engine.inject_fault(|batch| assert!(batch.len() < 2, "injected"));
         let service = Service::start(engine).unwrap();
-        let listener = listen("127.0.0.1:0").unwrap();
+        let listener = listen("test", "127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let client = std::thread::spawn(move || {
             let mut stream = TcpStream::connect(address).unwrap();

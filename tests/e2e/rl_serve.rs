@@ -6,7 +6,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 
 use serde_json::{Value, json};
 
@@ -57,6 +57,22 @@ fn ask(address: &str, key: &str, body: &str) -> Option<(u16, String)> {
     Some((head[9..12].parse().unwrap(), body.to_owned()))
 }
 
+/// Starts a run that serves as `policy`; returns it, its address and the rest of its log.
+fn start(command: &mut Command) -> (Child, String, BufReader<ChildStderr>) {
+    command.args(["--serve", "127.0.0.1:0"]).stderr(Stdio::piped()).stdout(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    loop {
+        line.clear();
+        assert_ne!(log.read_line(&mut line).unwrap(), 0, "the run ended early");
+        if let Some((_, rest)) = line.split_once("policy: serving at http://") {
+            let address = rest.trim().trim_end_matches("/v1").to_owned();
+            return (child, address, log);
+        }
+    }
+}
+
 /// Asks again and again until the server goes; returns the versions of each answer's tokens.
 fn hammer(address: &str, client: u64) -> Vec<Vec<u64>> {
     let mut answers = Vec::new();
@@ -89,17 +105,8 @@ fn a_run_answers_requests_and_learns_the_same() {
     let alone: PathBuf = folder.path("alone");
 
     let mut command = rl(&folder, "served");
-    command.args(["--serve", "127.0.0.1:0", "--api-key", "key", "--served-model-name", "policy"]);
-    let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-    let mut log = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    let address = loop {
-        line.clear();
-        assert_ne!(log.read_line(&mut line).unwrap(), 0, "the run ended early");
-        if let Some((_, rest)) = line.split_once("policy: serving at http://") {
-            break rest.trim().trim_end_matches("/v1").to_owned();
-        }
-    };
+    command.args(["--api-key", "key", "--served-model-name", "policy"]);
+    let (mut child, address, mut log) = start(&mut command);
     // Read on, so that the run can go on logging.
     let log = std::thread::spawn(move || {
         let mut rest = String::new();
@@ -122,6 +129,27 @@ fn a_run_answers_requests_and_learns_the_same() {
     let spans = answers.iter().filter(|versions| versions.first() != versions.last()).count();
     assert!(spans > 0, "none of {} answers outlived an update", answers.len());
     assert!(left(&alone) == left(&folder.path("served")), "serving changed what was learnt");
+}
+
+#[test]
+fn a_signal_stops_the_run_at_a_checkpoint_and_lets_requests_finish() {
+    let folder = Folder::new();
+    let mut command = rl(&folder, "run");
+    set(&mut command, &["trainer.total_steps=1000"]);
+    let (mut child, address, log) = start(command.args(["--served-model-name", "policy"]));
+    // Its 900 tokens take many steps of the run.
+    let body = json!({"prompt": "1+", "max_tokens": 900, "ignore_eos": true}).to_string();
+    let answer = std::thread::spawn(move || ask(&address, "", &body));
+    let steps = log.lines().map(Result::unwrap).filter(|line| line.contains("step 2/"));
+    let mut steps = steps.peekable();
+    assert!(steps.peek().is_some());
+    let id = child.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+    assert_eq!(steps.count(), 1, "the run went on");
+    assert_eq!(child.wait().unwrap().code(), Some(75));
+    let (status, body) = answer.join().unwrap().unwrap();
+    let answer: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((status, &answer["usage"]["completion_tokens"]), (200, &json!(900)));
 }
 
 #[test]

@@ -131,6 +131,36 @@ fn the_owner_gets_its_own_events_and_the_same_tokens_as_alone() {
 }
 
 #[test]
+fn a_guest_that_makes_a_step_panic_is_ended_and_the_owner_goes_on() {
+    let mut engine = load(Model::Llama, |_| {});
+    own(&mut engine);
+    let expected =
+        collect(std::iter::from_fn(|| engine.has_work().then(|| engine.step().unwrap())).flatten());
+    let expected: Vec<_> = expected.values().map(|answer| bits(&answer.tokens)).collect();
+    engine.inject_fault(|batch| assert!(batch.iter().all(|tokens| tokens[0] != 300), "poison"));
+    let (service, mut guests) = Service::attach(&engine);
+    own(&mut engine);
+    let (sink, events) = sink();
+    let mut got = Vec::new();
+    let id = std::thread::scope(|scope| {
+        let bad = Request::new(vec![300, 4, 5], greedy(9));
+        let asked = scope.spawn(|| service.submit(bad, sink).unwrap());
+        while engine.has_work() || !asked.is_finished() {
+            got.extend(Host::new(&mut engine, Some(&mut guests)).step().unwrap());
+        }
+        asked.join().unwrap()
+    });
+    while engine.has_work() {
+        got.extend(Host::new(&mut engine, Some(&mut guests)).step().unwrap());
+    }
+    let got: Vec<_> = collect(got).values().map(|answer| bits(&answer.tokens)).collect();
+    assert_eq!(got, expected);
+    let end = &collect(events.try_iter())[&(id, 0)].finished;
+    assert!(end.error.is_some() && end.reason == FinishReason::Abort, "{end:?}");
+    assert_eq!(service.status().failure, None);
+}
+
+#[test]
 fn lingering_ends_with_the_service_and_submitting_with_the_guests() {
     let mut engine = load(Model::Llama, |_| {});
     let (service, mut guests) = Service::attach(&engine);
