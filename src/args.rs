@@ -220,6 +220,17 @@ pub(crate) struct ServeArgs {
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 8000)]
     pub(crate) port: u16,
+    #[command(flatten)]
+    pub(crate) api: ApiArgs,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    #[command(flatten, next_help_heading = "General")]
+    pub(crate) common: CommonArgs,
+}
+
+/// Flags of every command that serves.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ApiArgs {
     /// Key a client must show; may be repeated
     #[arg(long, value_name = "KEY", hide_env_values = true)]
     pub(crate) api_key: Vec<String>,
@@ -235,10 +246,6 @@ pub(crate) struct ServeArgs {
     /// Seconds for running requests to finish after SIGTERM
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) shutdown_timeout: u64,
-    #[command(flatten)]
-    pub(crate) engine: EngineArgs,
-    #[command(flatten, next_help_heading = "General")]
-    pub(crate) common: CommonArgs,
 }
 
 /// `--generation-config`.

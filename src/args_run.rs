@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::args::{CommonArgs, EngineArgs};
+use crate::args::{ApiArgs, CommonArgs, EngineArgs};
 use crate::device::DeviceArg;
 
 /// Shown under `engine rl --help`.
@@ -13,6 +13,7 @@ pub(crate) const RL_EXAMPLES: &str = concat!(
     "  engine rl --method kl_cov\n",
     "  engine rl --method grpo --model smollm2-135m.gguf --train-files train.jsonl --output runs/add\n",
     "  engine rl --train-files train.jsonl --reward command:./score.py\n",
+    "  engine rl --output runs/add --serve 127.0.0.1:8000 --api-key $KEY\n",
     "  engine rl --config run.toml --set optimizer.lr=1e-6 --set rollout.n=16 --dry-run\n",
     "\n",
     "Methods: grpo dr_grpo rloo reinforce_pp reinforce_pp_baseline remax opo dapo clip_higher clip_cov\n",
@@ -48,6 +49,11 @@ pub(crate) struct RlArgs {
     /// program has it
     #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = crate::device::parse)]
     pub(crate) device: DeviceArg,
+    /// Answer OpenAI requests from the weights in training, at this address; port 0 takes a free one
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) serve: Option<String>,
+    #[command(flatten, next_help_heading = "Serving, with --serve")]
+    pub(crate) api: ApiArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
     #[command(flatten, next_help_heading = "General")]

@@ -1,10 +1,11 @@
 //! `engine rl`: from flags and a file to a run of the trainer.
 
+use std::cell::RefCell;
 use std::path::Path;
 
-use engine::{Engine, MemoryPlan, ModelSource};
+use engine::{Engine, MemoryPlan, ModelSource, Service};
 use trainer::memory::{Demand, TrainingPlan, planned_tokens};
-use trainer::{Interrupt, Progress, Resume, RlConfig, run_rl};
+use trainer::{Interrupt, Progress, Resume, RlConfig, RunHooks, run_rl_serving};
 
 use crate::args_run::{RlArgs, RunArgs};
 use crate::device::DeviceArg;
@@ -13,6 +14,15 @@ use crate::layers::RunConfig;
 use crate::signals::Signals;
 use crate::terminal::Terminal;
 use crate::{candle, model, output};
+
+mod door;
+
+use door::{Door, Served, point};
+
+/// Sequences of others that may run beside a rollout.
+const GUESTS: usize = 16;
+/// Longest context that others get at least, where the model has it, in tokens.
+const GUEST_TOKENS: usize = 1024;
 
 /// What a training command was asked to do; the trainer resolves the rest.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,7 +61,7 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
     let text = file.map(|file| file.text.as_str());
     let config = RlConfig::resolve(args.method.as_deref(), text, &request.overrides)
         .map_err(|error| in_file(error, file))?;
-    let engine = sized(&request.engine, &config);
+    let engine = sized(&request.engine, &config, args.serve.is_some());
     if request.mode == Mode::DryRun {
         let source = model::open(&config.model.path, terminal)?;
         let mut config = config;
@@ -61,7 +71,13 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
         return dry_run(&config.to_toml(), &source, (&engine, &demand));
     }
     match (&args.device, &resume) {
-        (DeviceArg::Cpu, _) => train(&config, &engine, &resume, terminal),
+        (DeviceArg::Candle(name), _) if args.serve.is_some() => {
+            Err(Failure::usage(format!("--device {name} cannot --serve")))
+        }
+        (DeviceArg::Cpu, _) => {
+            let door = Door::open(&args, &config, terminal)?;
+            train((&config, &engine), &resume, door, terminal)
+        }
         (DeviceArg::Candle(name), Resume::From(_)) => {
             Err(Failure::usage(format!("--device {name} cannot go on from a checkpoint")))
         }
@@ -69,14 +85,19 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
     }
 }
 
-/// The engine for a run: with its seed, and no more memory for keys and values than it can use.
-fn sized(engine: &engine::EngineConfig, config: &RlConfig) -> engine::EngineConfig {
+/// The engine for a run: with its seed, and no more memory for keys and values than it and its guests can
+/// use.
+fn sized(engine: &engine::EngineConfig, config: &RlConfig, serves: bool) -> engine::EngineConfig {
     let sequences = config.data.train_batch_size.saturating_mul(config.rollout.n);
     let longest = config.data.max_prompt_length.saturating_add(config.data.max_response_length);
+    let (guests, useful) = match serves {
+        true => (GUESTS, longest.max(GUEST_TOKENS)),
+        false => (0, longest),
+    };
     engine::EngineConfig {
         seed: config.trainer.seed,
-        max_num_seqs: engine.max_num_seqs.min(sequences),
-        useful_model_len: Some(longest),
+        max_num_seqs: engine.max_num_seqs.min(sequences.saturating_add(guests)),
+        useful_model_len: Some(useful),
         ..engine.clone()
     }
 }
@@ -123,11 +144,11 @@ fn quoted(text: &str) -> String {
     toml::Value::from(text).to_string()
 }
 
-/// Runs the trainer.
+/// Runs the trainer, and the server behind its door.
 fn train(
-    config: &RlConfig,
-    engine_config: &engine::EngineConfig,
+    (config, engine_config): (&RlConfig, &engine::EngineConfig),
     resume: &Resume,
+    mut door: Option<Door>,
     terminal: &Terminal,
 ) -> Result<()> {
     let signals = Signals::listen()?;
@@ -136,8 +157,34 @@ fn train(
         None => Engine::load(&model::source(&config.model.path, terminal)?, engine_config),
     };
     let total = config.trainer.total_steps;
-    let mut tell = |progress: Progress| self::tell(terminal, total, &progress);
-    match run_rl(config, resume, &mut open, &|| signals.asked(), &mut tell)? {
+    let curves = door.as_ref().and_then(Door::curves);
+    let served: RefCell<Option<Served>> = RefCell::new(None);
+    let mut begin = |service: Service| {
+        served.replace(door.take().map(|door| door.serve(service, *terminal)));
+    };
+    let mut tell = |progress: Progress| {
+        self::tell(terminal, total, &progress);
+        match (&progress, &curves) {
+            (Progress::Step(metrics), Some(curves)) => curves.push(point(metrics)),
+            (Progress::Lingering, _) => {
+                if let Some(served) = &mut *served.borrow_mut() {
+                    served.shut_down();
+                }
+            }
+            _ => {}
+        }
+    };
+    let hooks = RunHooks {
+        open: &mut open,
+        stop: &|| signals.asked(),
+        tell: &mut tell,
+        serve: curves.is_some().then_some(&mut begin as &mut dyn FnMut(Service)),
+    };
+    let ended = run_rl_serving(config, resume, hooks);
+    if let Some(served) = served.take() {
+        served.join(terminal);
+    }
+    match ended? {
         Interrupt::Done { report, checkpoint } => {
             output::print(&format!("checkpoint {}", checkpoint.display()))?;
             output::print(&format!("report {}", report.display()))
@@ -205,5 +252,6 @@ pub(crate) fn tell(terminal: &Terminal, total_steps: u64, progress: &Progress) {
         )),
         Progress::Step(metrics) => terminal.info(&metrics.progress(total_steps)),
         Progress::Saved(path) => terminal.info(&format!("saved {}", path.display())),
+        Progress::Lingering => {}
     }
 }

@@ -1,13 +1,14 @@
 //! `engine serve`: the OpenAI-compatible server over one model.
 
-use std::net::TcpListener;
+use std::io::ErrorKind;
+use std::net::{TcpListener, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
 use engine::{SamplingParams, Service};
 use server::{LogEvent, ServerConfig};
 
-use crate::args::{GenerationConfig, ServeArgs};
+use crate::args::{ApiArgs, GenerationConfig, ServeArgs};
 use crate::exit::{Failure, Result};
 use crate::model;
 use crate::signals::Signals;
@@ -17,32 +18,48 @@ use crate::terminal::Terminal;
 pub(crate) fn run(args: ServeArgs, terminal: &Terminal) -> Result<()> {
     let config = model::serving_config(&args.common, &args.engine)?;
     // A port in use is reported before minutes are spent on loading.
-    let listener = listen(&args.host, args.port)?;
+    let name = format!("{}:{}", args.host, args.port);
+    let listener = listen(&name, (args.host.as_str(), args.port))?;
     let signals = Signals::listen()?;
     let service = Service::start(model::load(&args.model, &config, terminal)?)?;
+    let server_config = server_config(&args.model, &args.api, *terminal);
+    host(service, server_config, listener, (terminal, signals.wait()))
+}
+
+/// Serves until `shutdown` or a failure of the engine.
+pub(crate) fn host(
+    service: Service,
+    config: ServerConfig,
+    listener: TcpListener,
+    (terminal, shutdown): (&Terminal, impl Future<Output = ()>),
+) -> Result<()> {
     let failed = |error: std::io::Error| Failure::running(format!("server: {error}"));
     let address = listener.local_addr().map_err(failed)?;
-    let server_config = server_config(&args, *terminal);
-    let name = &server_config.model_names[0];
-    terminal.info(&format!("{name}: serving at http://{address}/v1"));
+    terminal.info(&format!("{}: serving at http://{address}/v1", config.model_names[0]));
     let runtime = tokio::runtime::Runtime::new().map_err(failed)?;
-    let service = Arc::new(service);
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener).map_err(failed)?;
-        server::serve(service, server_config, listener, signals.wait()).await?;
+        server::serve(Arc::new(service), config, listener, shutdown).await?;
         Ok(())
     })
 }
 
-fn listen(host: &str, port: u16) -> Result<TcpListener> {
-    let failed = |error: std::io::Error| Failure::running(format!("{host}:{port}: {error}"));
-    let listener = TcpListener::bind((host, port)).map_err(failed)?;
+/// Takes the address, which messages call `name`.
+pub(crate) fn listen(name: &str, address: impl ToSocketAddrs) -> Result<TcpListener> {
+    let failed = |error: std::io::Error| Failure::running(format!("{name}: {error}"));
+    let listener = TcpListener::bind(address).map_err(|error| match error.kind() {
+        ErrorKind::InvalidInput => {
+            Failure::usage(format!("{name}: expected HOST:PORT to listen on"))
+        }
+        _ => failed(error),
+    })?;
     listener.set_nonblocking(true).map_err(failed)?;
     Ok(listener)
 }
 
-fn server_config(args: &ServeArgs, terminal: Terminal) -> ServerConfig {
-    let mut config = ServerConfig::new(&args.model);
+/// How a server of `model` behaves.
+pub(crate) fn server_config(model: &str, args: &ApiArgs, terminal: Terminal) -> ServerConfig {
+    let mut config = ServerConfig::new(model);
     if !args.served_model_name.is_empty() {
         config.model_names.clone_from(&args.served_model_name);
     }
@@ -73,5 +90,49 @@ fn log(terminal: &Terminal, event: &LogEvent) {
             terminal.warn(&format!("shutdown timeout, {running} requests are aborted"));
         }
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+    use std::process::ExitCode;
+
+    use engine::{Engine, EngineConfig};
+
+    use super::*;
+
+    #[test]
+    fn an_engine_that_has_failed_ends_the_command_with_code_1() {
+        let terminal = Terminal::plain();
+        let config = EngineConfig { threads: Some(1), ..EngineConfig::default() };
+        let source = model::source("builtin:arith", &terminal).unwrap();
+        let mut engine = Engine::load(&source, &config).unwrap();
+        engine.inject_fault(|batch| assert!(batch.len() < 2, "injected"));
+        let service = Service::start(engine).unwrap();
+        let listener = listen("test", "127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let client = std::thread::spawn(move || {
+            let mut stream = TcpStream::connect(address).unwrap();
+            let body = r#"{"prompt": "1+1=", "n": 2}"#;
+            let length = body.len();
+            write!(
+                stream,
+                "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+                 content-length: {length}\r\nconnection: close\r\n\r\n{body}"
+            )
+            .unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            answer
+        });
+        let config = ServerConfig::new("arith");
+        let failure = host(service, config, listener, (&terminal, std::future::pending()));
+        let failure = failure.unwrap_err();
+        assert!(client.join().unwrap().starts_with("HTTP/1.1 500"));
+        assert_eq!(failure.to_string(), "engine: a step panicked twice");
+        // Codes can only be compared as they print.
+        assert_eq!(format!("{:?}", failure.exit_code()), format!("{:?}", ExitCode::from(1)));
     }
 }

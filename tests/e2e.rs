@@ -13,6 +13,7 @@ mod e2e {
     mod rewards;
     mod rl;
     mod rl_faults;
+    mod rl_serve;
     mod score;
     mod serve;
     #[expect(dead_code, reason = "the rest is for the tests of the client")]

@@ -2,6 +2,7 @@
 //!
 //! `plan` (scheduler) -> forward over ragged slices -> logits -> sample -> `commit`. No threads of its
 //! own besides the kernels', no channels, no clock: see [`crate::Service`] for concurrent callers.
+//! `engine/step.rs` has the step, and what becomes of a panic in it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use crate::config::EngineConfig;
 use crate::decoder::{Decoder, Weights};
 use crate::error::{Error, Result};
 use crate::load::load_text;
-use crate::memory::{LOGIT_ROWS, MemoryPlan};
+use crate::memory::MemoryPlan;
 use crate::model::{GenerationDefaults, ModelConfig, ModelSource};
 use crate::random;
 use crate::request::{
@@ -24,6 +25,11 @@ use crate::sampler::{self, RowContext};
 use crate::sequence::Sample;
 use crate::text::{ChatTemplate, Tokenizer};
 use crate::update::WeightsUpdate;
+
+mod step;
+
+/// Called with the tokens of each sequence of a batch before it runs: a test's way to make it panic.
+pub(crate) type Fault = Box<dyn FnMut(&[&[u32]]) + Send>;
 
 /// Log-probabilities of given tokens.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,6 +57,8 @@ pub struct Engine {
     /// Events that wait for the next step: ends of aborted samples.
     pending: Vec<Event>,
     slices: Vec<Slice>,
+    /// Only ever set by tests.
+    fault: Option<Fault>,
 }
 
 /// A slice's last row, from which its sequence's next token is drawn.
@@ -108,6 +116,7 @@ impl Engine {
             next_request: 0,
             pending: Vec::new(),
             slices: Vec::new(),
+            fault: None,
         })
     }
 
@@ -270,53 +279,6 @@ impl Engine {
     /// Whether a step would do something.
     pub fn has_work(&self) -> bool {
         !self.pending.is_empty() || !self.scheduler.is_idle()
-    }
-
-    /// Runs one batch and returns what came of it, in the order of the batch.
-    ///
-    /// A sample whose numbers are not finite ends with `FinishReason::Abort` and an error; the others
-    /// go on.
-    ///
-    /// # Errors
-    /// Only for a fault of the engine itself.
-    pub fn step(&mut self) -> Result<Vec<Event>> {
-        let mut events = std::mem::take(&mut self.pending);
-        if !self.plan_slices()? {
-            return Ok(events);
-        }
-        self.runner.forward(&self.scheduler, &self.slices);
-        let mut rows = Vec::with_capacity(self.slices.len());
-        let mut end = 0;
-        for slice in &self.slices {
-            end += slice.len;
-            if slice.samples {
-                rows.push(SampleRow { seq: slice.seq, row: end - 1 });
-            }
-        }
-        let mut sampled = Vec::with_capacity(rows.len());
-        for rows in rows.chunks(LOGIT_ROWS) {
-            for (row, drawn) in rows.iter().zip(self.draw(rows)) {
-                match drawn {
-                    Some(drawn) => {
-                        let out = (&mut sampled, &mut events);
-                        if let Err(error) = self.take_token(row.seq, drawn, out) {
-                            self.fail(row.seq, error.to_string(), &mut events);
-                        }
-                    }
-                    None => {
-                        let why = "the model's logits are not finite numbers".to_owned();
-                        self.fail(row.seq, why, &mut events);
-                    }
-                }
-            }
-        }
-        self.scheduler.commit(&sampled).map_err(|e| Error::internal(e.to_string()))?;
-        for (seq, _) in &sampled {
-            if !self.samples.contains_key(seq) {
-                self.scheduler.finish(*seq);
-            }
-        }
-        Ok(events)
     }
 
     /// Plans the next batch into `slices`; false when there is nothing to run.
@@ -554,8 +516,22 @@ impl Engine {
             return Err(Error::unsupported(why));
         }
         self.scheduler.begin_update().map_err(|e| Error::busy(e.to_string()))?;
+        Ok(self.update())
+    }
+
+    /// Like [`begin_update`](Self::begin_update), but requests that wait or run are kept: they go on after
+    /// the update, and the new weights compute anew what they read.
+    ///
+    /// # Errors
+    /// `ErrorKind::Busy` after a step that has failed.
+    pub fn begin_update_keeping(&mut self) -> Result<WeightsUpdate<'_>> {
+        self.scheduler.begin_update_keeping().map_err(|e| Error::busy(e.to_string()))?;
+        Ok(self.update())
+    }
+
+    fn update(&mut self) -> WeightsUpdate<'_> {
         let Runner { kernels, decoder, .. } = &mut self.runner;
-        Ok(WeightsUpdate { decoder, kernels, scheduler: &mut self.scheduler })
+        WeightsUpdate { decoder, kernels, scheduler: &mut self.scheduler }
     }
 }
 

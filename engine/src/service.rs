@@ -1,19 +1,22 @@
 //! The engine on a thread of its own, for concurrent callers.
 //!
 //! Callers send commands through a channel; the events of a request go to the sink that came with it.
-//! A sink is called on the engine's thread and must not block: hand the event on and return.
+//! A sink is called on the engine's thread and must not block: hand the event on and return. A panic in a
+//! step ends the requests that cause it; if it is not theirs, the thread ends and [`Status::failure`] says so.
 
-use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam::channel::{Sender, bounded, unbounded};
 use kernels::Dtype;
 use parking_lot::Mutex;
+use scheduler::WeightsVersion;
 
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::guests::{Command, Guests};
 use crate::model::{GenerationDefaults, ModelConfig};
 use crate::request::{Event, Request, RequestId};
 use crate::text::{ChatTemplate, Tokenizer};
@@ -41,16 +44,13 @@ pub struct Status {
     pub stats: scheduler::Stats,
     /// Tokens generated since start.
     pub generated_tokens: u64,
-    /// When the last step, or look for work, ended.
+    /// The weights in use.
+    pub version: WeightsVersion,
+    /// When the last step, or look for work, ended. Who drives an attached engine may be away for as long
+    /// as an update takes, so that of an attached service is always now.
     pub heartbeat: Instant,
     /// Set when the engine has failed and its thread ended: why.
     pub failure: Option<String>,
-}
-
-enum Command {
-    Submit { request: Box<Request>, sink: Sink, reply: Sender<Result<RequestId>> },
-    Abort(RequestId),
-    Stop,
 }
 
 /// An engine that many threads can use at once.
@@ -77,6 +77,19 @@ impl Service {
     /// # Errors
     /// When the system refuses a thread.
     pub fn start(engine: Engine) -> Result<Self> {
+        let (mut service, guests) = Self::attach(&engine);
+        let worker = Worker { engine, guests };
+        let thread = std::thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn(move || worker.run())
+            .map_err(|e| Error::internal(format!("no thread for the engine: {e}")))?;
+        service.thread = Some(thread);
+        Ok(service)
+    }
+
+    /// A service over an engine that its owner goes on driving: requests are carried out when the owner
+    /// steps the [`Guests`], and fail once they are dropped. No thread is started.
+    pub fn attach(engine: &Engine) -> (Self, Guests) {
         let facts = Facts {
             model: engine.model().clone(),
             tokenizer: engine.tokenizer().cloned(),
@@ -90,21 +103,13 @@ impl Service {
             waiting: 0,
             stats: engine.stats(),
             generated_tokens: 0,
+            version: engine.version(),
             heartbeat: Instant::now(),
             failure: None,
         }));
         let (commands, receiver) = unbounded();
-        let worker = Worker {
-            engine,
-            commands: receiver,
-            sinks: HashMap::new(),
-            status: Arc::clone(&status),
-        };
-        let thread = std::thread::Builder::new()
-            .name("engine".to_owned())
-            .spawn(move || worker.run())
-            .map_err(|e| Error::internal(format!("no thread for the engine: {e}")))?;
-        Ok(Self { commands, status, thread: Some(thread), facts })
+        let guests = Guests::new(receiver, Arc::clone(&status));
+        (Self { commands, status, thread: None, facts }, guests)
     }
 
     /// Takes in a request; `sink` gets all its events.
@@ -128,17 +133,28 @@ impl Service {
 
     /// What the thread is doing.
     pub fn status(&self) -> Status {
-        self.status.lock().clone()
+        let mut status = self.status.lock().clone();
+        if self.thread.is_none() {
+            status.heartbeat = Instant::now();
+        }
+        status
     }
 
     /// Aborts what runs, ends the thread and gives the engine back.
     ///
     /// # Errors
-    /// When the thread has panicked.
+    /// When the engine has failed: what it holds is not to be relied on. When it is not this service's to
+    /// give: it was [attached](Self::attach).
     pub fn stop(mut self) -> Result<Engine> {
         let _stopped = self.commands.send(Command::Stop);
-        let thread = self.thread.take().expect("the thread is joined once");
-        thread.join().map_err(|_| Error::internal("the engine's thread panicked"))
+        let Some(thread) = self.thread.take() else {
+            return Err(Error::internal("the engine belongs to whoever drives it"));
+        };
+        let engine = thread.join().map_err(|_| Error::internal(PANICKED))?;
+        match self.status().failure {
+            None => Ok(engine),
+            Some(failure) => Err(Error::internal(failure)),
+        }
     }
 
     /// The model's shape.
@@ -182,109 +198,25 @@ impl Drop for Service {
     }
 }
 
+/// An engine and those it runs for.
 struct Worker {
     engine: Engine,
-    commands: Receiver<Command>,
-    sinks: HashMap<RequestId, (Sink, usize)>,
-    status: Arc<Mutex<Status>>,
+    guests: Guests,
 }
 
-/// How long an idle thread waits before it shows that it is alive.
-const IDLE: Duration = Duration::from_millis(500);
+/// Why the thread has ended, if by a panic that was not contained.
+const PANICKED: &str = "the engine's thread panicked";
 
 impl Worker {
+    /// Serves until it is told to stop, or the engine fails; then all sinks are dropped.
     fn run(mut self) -> Engine {
-        loop {
-            if !self.take_commands() {
-                break;
-            }
-            if self.engine.has_work() {
-                match self.engine.step() {
-                    Ok(events) => self.deliver(events),
-                    Err(error) => {
-                        self.status.lock().failure = Some(error.to_string());
-                        break;
-                    }
-                }
-            }
-            self.report();
+        // Steps contain their panics; after one from elsewhere the engine is not used again.
+        let served = catch_unwind(AssertUnwindSafe(|| self.guests.linger(&mut self.engine)));
+        let outcome = served.unwrap_or_else(|_panic| Err(Error::internal(PANICKED)));
+        if let Err(error) = outcome {
+            // Said before the sinks go: whoever misses an event can ask why.
+            self.guests.fail(&error);
         }
-        let open: Vec<RequestId> = self.sinks.keys().copied().collect();
-        for id in open {
-            self.engine.abort(id);
-        }
-        if let Ok(events) = self.engine.step() {
-            self.deliver(events);
-        }
-        self.report();
         self.engine
-    }
-
-    /// Carries out what has been asked, waiting for it when there is nothing else to do. False to stop.
-    fn take_commands(&mut self) -> bool {
-        if !self.engine.has_work() {
-            match self.commands.recv_timeout(IDLE) {
-                Ok(command) => {
-                    if !self.carry_out(command) {
-                        return false;
-                    }
-                }
-                Err(crossbeam::channel::RecvTimeoutError::Timeout) => return true,
-                Err(crossbeam::channel::RecvTimeoutError::Disconnected) => return false,
-            }
-        }
-        while let Ok(command) = self.commands.try_recv() {
-            if !self.carry_out(command) {
-                return false;
-            }
-        }
-        true
-    }
-
-    fn carry_out(&mut self, command: Command) -> bool {
-        match command {
-            Command::Submit { request, sink, reply } => {
-                let samples = request.params.n;
-                let added = self.engine.add(*request);
-                if let Ok(id) = added {
-                    self.sinks.insert(id, (sink, samples));
-                }
-                // A caller that has left no longer waits for the answer; its sink will say so.
-                let _left = reply.send(added);
-            }
-            Command::Abort(id) => {
-                self.engine.abort(id);
-            }
-            Command::Stop => return false,
-        }
-        true
-    }
-
-    fn deliver(&mut self, events: Vec<Event>) {
-        let mut generated = 0;
-        for event in events {
-            let id = event.request();
-            let over = matches!(event, Event::Finished(_));
-            generated += u64::from(!over);
-            let Some((sink, open)) = self.sinks.get_mut(&id) else { continue };
-            *open -= usize::from(over);
-            let last = *open == 0;
-            if sink(event) == Sent::Gone && !last {
-                self.engine.abort(id);
-            }
-            if last {
-                self.sinks.remove(&id);
-            }
-        }
-        self.status.lock().generated_tokens += generated;
-    }
-
-    fn report(&self) {
-        let (running, waiting) = self.engine.load_counts();
-        let mut status = self.status.lock();
-        status.running = running;
-        status.waiting = waiting;
-        status.stats = self.engine.stats();
-        status.heartbeat = Instant::now();
     }
 }

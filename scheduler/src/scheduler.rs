@@ -44,8 +44,9 @@
 //!   Ready --plan--> Planned --commit/rollback--> Ready --begin_update--> Updating --end_update--> Ready
 //! ```
 //!
-//! Weights change while no sequence waits or runs, and the prefix cache is emptied afterwards: no
-//! block outlives its weights version.
+//! Weights change while no sequence runs, and the prefix cache is emptied afterwards: no block outlives
+//! its weights version. Sequences that are kept through an update wait without blocks, and are computed
+//! anew after it.
 
 use crate::config::{Config, NewSequence};
 use crate::error::{Error, ErrorKind};
@@ -324,12 +325,36 @@ impl Scheduler {
         Ok(())
     }
 
+    /// Like [`begin_update`](Self::begin_update), but sequences are kept: those that run give up their
+    /// blocks and wait in front, in their order. All go on after the update from their first token, under
+    /// the new version.
+    ///
+    /// # Errors
+    /// Refuses while a plan is in flight, and during an update.
+    pub fn begin_update_keeping(&mut self) -> Result<(), Error> {
+        match self.phase {
+            Phase::Updating => return Err(ErrorKind::Updating.into()),
+            Phase::Planned => return Err(ErrorKind::PlanInFlight.into()),
+            Phase::Ready => {}
+        }
+        while let Some(slot) = self.running.last() {
+            self.totals.preemptions += 1;
+            self.wait_again(slot);
+        }
+        self.phase = Phase::Updating;
+        self.debug_check();
+        Ok(())
+    }
+
     /// Ends an update: the version counts up, the prefix cache is empty. Does nothing if no update
     /// was begun, so that a guard may call it on every path.
     pub fn end_update(&mut self) {
         if self.phase == Phase::Updating {
             self.version.0 += 1;
             self.memory.index.clear();
+            for slot in self.waiting.iter() {
+                self.sequences[slot].renew(self.version);
+            }
             self.phase = Phase::Ready;
             self.debug_check();
         }

@@ -127,6 +127,15 @@ impl Sequence {
         self.chain = ChainEnd { blocks: 0, prefix: self.root };
     }
 
+    /// Is shared under the identity of a new version from here on; nothing of it is computed.
+    pub(crate) fn renew(&mut self, version: WeightsVersion) {
+        if let Some(Prefix::Root { salt, .. }) = self.root {
+            self.root = Some(Prefix::Root { version, salt });
+        }
+        self.hashes.clear();
+        self.reset();
+    }
+
     /// Extends the chained hashes to all full blocks of known tokens. Each token is hashed once in
     /// the life of the sequence.
     pub(crate) fn hash_full_blocks(&mut self, block_size: usize) {

@@ -256,6 +256,25 @@ fn an_update_waits_for_silence_and_empties_the_cache() {
 }
 
 #[test]
+fn an_update_that_keeps_sequences_lets_them_go_on_in_their_order_from_the_start() {
+    let mut s = scheduler(Config { max_num_batched_tokens: 128, ..config() });
+    let ids = [add(&mut s, 0, 40, 50), add(&mut s, 100, 20, 30)];
+    step(&mut s, 7);
+    step(&mut s, 8);
+    let late = add(&mut s, 0, 40, 50);
+    s.begin_update_keeping().unwrap();
+    assert_eq!((s.running(), s.waiting(), s.stats().used_blocks), (0, 3, 0));
+    assert_eq!(*s.begin_update_keeping().unwrap_err().kind(), ErrorKind::Updating);
+    s.end_update();
+    assert_eq!((s.version().0, s.stats().cached_blocks), (1, 0));
+    let slices = step(&mut s, 9);
+    let ran: Vec<_> = slices.iter().map(|slice| (slice.seq, slice.start, slice.len)).collect();
+    // The late one shares what the first computes anew under the same version.
+    assert_eq!(ran, [(ids[0], 0, 42), (ids[1], 0, 22), (late, 32, 8)]);
+    assert_eq!(s.tokens(ids[0])[40..], [7, 8, 9]);
+}
+
+#[test]
 fn four_thousand_sequences_run_together() {
     let mut s = scheduler(Config {
         num_blocks: 3 * 4096,

@@ -72,6 +72,7 @@ struct Seen {
     rollbacks: usize,
     updates: usize,
     ended: usize,
+    kept: usize,
     removed_in_flight: usize,
     shared_in_step: usize,
     refused: usize,
@@ -204,7 +205,18 @@ impl Simulation {
                 self.complete();
             }
             self.scheduler.begin_update().unwrap();
+        } else if busy && !waits && self.random.percent(50) {
+            self.scheduler.begin_update_keeping().unwrap();
+            assert_eq!((self.scheduler.running(), self.scheduler.stats().used_blocks), (0, 0));
+            for model in &mut self.models {
+                model.content.clear();
+                for token in std::mem::take(&mut model.tokens) {
+                    model.push(token, self.version + 1);
+                }
+            }
+            self.seen.kept += 1;
         } else if busy || waits {
+            assert!(!waits || self.scheduler.begin_update_keeping().is_err());
             return;
         }
         // Sequences that have ended may stay; they never run again.
@@ -402,7 +414,9 @@ fn a_hundred_thousand_operations_keep_every_promise() {
     let seen = Simulation::new(seed(), config()).run(100_000);
     println!("{seen:?}");
     assert!(seen.plans > 20_000 && seen.rollbacks > 2_000 && seen.refused > 2_000);
-    assert!(seen.updates > 20 && seen.ended > 500 && seen.removed_in_flight > 1_000);
+    assert!(
+        seen.updates > 20 && seen.kept > 20 && seen.ended > 500 && seen.removed_in_flight > 1_000
+    );
     assert!(seen.shared_in_step > 500 && seen.hit_tokens > 100_000 && seen.preemptions > 100);
 }
 

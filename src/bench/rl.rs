@@ -99,7 +99,7 @@ fn step(
     };
     let prompts: Vec<Vec<u32>> = prompts.iter().map(|p| p.tokens().to_vec()).collect();
     let begun = Instant::now();
-    let episodes = generate(engine, &prompts, &settings, &mut |_| {})?;
+    let episodes = generate(&mut *engine, &prompts, &settings, &mut |_| {})?;
     let generated = begun.elapsed().as_secs_f64();
     let begun = Instant::now();
     judge(&episodes);

@@ -57,7 +57,7 @@ pub use encode::{Overlong, PromptEncoder};
 pub use error::{Error, ErrorKind, Result};
 pub use learner::{Learner, LossGradient, Packed};
 pub use optimizer::{Optimizer, clip_scale, global_norm};
-pub use run::{Interrupt, Progress, Resume, run_rl};
+pub use run::{Interrupt, Progress, Resume, RunHooks, run_rl, run_rl_serving};
 pub use save::{ModelFiles, save_model};
 pub use score::score_train_path;
 pub use sft::{initial_weights, run_sft};

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use engine::{Engine, EosRule, Event, FinishReason, Request, RequestId, SamplingParams};
+use engine::{EosRule, Event, FinishReason, Host, Request, RequestId, SamplingParams};
 
 use crate::error::{Error, Result};
 
@@ -76,31 +76,33 @@ impl RolloutSettings {
 }
 
 /// Draws `settings.samples` responses to each prompt, calling `done` as each one ends; returns them by
-/// prompt, then sample.
+/// prompt, then sample. An engine's guests share its batches, and change nothing of the responses.
 ///
 /// # Errors
 /// When the engine refuses a prompt, or the model's numbers are not finite.
-pub fn generate(
-    engine: &mut Engine,
+pub fn generate<'a>(
+    engine: impl Into<Host<'a>>,
     prompts: &[Vec<u32>],
     settings: &RolloutSettings,
     done: &mut dyn FnMut(&Episode),
 ) -> Result<Vec<Episode>> {
+    let mut host = engine.into();
     let mut by_request: HashMap<RequestId, usize> = HashMap::new();
     let mut open: Vec<Episode> = Vec::with_capacity(prompts.len() * settings.samples);
     for (prompt, tokens) in prompts.iter().enumerate() {
         let request = Request::new(tokens.clone(), settings.params(prompt));
-        let id = engine.add(request).map_err(|error| {
+        let id = host.engine.add(request).map_err(|error| {
             by_request.keys().for_each(|id| {
-                engine.abort(*id);
+                host.engine.abort(*id);
             });
             Error::engine(error)
         })?;
         by_request.insert(id, prompt);
         open.extend((0..settings.samples).map(|sample| Episode::new(prompt, sample)));
     }
-    while engine.has_work() {
-        for event in engine.step().map_err(Error::engine)? {
+    let mut unfinished = open.len();
+    while unfinished > 0 && host.engine.has_work() {
+        for event in host.step().map_err(Error::engine)? {
             let prompt = by_request[&event.request()];
             let episode = |sample: usize| prompt * settings.samples + sample;
             match event {
@@ -116,13 +118,14 @@ pub fn generate(
                 Event::Finished(finished) => {
                     if let Some(error) = finished.error {
                         by_request.keys().for_each(|id| {
-                            engine.abort(*id);
+                            host.engine.abort(*id);
                         });
                         return Err(Error::numeric(error));
                     }
                     let episode = &mut open[episode(finished.sample)];
                     episode.text.push_str(&finished.text);
                     episode.finish = finished.reason;
+                    unfinished -= 1;
                     done(episode);
                 }
             }

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use engine::Engine;
+use engine::{Engine, Service};
 
 use crate::checkpoint::{Checkpoint, CheckpointStore, TrainState, verify};
 use crate::config::RlConfig;
@@ -59,6 +59,21 @@ pub enum Progress {
     Step(Metrics),
     /// A checkpoint is on disk.
     Saved(PathBuf),
+    /// The run is over; it serves its guests until their service has gone.
+    Lingering,
+}
+
+/// What a run asks its caller for, and tells it.
+pub struct RunHooks<'a> {
+    /// Loads the engine: from the checkpoint given to it, or else from the configured model.
+    pub open: &'a mut dyn FnMut(Option<&Path>) -> engine::Result<Engine>,
+    /// Whether to stop after a step.
+    pub stop: &'a dyn Fn() -> bool,
+    /// Hears of each event.
+    pub tell: &'a mut dyn FnMut(Progress),
+    /// Takes the service over the weights in training and lets others ask it; called once, before the
+    /// first step. `None`: the engine is the run's alone. What is served changes nothing of what is learnt.
+    pub serve: Option<&'a mut dyn FnMut(Service)>,
 }
 
 /// Runs `config` to its end, or until `stop` says so after a step. `open` loads the engine: from the checkpoint given
@@ -73,6 +88,19 @@ pub fn run_rl(
     stop: &dyn Fn() -> bool,
     tell: &mut dyn FnMut(Progress),
 ) -> Result<Interrupt> {
+    run_rl_serving(config, resume, RunHooks { open, stop, tell, serve: None })
+}
+
+/// Runs `config` like [`run_rl`] and serves others meanwhile, if the hooks ask for it.
+///
+/// # Errors
+/// As [`run_rl`]; whoever is being served then is cut off.
+pub fn run_rl_serving(
+    config: &RlConfig,
+    resume: &Resume,
+    hooks: RunHooks<'_>,
+) -> Result<Interrupt> {
+    let RunHooks { open, stop, tell, serve } = hooks;
     let output = PathBuf::from(&config.trainer.output);
     std::fs::create_dir_all(&output).map_err(|e| Error::io(&output, e))?;
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
@@ -112,7 +140,17 @@ pub fn run_rl(
     let metrics = Trackers::open(&trainer.config.trainer, from.map(|_| trainer.steps()))?;
     trainer.dynamics = Dynamics::after(metrics.last(name::ENTROPY));
     let mut run = Run { trainer, store, files, metrics, val, output };
-    run.steps(stop, tell)
+    let Some(serve) = serve else { return run.steps(stop, tell) };
+    let (service, guests) = Service::attach(&run.trainer.engine);
+    run.trainer.guests = Some(guests);
+    serve(service);
+    let ended = run.steps(stop, tell)?;
+    tell(Progress::Lingering);
+    let Trainer { engine, guests, .. } = &mut run.trainer;
+    if let Some(guests) = guests {
+        guests.linger(engine).map_err(Error::engine)?;
+    }
+    Ok(ended)
 }
 
 /// The tokens of a pass in the run that left `checkpoint`, so that gradients go on being summed as they

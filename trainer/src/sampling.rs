@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use engine::EosRule;
+use engine::{EosRule, Host};
 
 use crate::advantage::has_signal;
 use crate::batch::{Group, Response, Rollouts};
@@ -103,10 +103,11 @@ impl Trainer {
             session.submit(place, &data[rows[episode.prompt]], &episode.text);
             judging += begin.elapsed().as_secs_f64();
         };
-        let episodes = rollout::generate(&mut self.engine, prompts, settings, &mut judge)?;
+        let mut host = Host::new(&mut self.engine, self.guests.as_mut());
+        let episodes = rollout::generate(host.reborrow(), prompts, settings, &mut judge)?;
         metrics.add(name::TIME_GEN, start.elapsed().as_secs_f64() - judging);
         let waiting = Instant::now();
-        let mut verdicts = session.finish()?;
+        let mut verdicts = session.finish_beside(&mut host)?;
         metrics.add(name::TIME_REWARD, judging + waiting.elapsed().as_secs_f64());
         let failed = settle(&mut verdicts, self.config.reward.on_error)?;
         self.rewards.take_counts().record(metrics);

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use engine::decoder::Decoder;
-use engine::{Engine, EngineConfig};
+use engine::{Engine, EngineConfig, Guests, Host};
 
 use crate::advantage::{Advantages, Estimated, Outcomes, estimate};
 use crate::batch::{Group, Part, Response, Rollouts, Truncated};
@@ -32,6 +32,8 @@ use crate::verifier::Judge;
 /// An engine that learns.
 pub struct Trainer {
     pub(crate) engine: Engine,
+    /// Others whom the engine serves between and beside the rollouts.
+    pub(crate) guests: Option<Guests>,
     pub(crate) config: RlConfig,
     pub(crate) state: UpdateState,
     pub(crate) rows: Rows,
@@ -80,6 +82,7 @@ impl Trainer {
         Ok(Self {
             kl_coef: config.algorithm.kl_ctrl.kl_coef,
             engine,
+            guests: None,
             config,
             state,
             rows,
@@ -125,7 +128,8 @@ impl Trainer {
         let parts = self.parts(&rollouts);
         let learning = Instant::now();
         let mut reports = Vec::with_capacity(parts.len());
-        let mut update = self.engine.begin_update().map_err(Error::engine)?;
+        let host = Host::new(&mut self.engine, self.guests.as_mut());
+        let mut update = host.begin_update().map_err(Error::engine)?;
         for (index, part) in parts.iter().enumerate() {
             let mini = rollouts.mini_batch(part, &advantages);
             let key = ChoiceKey { seed: self.config.trainer.seed, step, update: index as u64 };

@@ -1,5 +1,7 @@
 //! What a [`Trainer`] is worth on held-out rows.
 
+use engine::Host;
+
 use crate::data::Row;
 use crate::error::Result;
 use crate::eval::{EvalSettings, Evaluation, Judge, evaluate};
@@ -49,7 +51,8 @@ impl Trainer {
             seed: engine::random::hash(&[self.config.trainer.seed, STREAM]),
         };
         let judge = Judge { encoder: &self.encoder, rewards: &self.rewards, rows };
-        let responses = evaluate(&mut self.engine, judge, &settings, &mut |_| {})?;
+        let host = Host::new(&mut self.engine, self.guests.as_mut());
+        let responses = evaluate(host, judge, &settings, &mut |_| {})?;
         let evaluation = Evaluation::of(rows, &responses);
         let (reward, accuracy) =
             evaluation.overall(&[]).map_or((0.0, 0.0), |all| (all.reward, all.mean));

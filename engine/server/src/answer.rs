@@ -57,6 +57,8 @@ impl Meter {
 pub(crate) struct Choice {
     pub(crate) text: String,
     pub(crate) token_ids: Vec<u32>,
+    /// The version of the weights that drew each token.
+    pub(crate) weights_versions: Vec<u64>,
     /// Kept only where log-probabilities are reported.
     pub(crate) tokens: Vec<Token>,
     pub(crate) finish_reason: Option<&'static str>,
@@ -85,6 +87,7 @@ pub(crate) async fn whole(mut job: Job) -> Result<Response, ApiError> {
             Event::Token(token) => {
                 choice.text.push_str(&token.text);
                 choice.token_ids.push(token.token);
+                choice.weights_versions.push(token.version.0);
                 if job.report.logprobs {
                     choice.tokens.push(token);
                 }

@@ -13,6 +13,7 @@ use crate::access::Keys;
 use crate::api_error::ApiError;
 use crate::error::{Error, Result};
 use crate::fields::Fields;
+use crate::run_state::RunState;
 
 /// Most unknown field names that are remembered, so that a client cannot fill memory with them.
 const MAX_UNKNOWN: usize = 256;
@@ -35,6 +36,8 @@ pub struct ServerConfig {
     pub shutdown_timeout: Duration,
     /// Receives what is worth a log line; must not block.
     pub log: Option<Log>,
+    /// The curves of the run that trains the served weights, if one does.
+    pub run: Option<RunState>,
 }
 
 /// Receives what is worth a log line.
@@ -84,6 +87,7 @@ impl ServerConfig {
             max_body_bytes: 32 << 20,
             shutdown_timeout: Duration::from_secs(30),
             log: None,
+            run: None,
         }
     }
 }

@@ -65,6 +65,8 @@ struct WholeChoice {
     stop_reason: Option<serde_json::Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weights_versions: Option<Vec<u64>>,
 }
 
 #[derive(Serialize)]
@@ -86,6 +88,7 @@ pub(crate) fn completion<'a>(job: &'a Job, choices: Vec<Choice>, usage: Usage) -
         finish_reason: choice.finish_reason,
         stop_reason: choice.stop_reason,
         token_ids: job.report.token_ids.then_some(choice.token_ids),
+        weights_versions: job.report.token_ids.then_some(choice.weights_versions),
     });
     Completion {
         id: &job.id,
@@ -109,6 +112,8 @@ pub(crate) struct ChunkChoice {
     stop_reason: Option<serde_json::Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<[u32; 1]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weights_versions: Option<[u64; 1]>,
 }
 
 #[derive(Default, Serialize)]
@@ -135,8 +140,15 @@ pub(crate) fn piece(job: &Job, index: usize, event: Event) -> Option<ChunkChoice
                 refusal: None,
             });
             let token_ids = job.report.token_ids.then_some([token.token]);
+            let weights_versions = token_ids.map(|_| [token.version.0]);
             let delta = Delta { role: None, content: Some(token.text) };
-            wanted.then(|| ChunkChoice { delta, logprobs, token_ids, ..empty(index) })
+            wanted.then(|| ChunkChoice {
+                delta,
+                logprobs,
+                token_ids,
+                weights_versions,
+                ..empty(index)
+            })
         }
         Event::Finished(end) => {
             let content = (!end.text.is_empty()).then_some(end.text);
@@ -158,5 +170,6 @@ fn empty(index: usize) -> ChunkChoice {
         finish_reason: None,
         stop_reason: None,
         token_ids: None,
+        weights_versions: None,
     }
 }

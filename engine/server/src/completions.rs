@@ -84,6 +84,8 @@ pub(crate) struct TextChoice {
     prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weights_versions: Option<Vec<u64>>,
 }
 
 /// The whole answer made of finished choices.
@@ -100,6 +102,7 @@ pub(crate) fn completion<'a>(job: &'a Job, choices: Vec<Choice>, usage: Usage) -
         stop_reason: choice.stop_reason,
         prompt_token_ids: job.report.token_ids.then(|| job.prompt(index).to_vec()),
         token_ids: job.report.token_ids.then_some(choice.token_ids),
+        weights_versions: job.report.token_ids.then_some(choice.weights_versions),
     });
     Completion {
         id: &job.id,
@@ -128,7 +131,13 @@ pub(crate) fn piece(
                 logprobs
             });
             let token_ids = job.report.token_ids.then(|| vec![token.token]);
-            wanted.then(|| TextChoice { logprobs, token_ids, ..with_text(index, token.text) })
+            let weights_versions = job.report.token_ids.then(|| vec![token.version.0]);
+            wanted.then(|| TextChoice {
+                logprobs,
+                token_ids,
+                weights_versions,
+                ..with_text(index, token.text)
+            })
         }
         Event::Finished(end) => Some(TextChoice {
             finish_reason: Some(end.reason.name()),
@@ -147,5 +156,6 @@ fn with_text(index: usize, text: String) -> TextChoice {
         stop_reason: None,
         prompt_token_ids: None,
         token_ids: None,
+        weights_versions: None,
     }
 }

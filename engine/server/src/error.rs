@@ -20,6 +20,8 @@ pub enum ErrorKind {
     Config,
     /// The socket failed.
     Io,
+    /// The engine failed, and can serve nobody any more.
+    Engine,
 }
 
 impl Error {
@@ -29,6 +31,10 @@ impl Error {
 
     pub(crate) fn io(message: impl Into<String>) -> Self {
         Self { kind: ErrorKind::Io, message: message.into() }
+    }
+
+    pub(crate) fn engine(message: impl Into<String>) -> Self {
+        Self { kind: ErrorKind::Engine, message: message.into() }
     }
 
     /// What kind of failure it is.

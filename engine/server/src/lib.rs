@@ -29,6 +29,7 @@ mod logprobs;
 mod params;
 mod refused;
 mod routes;
+mod run_state;
 mod stream;
 
 pub use app::{Log, LogEvent, ServerConfig};
@@ -36,3 +37,4 @@ pub use error::{Error, ErrorKind, Result};
 pub use fields::{BadField, Fields};
 pub use params::{default_params, messages, sampling_params};
 pub use routes::serve;
+pub use run_state::{RunPoint, RunState};

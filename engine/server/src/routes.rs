@@ -28,11 +28,15 @@ use crate::stream;
 /// How long aborted requests may take to end, and written answers to leave.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// How often the server looks whether its engine has failed.
+const LOOK: Duration = Duration::from_millis(200);
+
 /// Serves until `shutdown` completes and the server has drained: newcomers get 503 from then on,
-/// running requests finish, and are aborted when [`ServerConfig::shutdown_timeout`] is over.
+/// running requests finish, and are aborted when [`ServerConfig::shutdown_timeout`] is over. When the
+/// engine fails, all get 503 for two seconds before the error is returned.
 ///
 /// # Errors
-/// When the configuration is invalid or the socket fails.
+/// When the configuration is invalid, the socket fails or the engine fails.
 pub async fn serve(
     service: Arc<Service>,
     config: ServerConfig,
@@ -55,6 +59,18 @@ pub async fn serve(
     tokio::select! {
         result = server => result,
         () = drain(&app, shutdown, stop) => Ok(()),
+        failure = engine_failure(&app) => Err(Error::engine(format!("engine: {failure}"))),
+    }
+}
+
+/// Waits until the engine has failed, and lets the health route say so for a while; returns why.
+async fn engine_failure(app: &App) -> String {
+    loop {
+        if let Some(failure) = app.service.status().failure {
+            sleep(LAST_WORDS).await;
+            return failure;
+        }
+        sleep(LOOK).await;
     }
 }
 
@@ -91,11 +107,11 @@ pub(crate) fn router(app: Arc<App>) -> Router {
 }
 
 async fn health(State(app): State<Arc<App>>) -> Response {
-    if app.live.is_draining() {
-        return ApiError::draining().into_response();
-    }
     if app.service.status().failure.is_some() {
         return ApiError::engine_dead().into_response();
+    }
+    if app.live.is_draining() {
+        return ApiError::draining().into_response();
     }
     Json(json!({"status": "ok"})).into_response()
 }

@@ -4,7 +4,7 @@
 //! AIME and AMC, greedy decoding for every other source, unless the settings name a temperature. A greedy
 //! answer is always the same, so such a source gets one response a problem.
 
-use engine::{Engine, EosRule, FinishReason};
+use engine::{EosRule, FinishReason, Host};
 
 use super::{Evaluation, Problem};
 use crate::data::Row;
@@ -87,12 +87,13 @@ pub struct Response {
 /// # Errors
 /// When a row has no verifier or its prompt does not fit, or the model's numbers are not finite; nothing is
 /// drawn in the first two cases.
-pub fn evaluate(
-    engine: &mut Engine,
+pub fn evaluate<'a>(
+    engine: impl Into<Host<'a>>,
     judge: Judge<'_>,
     settings: &EvalSettings,
     done: &mut dyn FnMut(&Response),
 ) -> Result<Vec<Response>> {
+    let mut host = engine.into();
     let Judge { encoder, rewards, rows } = judge;
     let mut groups: Vec<(RolloutSettings, Vec<usize>, Vec<Vec<u32>>)> = Vec::new();
     for (index, row) in rows.iter().enumerate() {
@@ -128,8 +129,8 @@ pub fn evaluate(
             done(&response);
             responses.push(response);
         };
-        rollout::generate(engine, &prompts, &sampling, &mut end)?;
-        let verdicts = session.finish()?;
+        rollout::generate(host.reborrow(), &prompts, &sampling, &mut end)?;
+        let verdicts = session.finish_beside(&mut host)?;
         for (response, place) in responses[first..].iter_mut().zip(places) {
             response.verdict.clone_from(&verdicts[place]);
         }

@@ -5,9 +5,10 @@
 //! failure is counted.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::Duration;
 
+use engine::Host;
 use serde_json::json;
 
 use super::external::{Answer, Endpoint, Failure, Pool};
@@ -16,6 +17,12 @@ use crate::config::{OnError, RewardConfig};
 use crate::data::Row;
 use crate::error::{Error, Result};
 use crate::metrics::{Metrics, name};
+
+/// How long guests are served before it is looked again whether rewards have come.
+const MOMENT: Duration = Duration::from_millis(5);
+
+/// Gets the next answer of those that are on their way.
+type NextAnswer<'a> = dyn FnMut(&Receiver<(usize, Answer)>) -> Result<(usize, Answer)> + 'a;
 
 /// How a run gets its rewards: one rule for all rows, by data source, or from outside.
 #[derive(Clone, Debug)]
@@ -225,15 +232,40 @@ impl Session<'_> {
     /// # Errors
     /// `ErrorKind::Reward` if one failed and failures end the run, or a place was not submitted; else
     /// what [`Judge::check`] says of a row.
-    pub fn finish(mut self) -> Result<Vec<Verdict>> {
+    pub fn finish(self) -> Result<Vec<Verdict>> {
+        let ended = |_| Error::reward("a worker for rewards has ended");
+        self.collect(&mut |answers| answers.recv().map_err(ended))
+    }
+
+    /// Like [`finish`](Self::finish); an engine with guests serves them meanwhile.
+    ///
+    /// # Errors
+    /// Those of [`finish`](Self::finish), and when the engine fails.
+    pub fn finish_beside(self, host: &mut Host<'_>) -> Result<Vec<Verdict>> {
+        if !host.has_guests() {
+            return self.finish();
+        }
+        self.collect(&mut |answers| {
+            loop {
+                match answers.try_recv() {
+                    Ok(answer) => return Ok(answer),
+                    Err(TryRecvError::Empty) => host.serve_for(MOMENT).map_err(Error::engine)?,
+                    Err(TryRecvError::Disconnected) => {
+                        return Err(Error::reward("a worker for rewards has ended"));
+                    }
+                }
+            }
+        })
+    }
+
+    fn collect(mut self, next: &mut NextAnswer<'_>) -> Result<Vec<Verdict>> {
         if let Some(error) = self.error {
             return Err(error);
         }
         // Without a sender of its own, the session ends even if a worker does not answer.
         drop(self.reply);
         for _ in 0..self.pending {
-            let (place, answer) =
-                self.answers.recv().map_err(|_| Error::reward("a worker for rewards has ended"))?;
+            let (place, answer) = next(&self.answers)?;
             self.verdicts[place] = Some(answer.or_else(|failure| self.judge.failed(failure))?);
         }
         let all: Option<Vec<Verdict>> = self.verdicts.into_iter().collect();

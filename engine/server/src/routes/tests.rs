@@ -12,6 +12,8 @@ use tower::ServiceExt;
 
 use super::*;
 
+mod panics;
+
 /// A directory that is removed again.
 struct Dir(PathBuf);
 
@@ -42,7 +44,7 @@ fn tiny_model() -> Dir {
     dir
 }
 
-fn service() -> Arc<Service> {
+fn engine() -> Engine {
     let dir = tiny_model();
     let source = ModelSource::open(&dir.0).unwrap();
     let config = EngineConfig {
@@ -51,7 +53,11 @@ fn service() -> Arc<Service> {
         max_num_batched_tokens: 256,
         ..EngineConfig::default()
     };
-    Arc::new(Service::start(Engine::load(&source, &config).unwrap()).unwrap())
+    Engine::load(&source, &config).unwrap()
+}
+
+fn service() -> Arc<Service> {
+    Arc::new(Service::start(engine()).unwrap())
 }
 
 struct Server {

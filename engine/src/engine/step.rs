@@ -1,0 +1,167 @@
+//! One step of the engine, and what becomes of a panic in it.
+//!
+//! ```text
+//! plan -> compute (forward, logits, draw) -> accept (samples take their tokens) -> commit
+//! ```
+//!
+//! *compute* changes nothing but buffers and the KV slots of its own slices, so it can run again, for
+//! all or for some of the slices. That is how [`Engine::step_contained`] finds who is to blame: it runs
+//! halves of a batch that has panicked, and their halves. What such a run writes is never read: whoever
+//! read blocks of a slice that was left out runs again, as the plan is rolled back afterwards and the
+//! next one computes the same positions anew. A token depends on seed and position only, so those that
+//! go on get the tokens they would have had.
+//!
+//! Leaves out panics of the scheduler: its state would be unknown, so they reach the caller.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use scheduler::{SeqId, Slice};
+
+use super::{Drawn, Engine, SampleRow};
+use crate::error::{Error, Result};
+use crate::memory::LOGIT_ROWS;
+use crate::request::Event;
+
+/// What the owner of a failed sample is told.
+const PANICKED: &str = "a step panicked on this request";
+
+/// What was drawn for each sampling slice, in their order; `None` where the logits are not numbers.
+type Draws = Vec<(SeqId, Option<Drawn>)>;
+
+impl Engine {
+    /// Runs one batch and returns what came of it, in the order of the batch.
+    ///
+    /// A sample whose numbers are not finite ends with `FinishReason::Abort` and an error; the others
+    /// go on.
+    ///
+    /// # Errors
+    /// Only for a fault of the engine itself.
+    pub fn step(&mut self) -> Result<Vec<Event>> {
+        let mut events = std::mem::take(&mut self.pending);
+        if self.plan_slices()? {
+            let draws = self.compute(0..self.slices.len());
+            self.accept(draws, &mut events)?;
+        }
+        Ok(events)
+    }
+
+    /// Like [`step`](Self::step), but a panic ends only the samples that cause it, each with
+    /// `FinishReason::Abort` and an error; the others go on with the tokens they would have had.
+    ///
+    /// # Errors
+    /// When the engine itself is at fault: a step panics twice though none of its sequences does so
+    /// alone, or each of several requests does so alone. The engine must not be used any more then.
+    pub fn step_contained(&mut self) -> Result<Vec<Event>> {
+        let mut events = std::mem::take(&mut self.pending);
+        let mut blameless = false;
+        while self.plan_slices()? {
+            let all = 0..self.slices.len();
+            if let Ok(draws) = self.attempt(all.clone()) {
+                self.accept(draws, &mut events)?;
+                break;
+            }
+            let mut guilty = Vec::new();
+            self.blame(all.clone(), &mut guilty);
+            if guilty.is_empty() && std::mem::replace(&mut blameless, true) {
+                return Err(Error::internal("a step panicked twice"));
+            }
+            if guilty.len() == all.len() && self.requests_of(&guilty) > 1 {
+                return Err(Error::internal("a step panicked for each of its requests"));
+            }
+            self.scheduler.rollback().map_err(|e| Error::internal(e.to_string()))?;
+            for seq in guilty {
+                self.fail(seq, PANICKED.to_owned(), &mut events);
+            }
+        }
+        Ok(events)
+    }
+
+    /// Has `fault` called before each batch, with the tokens of its sequences; it may panic. For tests
+    /// of what a panic leaves behind.
+    #[doc(hidden)]
+    pub fn inject_fault(&mut self, fault: impl FnMut(&[&[u32]]) + Send + 'static) {
+        self.fault = Some(Box::new(fault));
+    }
+
+    /// Runs these of the planned slices, and draws for those that sample.
+    fn compute(&mut self, range: std::ops::Range<usize>) -> Draws {
+        let slices = &self.slices[range];
+        if let Some(fault) = &mut self.fault {
+            let tokens = |slice: &Slice| self.scheduler.tokens(slice.seq);
+            fault(&slices.iter().map(tokens).collect::<Vec<_>>());
+        }
+        self.runner.forward(&self.scheduler, slices);
+        let mut rows = Vec::with_capacity(slices.len());
+        let mut end = 0;
+        for slice in slices {
+            end += slice.len;
+            if slice.samples {
+                rows.push(SampleRow { seq: slice.seq, row: end - 1 });
+            }
+        }
+        let mut draws = Vec::with_capacity(rows.len());
+        for rows in rows.chunks(LOGIT_ROWS) {
+            draws.extend(rows.iter().map(|row| row.seq).zip(self.draw(rows)));
+        }
+        draws
+    }
+
+    /// [`compute`](Self::compute), with a panic as a value.
+    fn attempt(&mut self, range: std::ops::Range<usize>) -> std::thread::Result<Draws> {
+        // Buffers are filled anew by each run, see the head of the file.
+        catch_unwind(AssertUnwindSafe(|| self.compute(range)))
+    }
+
+    /// Appends to `guilty` who of `range`, which has panicked together, does so alone.
+    fn blame(&mut self, range: std::ops::Range<usize>, guilty: &mut Vec<SeqId>) {
+        if range.len() == 1 {
+            if self.attempt(range.clone()).is_err() {
+                guilty.push(self.slices[range.start].seq);
+            }
+            return;
+        }
+        let middle = range.start + range.len() / 2;
+        for half in [range.start..middle, middle..range.end] {
+            if self.attempt(half.clone()).is_err() {
+                self.blame(half, guilty);
+            }
+        }
+    }
+
+    /// Requests that these sequences belong to.
+    fn requests_of(&self, sequences: &[SeqId]) -> usize {
+        let mut requests: Vec<_> =
+            sequences.iter().filter_map(|seq| self.samples.get(seq)).map(|s| s.request).collect();
+        requests.sort_unstable();
+        requests.dedup();
+        requests.len()
+    }
+
+    /// Hands the drawn tokens to their samples and commits the plan. A sample that cannot take its
+    /// token, be it by a panic of the tokenizer, ends alone.
+    fn accept(&mut self, draws: Draws, events: &mut Vec<Event>) -> Result<()> {
+        let mut sampled = Vec::with_capacity(draws.len());
+        for (seq, drawn) in draws {
+            let Some(drawn) = drawn else {
+                let why = "the model's logits are not finite numbers".to_owned();
+                self.fail(seq, why, events);
+                continue;
+            };
+            let out = (&mut sampled, &mut *events);
+            // What a panic leaves half done is the sample's own text, and the sample goes.
+            let taken = catch_unwind(AssertUnwindSafe(|| self.take_token(seq, drawn, out)));
+            match taken {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => self.fail(seq, error.to_string(), events),
+                Err(_panic) => self.fail(seq, PANICKED.to_owned(), events),
+            }
+        }
+        self.scheduler.commit(&sampled).map_err(|e| Error::internal(e.to_string()))?;
+        for (seq, _) in &sampled {
+            if !self.samples.contains_key(seq) {
+                self.scheduler.finish(*seq);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,275 @@
+//! The requests of a [`Service`](crate::Service), carried out by whoever drives the engine.
+//!
+//! [`start`](crate::Service::start) drives an engine for its service alone, on a thread;
+//! [`attach`](crate::Service::attach) leaves the
+//! engine where it is, with a trainer: [`Host`] is what the trainer works with instead of the bare engine,
+//! and the service's requests, its *guests*, share the trainer's batches. A guest's sequence that runs when
+//! an update begins gives up its blocks and goes on after it: the new weights compute its tokens so far
+//! anew, and each token says which weights drew it. What guests do changes no bit of what the host's own
+//! requests get, whose randomness is keyed by their seeds.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use parking_lot::Mutex;
+
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::request::{Event, Request, RequestId};
+use crate::service::{Sent, Sink, Status};
+use crate::update::WeightsUpdate;
+
+/// How long an idle engine waits for a request before it shows that it is alive.
+const IDLE: Duration = Duration::from_millis(500);
+
+/// What a service asks for.
+pub(crate) enum Command {
+    Submit { request: Box<Request>, sink: Sink, reply: Sender<Result<RequestId>> },
+    Abort(RequestId),
+    Stop,
+}
+
+/// Whether more can be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Door {
+    Open,
+    Closed,
+}
+
+/// The requests of one service, wherever they are on their way.
+pub struct Guests {
+    commands: Receiver<Command>,
+    /// Where the events of each request go, and how many of its samples have not ended.
+    sinks: HashMap<RequestId, (Sink, usize)>,
+    status: Arc<Mutex<Status>>,
+}
+
+impl Guests {
+    pub(crate) fn new(commands: Receiver<Command>, status: Arc<Mutex<Status>>) -> Self {
+        Self { commands, sinks: HashMap::new(), status }
+    }
+
+    /// Takes in what was asked, runs one batch if there is one, and hands the guests their events; returns
+    /// the events of all other requests. Waits for nobody.
+    ///
+    /// # Errors
+    /// As [`Engine::step_contained`].
+    pub fn step(&mut self, engine: &mut Engine) -> Result<Vec<Event>> {
+        // Nobody may be left to ask; the host goes on.
+        let _closed = self.take_commands(engine, Duration::ZERO);
+        self.run_batch(engine)
+    }
+
+    /// Serves, and nothing else, until the service has gone; then aborts what is left.
+    ///
+    /// # Errors
+    /// As [`Engine::step_contained`].
+    pub fn linger(&mut self, engine: &mut Engine) -> Result<()> {
+        while self.take_commands(engine, IDLE) == Door::Open {
+            self.run_batch(engine)?;
+        }
+        let open: Vec<RequestId> = self.sinks.keys().copied().collect();
+        for id in open {
+            engine.abort(id);
+        }
+        self.run_batch(engine)?;
+        Ok(())
+    }
+
+    /// Serves for about `time`, or a batch longer.
+    fn serve_for(&mut self, engine: &mut Engine, time: Duration) -> Result<()> {
+        let end = Instant::now() + time;
+        loop {
+            let rest = end.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                return Ok(());
+            }
+            let door = self.take_commands(engine, rest);
+            if engine.has_work() {
+                self.run_batch(engine)?;
+            } else if door == Door::Closed {
+                std::thread::sleep(rest);
+            }
+        }
+    }
+
+    fn run_batch(&mut self, engine: &mut Engine) -> Result<Vec<Event>> {
+        let others = match engine.has_work() {
+            true => {
+                let events = engine.step_contained().inspect_err(|error| self.fail(error))?;
+                self.deliver(engine, events)
+            }
+            false => Vec::new(),
+        };
+        self.report(engine);
+        Ok(others)
+    }
+
+    /// Carries out what has been asked; an engine without work waits for it, at most `patience`.
+    fn take_commands(&mut self, engine: &mut Engine, patience: Duration) -> Door {
+        if !engine.has_work() && !patience.is_zero() {
+            match self.commands.recv_timeout(patience) {
+                Ok(command) => {
+                    if self.carry_out(engine, command) == Door::Closed {
+                        return Door::Closed;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => return Door::Open,
+                Err(RecvTimeoutError::Disconnected) => return Door::Closed,
+            }
+        }
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => {
+                    if self.carry_out(engine, command) == Door::Closed {
+                        return Door::Closed;
+                    }
+                }
+                Err(TryRecvError::Empty) => return Door::Open,
+                Err(TryRecvError::Disconnected) => return Door::Closed,
+            }
+        }
+    }
+
+    fn carry_out(&mut self, engine: &mut Engine, command: Command) -> Door {
+        match command {
+            Command::Submit { request, sink, reply } => {
+                let samples = request.params.n;
+                let added = engine.add(*request);
+                if let Ok(id) = added {
+                    self.sinks.insert(id, (sink, samples));
+                }
+                // A caller that has left no longer waits for the answer; its sink will say so.
+                let _left = reply.send(added);
+            }
+            Command::Abort(id) => {
+                // Whoever drives the engine may have requests of its own, which no guest may end.
+                if self.sinks.contains_key(&id) {
+                    engine.abort(id);
+                }
+            }
+            Command::Stop => return Door::Closed,
+        }
+        Door::Open
+    }
+
+    /// Hands the guests their events and returns the others.
+    fn deliver(&mut self, engine: &mut Engine, events: Vec<Event>) -> Vec<Event> {
+        let (mut others, mut generated) = (Vec::new(), 0);
+        for event in events {
+            let id = event.request();
+            let over = matches!(event, Event::Finished(_));
+            generated += u64::from(!over);
+            let Some((sink, open)) = self.sinks.get_mut(&id) else {
+                others.push(event);
+                continue;
+            };
+            *open -= usize::from(over);
+            let last = *open == 0;
+            if sink(event) == Sent::Gone && !last {
+                engine.abort(id);
+            }
+            if last {
+                self.sinks.remove(&id);
+            }
+        }
+        self.status.lock().generated_tokens += generated;
+        others
+    }
+
+    fn report(&self, engine: &Engine) {
+        let (running, waiting) = engine.load_counts();
+        let mut status = self.status.lock();
+        status.running = running;
+        status.waiting = waiting;
+        status.stats = engine.stats();
+        status.version = engine.version();
+        status.heartbeat = Instant::now();
+    }
+
+    /// Says why nobody is served any more.
+    pub(crate) fn fail(&self, error: &Error) {
+        self.status.lock().failure = Some(error.to_string());
+    }
+}
+
+/// An engine with its driver's own requests and, where a service is attached, with guests.
+///
+/// ```no_run
+/// # fn example(mut engine: engine::Engine) -> engine::Result<()> {
+/// use engine::{Host, Service};
+/// let (service, mut guests) = Service::attach(&engine);
+/// // `service` goes to those who ask. Here the engine is driven:
+/// let mut host = Host::new(&mut engine, Some(&mut guests));
+/// let own_events = host.step()?;
+/// drop(host.begin_update()?); // running guests go on afterwards
+/// # Ok(())
+/// # }
+/// ```
+pub struct Host<'a> {
+    /// The engine, to add requests of one's own.
+    pub engine: &'a mut Engine,
+    guests: Option<&'a mut Guests>,
+}
+
+impl<'a> From<&'a mut Engine> for Host<'a> {
+    fn from(engine: &'a mut Engine) -> Self {
+        Self { engine, guests: None }
+    }
+}
+
+impl<'a> Host<'a> {
+    /// An engine that may have guests.
+    pub fn new(engine: &'a mut Engine, guests: Option<&'a mut Guests>) -> Self {
+        Self { engine, guests }
+    }
+
+    /// The same for a shorter time.
+    pub fn reborrow(&mut self) -> Host<'_> {
+        Host { engine: self.engine, guests: self.guests.as_deref_mut() }
+    }
+
+    /// Whether a service is attached.
+    pub fn has_guests(&self) -> bool {
+        self.guests.is_some()
+    }
+
+    /// Runs one batch and returns the events of the driver's own requests, in the order of the batch.
+    ///
+    /// # Errors
+    /// As [`Engine::step`]; with guests as [`Engine::step_contained`].
+    pub fn step(&mut self) -> Result<Vec<Event>> {
+        match &mut self.guests {
+            Some(guests) => guests.step(self.engine),
+            None => self.engine.step(),
+        }
+    }
+
+    /// Lets the guests have the engine for about `time`; without guests only time passes. No request of
+    /// the driver's own may be running.
+    ///
+    /// # Errors
+    /// As [`Engine::step_contained`].
+    pub fn serve_for(&mut self, time: Duration) -> Result<()> {
+        match &mut self.guests {
+            Some(guests) => guests.serve_for(self.engine, time),
+            None => {
+                std::thread::sleep(time);
+                Ok(())
+            }
+        }
+    }
+
+    /// Exclusive access to the weights, as [`Engine::begin_update`]; guests wait through it.
+    ///
+    /// # Errors
+    /// `ErrorKind::Busy` while requests wait or run that cannot be guests'.
+    pub fn begin_update(self) -> Result<WeightsUpdate<'a>> {
+        match self.guests {
+            Some(_) => self.engine.begin_update_keeping(),
+            None => self.engine.begin_update(),
+        }
+    }
+}
