@@ -5,7 +5,7 @@ use std::path::Path;
 use engine::decoder::{Keep, Tape};
 use engine::{Engine, MemoryPlan, ModelSource};
 use trainer::config::kept_for_backward;
-use trainer::{Interrupt, Optimizer, Progress, Resume, RlConfig, run_rl};
+use trainer::{Interrupt, Optimizer, Parts, Progress, Resume, RlConfig, run_rl};
 
 use crate::args_run::{RlArgs, RunArgs};
 use crate::device::DeviceArg;
@@ -140,7 +140,7 @@ fn train(
     };
     let total = config.trainer.total_steps;
     let mut tell = |progress: Progress| self::tell(terminal, total, &progress);
-    match run_rl(config, resume, &mut open, &|| signals.asked(), &mut tell)? {
+    match run_rl(config, (resume, Parts::new()), &mut open, &|| signals.asked(), &mut tell)? {
         Interrupt::Done { report, checkpoint } => {
             output::print(&format!("checkpoint {}", checkpoint.display()))?;
             output::print(&format!("report {}", report.display()))

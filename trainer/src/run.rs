@@ -14,6 +14,7 @@ use crate::data::Row;
 use crate::dynamics::Dynamics;
 use crate::error::{Error, Result};
 use crate::metrics::{Metrics, name};
+use crate::parts::Parts;
 use crate::report::write_report;
 use crate::samples::write_samples;
 use crate::save::{ModelFiles, load_optimizer, save_model, save_optimizer};
@@ -61,14 +62,14 @@ pub enum Progress {
     Saved(PathBuf),
 }
 
-/// Runs `config` to its end, or until `stop` says so after a step. `open` loads the engine: from the checkpoint given
-/// to it, or else from the configured model.
+/// Runs `config` to its end, or until `stop` says so after a step, made of `parts` where there are any. `open` loads the
+/// engine: from the checkpoint given to it, or else from the configured model.
 ///
 /// # Errors
 /// As [`Trainer::step`], and when files cannot be read or written; what was published stays whole.
 pub fn run_rl(
     config: &RlConfig,
-    resume: &Resume,
+    (resume, mut parts): (&Resume, Parts),
     open: &mut dyn FnMut(Option<&Path>) -> engine::Result<Engine>,
     stop: &dyn Fn() -> bool,
     tell: &mut dyn FnMut(Progress),
@@ -78,19 +79,19 @@ pub fn run_rl(
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
     config.warnings().into_iter().for_each(|warning| tell(Progress::Note(warning)));
     let from = starting_point(resume, &store, tell)?;
-    let rows = train_rows(&config.data)?;
-    let mut val = val_rows(&config.data)?;
+    parts.rows = Some(parts.rows.map_or_else(|| train_rows(&config.data), Ok)?);
+    let mut val = parts.validation.take().map_or_else(|| val_rows(&config.data), Ok)?;
     let reference = match config.algorithm.needs_reference() {
         true => Some(open(None).map_err(Error::engine)?.into_decoder()),
         false => None,
     };
     let engine = open(from.as_deref()).map_err(Error::engine)?;
     let files = ModelFiles::new(&engine)?;
-    let mut trainer = Trainer::new(engine, config.clone(), rows)?;
+    let mut trainer = Trainer::with_parts(engine, config.clone(), parts)?;
     if let Some(decoder) = reference {
         trainer.set_reference(decoder)?;
     }
-    trainer.encoder.fit(&mut val, &config.data.val_files, config.data.overlong())?;
+    trainer.encoder.fit(&mut val, config.data.overlong())?;
     for (what, report) in [("training", trainer.rows.report), ("validation", val.report)] {
         tell(Progress::Note(format!("{what} data: {report}")));
     }
