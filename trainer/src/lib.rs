@@ -44,6 +44,7 @@ mod score;
 mod sft;
 pub mod shaping;
 mod source;
+mod surplus;
 pub mod tasks;
 pub mod tensorboard;
 #[cfg(test)]

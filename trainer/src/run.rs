@@ -19,6 +19,7 @@ use crate::report::write_report;
 use crate::samples::write_samples;
 use crate::save::{ModelFiles, load_optimizer, save_model, save_optimizer};
 use crate::source::{train_rows, val_rows};
+use crate::surplus;
 use crate::trackers::Trackers;
 use crate::trainer::Trainer;
 use crate::validation::Validation;
@@ -138,6 +139,19 @@ fn starting_point(
     }
 }
 
+/// What to say of a step that dynamic sampling found too few groups for.
+fn short_step(metrics: &Metrics) -> Option<String> {
+    let get = |name: &str| metrics.get(name);
+    let short = get(name::GROUPS_SHORT).filter(|short| *short > 0.0)?;
+    Some(format!(
+        "step {} is {short} groups short: {} of equal rewards were dropped from {} batches; make \
+         algorithm.max_num_gen_batches or rollout.n larger, or train on prompts of another difficulty",
+        get(name::GLOBAL_STEP)?,
+        get(name::GROUPS_DROPPED)?,
+        get(name::GEN_BATCHES)?
+    ))
+}
+
 struct Run {
     trainer: Trainer,
     store: CheckpointStore,
@@ -163,6 +177,7 @@ impl Run {
         let mut saved = None;
         while self.trainer.steps() < settings.total_steps {
             let (mut metrics, samples) = self.trainer.step()?;
+            short_step(&metrics).into_iter().for_each(|note| tell(Progress::Note(note)));
             let step = self.trainer.steps();
             let due = |every: u64| every > 0 && step.is_multiple_of(every);
             let last = step == settings.total_steps;
@@ -221,6 +236,7 @@ impl Run {
         save_model(&self.files, writer.path(), specs, optimizer.masters())
             .and_then(|()| save_optimizer(writer.path(), optimizer))
             .map_err(|e| writer.named(e))?;
+        surplus::save(&writer, &self.trainer.surplus)?;
         writer.state(&self.trainer.train_state())?;
         metrics.set(name::TIME_SAVE_CHECKPOINT, begin.elapsed().as_secs_f64());
         self.metrics.write(metrics)?;
@@ -271,6 +287,7 @@ impl Trainer {
         self.state.optimizer.step = state.optimizer_step;
         self.steps = state.step;
         self.kl_coef = state.kl_coef.unwrap_or(self.kl_coef);
+        self.surplus = surplus::load(checkpoint, self.rows.rows.len())?;
         // The version goes on counting from where it was.
         while self.engine.version().0 < state.weights_version {
             drop(self.engine.begin_update().map_err(Error::engine)?);

@@ -168,9 +168,29 @@ impl Trainer {
 
         metrics.set(name::TIME_UPDATE_ACTOR, learning.elapsed().as_secs_f64());
         self.dynamics.record_entropies(&mut metrics, rollouts.episodes());
+        self.probe(&rollouts, &mut metrics);
         self.record(&mut metrics, (&rollouts, &advantages), (&reports, lr), start);
         let samples = self.samples(rollouts, &advantages.responses);
         Ok((metrics, samples))
+    }
+
+    /// How the entropy of the step's own tokens has changed by its updates, where that is asked for.
+    fn probe(&mut self, rollouts: &Rollouts, metrics: &mut Metrics) {
+        if !self.config.trainer.probe_entropy {
+            return;
+        }
+        let inv_temperature = (1.0 / self.config.rollout.temperature) as f32;
+        let how = (self.config.trainer.max_tokens_per_microbatch, inv_temperature);
+        let sequences: Vec<Packed<'_>> =
+            (0..rollouts.responses.len()).map(|i| rollouts.packed(i)).collect();
+        let model = (self.engine.decoder(), self.engine.kernels());
+        let stats = self.state.learner.forward_all(model, &sequences, how);
+        let before = rollouts.episodes().flat_map(|e| &e.entropies).map(|h| f64::from(*h));
+        let after = stats.iter().map(|s| f64::from(s.entropy));
+        let change = after.sum::<f64>() - before.sum::<f64>();
+        if !stats.is_empty() {
+            metrics.set(name::ENTROPY_PROBE_DELTA, change / stats.len() as f64);
+        }
     }
 
     /// Log-probabilities of all responses under the reference policy, if it is asked for.
