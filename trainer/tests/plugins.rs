@@ -108,23 +108,10 @@ fn a_batch_of_rewards_of_the_wrong_length_fails_as_a_whole() {
 }
 
 #[test]
-fn responses_without_a_token_are_counted_and_teach_nothing() {
-    // Every response is the end of the text, which a stop text has taken away.
-    let mut trainer =
-        Trainer::with_parts(engine(None), config("kl_cov", &[]), Parts::new().rows(Vec::new()))
-            .err()
-            .map(|e| e.to_string());
-    assert!(trainer.take().is_some_and(|e| e.contains("own rows: no row is left")));
-    let outcomes = Outcomes {
-        scores: &[1.0, 0.0, 0.0, 1.0],
-        groups: &[0, 0, 1, 1],
-        lengths: &[0, 0, 2, 0],
-        baselines: &[],
-        token_rewards: &[],
-    };
-    let out = estimate(Estimator::Grpo(Scale::None), &outcomes).unwrap();
-    assert_eq!(out.responses.values, [0.5, -0.5, -0.5, 0.5]);
-    assert_eq!(out.tokens, [-0.5, -0.5]);
+fn no_rows_of_ones_own_are_an_error_that_says_so() {
+    let parts = Parts::new().rows(Vec::new());
+    let e = Trainer::with_parts(engine(None), config("kl_cov", &[]), parts).err().unwrap();
+    assert_eq!(e.to_string(), "own rows: no row is left: 0 rows read, 0 kept");
 }
 
 /// GRPO with something wrong.
