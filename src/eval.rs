@@ -42,7 +42,7 @@ pub(crate) fn run(args: &EvalArgs, terminal: &Terminal) -> Result<()> {
         true => Overlong::Drop,
         false => Overlong::Refuse,
     };
-    encoder.fit(&mut rows, &args.data, overlong)?;
+    encoder.fit(&mut rows, overlong)?;
     terminal.info(&format!("data: {}", rows.report));
     note_greedy(args, &settings, &rows.rows, terminal);
     // Opened to find out early whether they can be: a signal leaves nothing behind.

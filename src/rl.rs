@@ -5,7 +5,7 @@ use std::path::Path;
 
 use engine::{Engine, MemoryPlan, ModelSource, Service};
 use trainer::memory::{Demand, TrainingPlan, planned_tokens};
-use trainer::{Interrupt, Progress, Resume, RlConfig, RunHooks, run_rl_serving};
+use trainer::{Interrupt, Parts, Progress, Resume, RlConfig, RunHooks, run_rl_serving};
 
 use crate::args_run::{RlArgs, RunArgs};
 use crate::device::DeviceArg;
@@ -180,7 +180,7 @@ fn train(
         tell: &mut tell,
         serve: curves.is_some().then_some(&mut begin as &mut dyn FnMut(Service)),
     };
-    let ended = run_rl_serving(config, resume, hooks);
+    let ended = run_rl_serving(config, (resume, Parts::new()), hooks);
     if let Some(served) = served.take() {
         served.join(terminal);
     }

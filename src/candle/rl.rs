@@ -134,7 +134,7 @@ impl<'a> Learner<'a> {
         let encoder = PromptEncoder::new(text, data.prompt_template, data.max_prompt_length)?;
         let rewards = Judge::new(&config.reward)?;
         rows.rows.iter().try_for_each(|row| rewards.check(row))?;
-        encoder.fit(&mut rows, &data.train_files, data.overlong())?;
+        encoder.fit(&mut rows, data.overlong())?;
         let sampler = rows.sampler(data, Cursor::default())?;
         Ok(Self { config, opened, encoder, rewards, rows: rows.rows, sampler })
     }

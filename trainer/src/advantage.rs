@@ -164,6 +164,57 @@ pub fn estimate(estimator: Estimator, outcomes: &Outcomes<'_>) -> Result<Estimat
     Ok(Estimated { responses, tokens })
 }
 
+/// Advantages of one's own that compare the responses of a group: `one` gives those of a group from its
+/// rewards. A group of equal rewards gets zeros, rounding aside, without being asked.
+///
+/// # Errors
+/// If a reward is not finite, or `one` returns another number of values than it was given.
+///
+/// # Panics
+/// If slices differ in length.
+///
+/// ```
+/// use trainer::advantage::{Outcomes, within_groups};
+/// let outcomes = Outcomes {
+///     scores: &[1.0, 0.0, 0.5, 3.0, 3.0],
+///     groups: &[0, 0, 0, 1, 1],
+///     lengths: &[2, 1, 0, 1, 1],
+///     baselines: &[],
+///     token_rewards: &[],
+/// };
+/// // Against the worst of the group.
+/// let advantages = within_groups(&outcomes, |rewards| {
+///     let worst = rewards.iter().copied().fold(f64::INFINITY, f64::min);
+///     rewards.iter().map(|reward| reward - worst).collect()
+/// })?;
+/// assert_eq!(advantages.responses.values, [1.0, 0.0, 0.5, 0.0, 0.0]);
+/// assert_eq!(advantages.tokens, [1.0, 1.0, 0.0, 0.0, 0.0]);
+/// # Ok::<(), trainer::error::Error>(())
+/// ```
+pub fn within_groups(
+    outcomes: &Outcomes<'_>,
+    one: impl Fn(&[f64]) -> Vec<f64>,
+) -> Result<Estimated> {
+    let totals = outcomes.totals()?;
+    let short = std::cell::Cell::new(None);
+    let of = |group: &[usize]| {
+        let rewards: Vec<f64> = group.iter().map(|i| totals[*i]).collect();
+        let values = one(&rewards);
+        if values.len() != rewards.len() {
+            short.set(Some((values.len(), rewards.len())));
+        }
+        values
+    };
+    let spread = |values: &[f64]| spread(values, outcomes.lengths);
+    let (responses, tokens) = by_group(&totals, outcomes.groups, spread, &of);
+    match short.get() {
+        Some((got, wanted)) => Err(Error::config(format!(
+            "the algorithm gave {got} advantages for a group of {wanted} responses"
+        ))),
+        None => Ok(Estimated { responses, tokens }),
+    }
+}
+
 impl Outcomes<'_> {
     /// The whole reward of each response.
     fn totals(&self) -> Result<Vec<f64>> {

@@ -170,3 +170,49 @@ impl Rollouts {
         self.responses.iter().map(|response| &response.episode)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::advantage::{Estimator, Outcomes, Scale, estimate};
+
+    fn response(tokens: &[u32], score: f64) -> Response {
+        let n = tokens.len();
+        let episode = Episode {
+            prompt: 0,
+            sample: 0,
+            tokens: tokens.to_vec(),
+            logprobs: vec![-1.0; n],
+            entropies: vec![0.5; n],
+            text: String::new(),
+            text_ends: vec![0; n],
+            finish: FinishReason::Stop,
+            version: 3,
+        };
+        let verdict = Verdict { score, correct: score > 0.0, predicted: String::new() };
+        Response { episode, verdict, reward: score, old: vec![-1.0; n] }
+    }
+
+    #[test]
+    fn responses_without_a_token_count_in_their_group_and_have_nothing_to_learn_from() {
+        let responses = vec![response(&[], 1.0), response(&[8, 9], 0.0)];
+        let group = Group { row: 0, prompt: vec![5, 6], responses, baseline: 0.0 };
+        let rollouts = Rollouts::new(vec![group]);
+        let outcomes = Outcomes {
+            scores: &[1.0, 0.0],
+            groups: &[0, 0],
+            lengths: &rollouts.lengths(),
+            baselines: &rollouts.baselines,
+            token_rewards: &[],
+        };
+        let advantages = estimate(Estimator::Grpo(Scale::None), &outcomes).unwrap();
+        let mut metrics = Metrics::new();
+        rollouts.record(&mut metrics, &advantages.responses);
+        assert_eq!(metrics.get(name::EMPTY_RESPONSES), Some(1.0));
+        assert_eq!(metrics.get("response_length/min"), Some(0.0));
+        let part = Part { range: 0..2, age: WeightsAge::Same, truncated: Truncated::Kept };
+        let mini = rollouts.mini_batch(&part, &advantages);
+        assert_eq!(mini.advantages, [-0.5, -0.5]);
+        assert_eq!(mini.responses(), [0..0, 0..2]);
+    }
+}

@@ -191,6 +191,9 @@ pub struct TrainerConfig {
     /// Whether layers run again in the backward pass, to the same bits, so that a pass holds their inputs
     /// instead of all activations; default false.
     pub recompute: bool,
+    /// Whether a step's tokens are scored once more after its updates, to measure how their entropy changed
+    /// (`entropy/probe_delta`); a forward pass more a step; default false.
+    pub probe_entropy: bool,
     /// Checkpoints kept; 0: all; default 2.
     pub keep_checkpoints: usize,
     /// The folder of the run; default `runs/METHOD`.

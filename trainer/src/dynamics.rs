@@ -13,7 +13,9 @@
 //! They hold for one small step of a tabular softmax policy, by state. Here they are estimated over
 //! the tokens of a batch, each with the probability and advantage of the token that was sampled, and
 //! AdamW takes several updates of another size a step. So they are right in sign and in proportion at
-//! best: compare them with the measured change by correlation, never by value.
+//! best: compare them with the measured change by correlation, never by value. The change from one step to
+//! the next is of other prompts too; with `trainer.probe_entropy` a step measures it on its own tokens, in
+//! the contexts they were sampled in (`entropy/probe_delta`), which is what the theorems are about.
 
 use crate::covariance::{CovStats, token_covariances};
 use crate::metrics::{Metrics, name};

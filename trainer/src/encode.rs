@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::config::PromptTemplate;
 use crate::data::{Message, Prompt};
 use crate::error::{Error, Result};
-use crate::source::Rows;
+use crate::source::{Rows, none_left};
 
 /// The text that R1-Zero puts around a question (arXiv 2501.12948, table 1), as TinyZero spells it.
 const R1_ZERO: [&str; 2] = [
@@ -81,13 +81,12 @@ impl PromptEncoder {
         }
     }
 
-    /// Drops the rows whose prompts are too long, or fails at the first one; `files` are theirs.
+    /// Drops the rows whose prompts are too long, or fails at the first one.
     ///
     /// # Errors
     /// `ErrorKind::Data`, naming the row, its tokens and the limit, for a prompt that is empty or, under
     /// [`Overlong::Refuse`], too long, or when no row is left.
-    pub fn fit(&self, rows: &mut Rows, files: &[String], overlong: Overlong) -> Result<()> {
-        let files = files.join(", ");
+    pub fn fit(&self, rows: &mut Rows, overlong: Overlong) -> Result<()> {
         let mut long = Vec::with_capacity(rows.rows.len());
         for (index, row) in rows.rows.iter().enumerate() {
             let len = self.tokens(&row.prompt)?.len();
@@ -95,7 +94,8 @@ impl PromptEncoder {
                 None => false,
                 Some(_) if len > 0 && overlong == Overlong::Drop => true,
                 Some(message) => {
-                    return Err(Error::data(files, None, format!("row {}: {message}", index + 1)));
+                    let message = format!("row {}: {message}", index + 1);
+                    return Err(Error::data(&rows.name, None, message));
                 }
             });
         }
@@ -103,7 +103,7 @@ impl PromptEncoder {
             rows.drop_overlong(&long);
         }
         match rows.rows.is_empty() && !long.is_empty() {
-            true => Err(Error::data(files, None, format!("no row is left: {}", rows.report))),
+            true => Err(none_left(&rows.name, &rows.report)),
             false => Ok(()),
         }
     }

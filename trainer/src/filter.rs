@@ -8,7 +8,11 @@
 //! ```
 //!
 //! verl throws surplus groups away and fails at the limit; here both are for the caller to decide, and
-//! nothing is lost. Leaves out what a group is and how it is sampled.
+//! nothing is lost. Where no limit is set, [`MAX_BARREN_BATCHES`] in a row without a single group of signal are
+//! one, so that sampling always ends. Leaves out what a group is and how it is sampled.
+
+/// Batches in a row that may bring nothing, whatever the limit on all of them.
+pub const MAX_BARREN_BATCHES: usize = 100;
 
 /// Groups kept for a step.
 #[derive(Clone, Debug)]
@@ -17,6 +21,8 @@ pub struct GroupFilter<G> {
     /// 0 for no limit.
     max_batches: usize,
     batches: usize,
+    /// The latest of them, without a group to keep.
+    barren: usize,
     dropped: usize,
     kept: Vec<G>,
 }
@@ -28,7 +34,8 @@ pub enum Next {
     Generate,
     /// There are enough groups.
     Train,
-    /// There are too few, and as many batches as allowed have been sampled.
+    /// There are too few, and as many batches as allowed have been sampled, of all or of those that bring
+    /// nothing.
     Short,
 }
 
@@ -48,26 +55,30 @@ impl<G> GroupFilter<G> {
     /// assert_eq!(filter.into_kept(), ["d"]);
     /// ```
     pub fn new(wanted: usize, max_batches: usize, kept: Vec<G>) -> Self {
-        Self { wanted, max_batches, batches: 0, dropped: 0, kept }
+        Self { wanted, max_batches, batches: 0, barren: 0, dropped: 0, kept }
     }
 
     /// Takes a sampled batch: each group and whether it carries signal
     /// ([`crate::advantage::has_signal`]).
     pub fn offer(&mut self, batch: impl IntoIterator<Item = (G, bool)>) {
         self.batches += 1;
+        let before = self.kept.len();
         for (group, has_signal) in batch {
             match has_signal {
                 true => self.kept.push(group),
                 false => self.dropped += 1,
             }
         }
+        self.barren = if self.kept.len() > before { 0 } else { self.barren + 1 };
     }
 
     /// What to do next.
     pub fn next(&self) -> Next {
         if self.kept.len() >= self.wanted {
             Next::Train
-        } else if self.max_batches > 0 && self.batches >= self.max_batches {
+        } else if self.max_batches > 0 && self.batches >= self.max_batches
+            || self.barren >= MAX_BARREN_BATCHES
+        {
             Next::Short
         } else {
             Next::Generate
@@ -114,6 +125,23 @@ mod tests {
         assert_eq!((filter.next(), filter.batches(), filter.dropped()), (Next::Short, 2, 3));
         assert_eq!(filter.take(), [7, 10]);
         assert!(filter.into_kept().is_empty());
+    }
+
+    #[test]
+    fn without_a_limit_sampling_ends_when_it_brings_nothing() {
+        let mut filter = GroupFilter::new(2, 0, vec![]);
+        for batch in 0..500 {
+            assert_eq!(filter.next(), Next::Generate, "batch {batch}");
+            filter.offer([(batch, batch == 400)]);
+            if filter.next() == Next::Short {
+                break;
+            }
+        }
+        assert_eq!((filter.batches(), filter.kept().len()), (MAX_BARREN_BATCHES, 0));
+        let mut some = GroupFilter::new(2, 0, vec![]);
+        (0..MAX_BARREN_BATCHES - 1).for_each(|batch| some.offer([(batch, false)]));
+        some.offer([(0, true)]);
+        assert_eq!(some.next(), Next::Generate, "one group begins the count anew");
     }
 
     #[test]

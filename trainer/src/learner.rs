@@ -22,6 +22,8 @@ use engine::decoder::{
 };
 use kernels::{AttnFamily, AttnSeq, Dtype, HeadScratch, Kernels, KvCache, TokenStats};
 
+use crate::packing::{Order, pack};
+
 /// Tokens of a block of the packed pass's KV memory.
 const BLOCK_SIZE: usize = 16;
 
@@ -229,6 +231,23 @@ impl Learner {
         let scratch = &mut self.scratch;
         kernels.head_stats(input, head, &layout.targets, inv_temperature, &mut stats, scratch);
         stats
+    }
+
+    /// The same in passes of at most `budget` rows, a sequence that is longer alone.
+    ///
+    /// # Panics
+    /// When a sequence has no prompt token.
+    pub fn forward_all(
+        &mut self,
+        (decoder, kernels): (&Decoder, &Kernels),
+        sequences: &[Packed<'_>],
+        (budget, inv_temperature): (usize, f32),
+    ) -> Vec<TokenStats> {
+        let passes = pack(sequences, budget, Order::Given);
+        let members = passes.iter().map(|pass| pass[0]..pass[pass.len() - 1] + 1);
+        members
+            .flat_map(|pass| self.forward(decoder, kernels, &sequences[pass], inv_temperature))
+            .collect()
     }
 
     fn run_layers(&mut self, decoder: &Decoder, kernels: &Kernels) {

@@ -2,12 +2,14 @@
 //!
 //! A [`Trainer`] owns an [`engine::Engine`] and the data it learns from; [`Trainer::step`] reads like
 //! the paper (arXiv 2505.22617). Algorithms are pure functions ([`advantage`], [`loss`]); everything
-//! around them does not know which one runs. Leaves out HTTP, but for rewards asked
+//! around them does not know which one runs, and one's own is as good as a built-in one ([`Algorithm`]).
+//! Rewards and rows of one's own go in by [`Parts`]. Leaves out HTTP, but for rewards asked
 //! for over it, and every kind of printing.
 #![forbid(unsafe_code)]
 
 pub mod advantage;
 pub mod agg;
+pub mod algorithm;
 mod batch;
 pub mod checkpoint;
 pub mod config;
@@ -29,6 +31,7 @@ pub mod metrics;
 mod objective;
 mod optimizer;
 pub mod packing;
+mod parts;
 pub mod random;
 mod reference;
 pub mod report;
@@ -42,6 +45,7 @@ mod score;
 mod sft;
 pub mod shaping;
 mod source;
+mod surplus;
 pub mod tasks;
 pub mod tensorboard;
 #[cfg(test)]
@@ -52,11 +56,13 @@ mod update;
 mod validation;
 pub mod verifier;
 
+pub use algorithm::Algorithm;
 pub use config::{RlConfig, SftConfig};
 pub use encode::{Overlong, PromptEncoder};
 pub use error::{Error, ErrorKind, Result};
 pub use learner::{Learner, LossGradient, Packed};
 pub use optimizer::{Optimizer, clip_scale, global_norm};
+pub use parts::Parts;
 pub use run::{Interrupt, Progress, Resume, RunHooks, run_rl, run_rl_serving};
 pub use save::{ModelFiles, save_model};
 pub use score::score_train_path;

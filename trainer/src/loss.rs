@@ -128,13 +128,18 @@ pub struct LossStats {
 }
 
 /// One token's loss, its derivative, and which of the mechanisms acted.
-#[derive(Clone, Copy, Default)]
-struct TokenLoss {
-    value: f64,
-    slope: f64,
-    clipped: bool,
-    dual_clipped: bool,
-    touched: bool,
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TokenLoss {
+    /// The loss, before its weight in the aggregate.
+    pub value: f64,
+    /// Its derivative by the token's log-prob.
+    pub slope: f64,
+    /// Whether it was clipped: what [`LossStats::pg_clipfrac`] counts.
+    pub clipped: bool,
+    /// Whether it was clipped the other way: what [`LossStats::pg_clipfrac_lower`] counts.
+    pub dual_clipped: bool,
+    /// Whether the slope is another than that of plain policy gradient: [`LossStats::touched_tokens`].
+    pub touched: bool,
 }
 
 impl PolicyLoss {
@@ -194,35 +199,11 @@ impl PolicyLoss {
         batch: &TokenBatch<'_, T>,
         mut selected: Vec<usize>,
     ) -> Result<LossOutput> {
-        let n = batch.mask.len();
-        let lengths = [batch.log_prob.len(), batch.old_log_prob.len(), batch.advantage.len()];
-        assert_eq!((lengths, batch.weight.len()), ([n; 3], n), "one entry per token");
+        batch.check();
         selected.sort_unstable();
-        let mut chosen = vec![false; n];
+        let mut chosen = vec![false; batch.mask.len()];
         selected.iter().for_each(|i| chosen[*i] = true);
-        let mut out = LossOutput {
-            loss: 0.0,
-            token_loss: vec![0.0; n],
-            dlogp: vec![0.0; n],
-            selected,
-            stats: LossStats::default(),
-        };
-        let tokens = self.tokens(batch, &chosen);
-        for (i, token) in tokens.iter().enumerate().filter(|(i, _)| batch.mask[*i]) {
-            let d = batch.log_ratio(i);
-            out.loss += token.value * batch.weight[i];
-            out.token_loss[i] = token.value;
-            out.dlogp[i] = token.slope * batch.weight[i];
-            if !(token.value.is_finite() && out.dlogp[i].is_finite()) {
-                return Err(Error::numeric(format!(
-                    "loss of token {i} is {} with slope {} at log-ratio {d}",
-                    token.value, token.slope
-                )));
-            }
-            out.stats.add(token, d);
-        }
-        out.stats.finish();
-        Ok(out)
+        Ok(LossOutput { selected, ..LossOutput::sum(batch, &self.tokens(batch, &chosen))? })
     }
 
     /// Every token's loss; what is masked holds nothing of use.
@@ -249,9 +230,59 @@ impl PolicyLoss {
 }
 
 impl<T: Copy + Into<f64>> TokenBatch<'_, T> {
-    /// d of a token.
-    fn log_ratio(&self, i: usize) -> f64 {
+    /// d of a token: its log-prob less the old one, in nats.
+    ///
+    /// # Panics
+    /// If there is no such token.
+    pub fn log_ratio(&self, i: usize) -> f64 {
         self.log_prob[i].into() - self.old_log_prob[i].into()
+    }
+
+    fn check(&self) {
+        let n = self.mask.len();
+        let lengths = [self.log_prob.len(), self.old_log_prob.len(), self.advantage.len()];
+        assert_eq!((lengths, self.weight.len()), ([n; 3], n), "one entry per token");
+    }
+}
+
+impl LossOutput {
+    /// The aggregate of the losses of `tokens`, one for each token of `batch`; those of masked tokens do
+    /// not count.
+    ///
+    /// # Errors
+    /// If a loss or a weighted derivative is not finite.
+    ///
+    /// # Panics
+    /// If the slices differ in length.
+    pub fn sum<T: Copy + Into<f64>>(
+        batch: &TokenBatch<'_, T>,
+        tokens: &[TokenLoss],
+    ) -> Result<Self> {
+        batch.check();
+        let n = batch.mask.len();
+        assert_eq!(tokens.len(), n, "one loss per token");
+        let mut out = Self {
+            loss: 0.0,
+            token_loss: vec![0.0; n],
+            dlogp: vec![0.0; n],
+            selected: Vec::new(),
+            stats: LossStats::default(),
+        };
+        for (i, token) in tokens.iter().enumerate().filter(|(i, _)| batch.mask[*i]) {
+            let d = batch.log_ratio(i);
+            out.loss += token.value * batch.weight[i];
+            out.token_loss[i] = token.value;
+            out.dlogp[i] = token.slope * batch.weight[i];
+            if !(token.value.is_finite() && out.dlogp[i].is_finite()) {
+                return Err(Error::numeric(format!(
+                    "loss of token {i} is {} with slope {} at log-ratio {d}",
+                    token.value, token.slope
+                )));
+            }
+            out.stats.add(token, d);
+        }
+        out.stats.finish();
+        Ok(out)
     }
 }
 

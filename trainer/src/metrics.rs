@@ -20,6 +20,7 @@ pub mod name {
     pub const ENTROPY: &str = "actor/entropy";
     pub const ENTROPY_PER_RESPONSE: &str = "train_entropy/all";
     pub const ENTROPY_DELTA: &str = "entropy/delta";
+    pub const ENTROPY_PROBE_DELTA: &str = "entropy/probe_delta";
     pub const ENTROPY_PREDICTED_1: &str = "entropy/predicted_thm1";
     pub const ENTROPY_PREDICTED_2: &str = "entropy/predicted_thm2";
     pub const PG_LOSS: &str = "actor/pg_loss";

@@ -5,6 +5,7 @@
 use std::ops::Range;
 
 use crate::agg::{self, AggScope};
+use crate::algorithm::{self, Algorithm};
 use crate::config::{CovScope, LossMode, RlConfig};
 use crate::correction::{CorrectionStats, by_response, importance_weights};
 use crate::error::{Error, Result};
@@ -53,7 +54,7 @@ impl Micro {
 /// # Errors
 /// If a log-probability, the loss or a derivative is not finite.
 pub(crate) fn evaluate(
-    config: &RlConfig,
+    (config, algorithm): (&RlConfig, &dyn Algorithm),
     mini: &MiniBatch<'_>,
     micros: &[Micro],
     new: &[f32],
@@ -62,9 +63,8 @@ pub(crate) fn evaluate(
     if let Some(i) = new.iter().position(|x| !x.is_finite()) {
         return Err(Error::numeric(format!("log-probability {i} of the mini-batch is {}", new[i])));
     }
-    let algorithm = &config.algorithm;
     let all = 0..mini.old.len();
-    let scopes: Vec<Range<usize>> = match algorithm.cov_scope {
+    let scopes: Vec<Range<usize>> = match config.algorithm.cov_scope {
         CovScope::Minibatch => vec![all],
         CovScope::Microbatch => micros.iter().map(|micro| micro.tokens.clone()).collect(),
     };
@@ -80,11 +80,11 @@ pub(crate) fn evaluate(
         scopes: &scopes,
         responses: &responses,
     };
-    let mut loss = algorithm.policy_loss().evaluate(&batch, key)?;
+    let mut loss = algorithm::loss(algorithm, &batch, key)?;
     let kl = mini
         .reference
         .as_ref()
-        .filter(|_| algorithm.use_kl_loss)
+        .filter(|_| config.algorithm.use_kl_loss)
         .map(|reference| add_divergence(config, (new, reference), &weights, &mut loss));
     Ok(Objective { loss, weights, kl, correction })
 }
@@ -166,7 +166,7 @@ mod tests {
         let micros = Micro::cut(mini, 3);
         assert_eq!(micros.len(), 2);
         let key = ChoiceKey { seed: 0, step: 1, update: 0 };
-        evaluate(&config, mini, &micros, &[-1.0; 4], key).unwrap()
+        evaluate((&config, &config.algorithm), mini, &micros, &[-1.0; 4], key).unwrap()
     }
 
     #[test]

@@ -4,7 +4,6 @@ use engine::decoder::{Decoder, Keep};
 use kernels::Kernels;
 
 use crate::learner::{Learner, Packed};
-use crate::packing::{Order, pack};
 
 /// Weights that only run forward.
 pub(crate) struct Reference {
@@ -25,13 +24,9 @@ impl Reference {
         sequences: &[Packed<'_>],
         (budget, inv_temperature): (usize, f32),
     ) -> Vec<Vec<f32>> {
-        let mut out = Vec::with_capacity(sequences.len());
-        for members in pack(sequences, budget, Order::Given) {
-            let part = &sequences[members[0]..members[members.len() - 1] + 1];
-            let stats = self.learner.forward(&self.decoder, kernels, part, inv_temperature);
-            let mut rest = stats.iter().map(|s| s.log_prob);
-            out.extend(part.iter().map(|s| rest.by_ref().take(s.targets()).collect::<Vec<_>>()));
-        }
-        out
+        let how = (budget, inv_temperature);
+        let stats = self.learner.forward_all((&self.decoder, kernels), sequences, how);
+        let mut rest = stats.iter().map(|s| s.log_prob);
+        sequences.iter().map(|s| rest.by_ref().take(s.targets()).collect()).collect()
     }
 }

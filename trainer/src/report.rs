@@ -98,10 +98,11 @@ pub fn render(runs: &[Run], title: &str, fit_until: Option<u64>) -> Report {
     Report { html: page(title, &body), svgs, fits: plain_table(&science::fit_table(&fits)), notes }
 }
 
-const DYNAMICS: &str = "<p>Each dot is a step: the change of entropy from it to the next, and what a theorem \
-predicts, -lr Cov(log π, π A) (1, policy gradient) or -lr Cov(log π, A) (2, natural policy gradient). Both are \
-estimated from the tokens of the batch and hold up to a factor only; look at the correlation. The next step \
-samples other prompts, which adds noise.</p>";
+const DYNAMICS: &str = "<p>Each dot is a step: the change of entropy by its updates, and what a theorem predicts, \
+ -lr Cov(log π, π A) (1, policy gradient) or -lr Cov(log π, A) (2, natural policy gradient). Both are \
+estimated from the tokens of the batch and hold up to a factor only; look at the correlation. Runs with trainer.probe_entropy \
+measure the change on the step's own tokens; for others it is that from one step's tokens to the next one's, with the \
+noise of other prompts.</p>";
 
 const COVARIANCES: &str = "<p>How many tokens have which covariance (log π - mean)(A - mean), under the weights \
 that sampled them; the upright axis is logarithmic. Few tokens far to the right carry most of the fall in \

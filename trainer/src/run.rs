@@ -14,10 +14,12 @@ use crate::data::Row;
 use crate::dynamics::Dynamics;
 use crate::error::{Error, Result};
 use crate::metrics::{Metrics, name};
+use crate::parts::Parts;
 use crate::report::write_report;
 use crate::samples::write_samples;
 use crate::save::{ModelFiles, load_optimizer, save_model, save_optimizer};
 use crate::source::{train_rows, val_rows};
+use crate::surplus;
 use crate::trackers::Trackers;
 use crate::trainer::Trainer;
 use crate::validation::Validation;
@@ -76,19 +78,19 @@ pub struct RunHooks<'a> {
     pub serve: Option<&'a mut dyn FnMut(Service)>,
 }
 
-/// Runs `config` to its end, or until `stop` says so after a step. `open` loads the engine: from the checkpoint given
-/// to it, or else from the configured model.
+/// Runs `config` to its end, or until `stop` says so after a step, made of `parts` where there are any. `open` loads the
+/// engine: from the checkpoint given to it, or else from the configured model.
 ///
 /// # Errors
 /// As [`Trainer::step`], and when files cannot be read or written; what was published stays whole.
 pub fn run_rl(
     config: &RlConfig,
-    resume: &Resume,
+    start: (&Resume, Parts),
     open: &mut dyn FnMut(Option<&Path>) -> engine::Result<Engine>,
     stop: &dyn Fn() -> bool,
     tell: &mut dyn FnMut(Progress),
 ) -> Result<Interrupt> {
-    run_rl_serving(config, resume, RunHooks { open, stop, tell, serve: None })
+    run_rl_serving(config, start, RunHooks { open, stop, tell, serve: None })
 }
 
 /// Runs `config` like [`run_rl`] and serves others meanwhile, if the hooks ask for it.
@@ -97,7 +99,7 @@ pub fn run_rl(
 /// As [`run_rl`]; whoever is being served then is cut off.
 pub fn run_rl_serving(
     config: &RlConfig,
-    resume: &Resume,
+    (resume, mut parts): (&Resume, Parts),
     hooks: RunHooks<'_>,
 ) -> Result<Interrupt> {
     let RunHooks { open, stop, tell, serve } = hooks;
@@ -106,8 +108,8 @@ pub fn run_rl_serving(
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
     config.warnings().into_iter().for_each(|warning| tell(Progress::Note(warning)));
     let from = starting_point(resume, &store, tell)?;
-    let rows = train_rows(&config.data)?;
-    let mut val = val_rows(&config.data)?;
+    parts.rows = Some(parts.rows.map_or_else(|| train_rows(&config.data), Ok)?);
+    let mut val = parts.validation.take().map_or_else(|| val_rows(&config.data), Ok)?;
     let reference = match config.algorithm.needs_reference() {
         true => Some(open(None).map_err(Error::engine)?.into_decoder()),
         false => None,
@@ -118,11 +120,11 @@ pub fn run_rl_serving(
     if let (0, Some(checkpoint)) = (own.trainer.max_tokens_per_microbatch, &from) {
         own.trainer.max_tokens_per_microbatch = earlier_budget(checkpoint);
     }
-    let mut trainer = Trainer::new(engine, own, rows)?;
+    let mut trainer = Trainer::with_parts(engine, own, parts)?;
     if let Some(decoder) = reference {
         trainer.set_reference(decoder)?;
     }
-    trainer.encoder.fit(&mut val, &config.data.val_files, config.data.overlong())?;
+    trainer.encoder.fit(&mut val, config.data.overlong())?;
     for (what, report) in [("training", trainer.rows.report), ("validation", val.report)] {
         tell(Progress::Note(format!("{what} data: {report}")));
     }
@@ -188,6 +190,19 @@ fn starting_point(
     }
 }
 
+/// What to say of a step that dynamic sampling found too few groups for.
+fn short_step(metrics: &Metrics) -> Option<String> {
+    let get = |name: &str| metrics.get(name);
+    let short = get(name::GROUPS_SHORT).filter(|short| *short > 0.0)?;
+    Some(format!(
+        "step {} is {short} groups short: {} of equal rewards were dropped from {} batches; make \
+         algorithm.max_num_gen_batches or rollout.n larger, or train on prompts of another difficulty",
+        get(name::GLOBAL_STEP)?,
+        get(name::GROUPS_DROPPED)?,
+        get(name::GEN_BATCHES)?
+    ))
+}
+
 struct Run {
     trainer: Trainer,
     store: CheckpointStore,
@@ -213,6 +228,7 @@ impl Run {
         let mut saved = None;
         while self.trainer.steps() < settings.total_steps {
             let (mut metrics, samples) = self.trainer.step()?;
+            short_step(&metrics).into_iter().for_each(|note| tell(Progress::Note(note)));
             let step = self.trainer.steps();
             let due = |every: u64| every > 0 && step.is_multiple_of(every);
             let last = step == settings.total_steps;
@@ -271,6 +287,7 @@ impl Run {
         save_model(&self.files, writer.path(), specs, optimizer.masters())
             .and_then(|()| save_optimizer(writer.path(), optimizer))
             .map_err(|e| writer.named(e))?;
+        surplus::save(&writer, &self.trainer.surplus)?;
         writer.state(&self.trainer.train_state())?;
         metrics.set(name::TIME_SAVE_CHECKPOINT, begin.elapsed().as_secs_f64());
         self.metrics.write(metrics)?;
@@ -321,6 +338,7 @@ impl Trainer {
         self.state.optimizer.step = state.optimizer_step;
         self.steps = state.step;
         self.kl_coef = state.kl_coef.unwrap_or(self.kl_coef);
+        self.surplus = surplus::load(checkpoint, self.rows.rows.len())?;
         // The version goes on counting from where it was.
         while self.engine.version().0 < state.weights_version {
             drop(self.engine.begin_update().map_err(Error::engine)?);

@@ -1,8 +1,7 @@
 //! How a step comes to its responses: sampled, judged, shaped, and under dynamic sampling filtered.
 //!
-//! Groups that dynamic sampling has too many of are kept in memory for the next step, with the
-//! log-probabilities of the weights that sampled them. A checkpoint does not hold them: a run that goes
-//! on from one samples in their place, and is then not the run it would have been.
+//! Groups that dynamic sampling has too many of are kept for the next step, with the log-probabilities of the
+//! weights that sampled them, in memory and in checkpoints.
 
 use std::time::Instant;
 

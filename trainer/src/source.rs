@@ -23,6 +23,8 @@ pub struct Rows {
     pub rows: Vec<Row>,
     /// Their digest.
     pub hash: String,
+    /// What messages call them: the names of the files.
+    pub(crate) name: String,
     /// What happened to the rows that were read.
     pub report: Report,
     /// Which rows are of which file, in the order of the files.
@@ -34,7 +36,7 @@ impl Rows {
     pub fn new(rows: Vec<Row>) -> Self {
         let report = Report { read: rows.len(), ..Report::default() };
         let (hash, all) = (data::digest(&rows), 0..rows.len());
-        Self { rows, hash, report, files: vec![all] }
+        Self { rows, hash, name: "own rows".to_owned(), report, files: vec![all] }
     }
 
     /// Drops the rows for which `long` has true, in their order, as longer than allowed.
@@ -71,7 +73,7 @@ impl Rows {
         match parts.iter().any(|part| !part.rows.is_empty() && part.weight > 0.0) {
             true if config.weights.is_empty() => Ok(Sampler::new(self.rows.len(), visit, cursor)),
             true => Ok(Sampler::mixed(&parts, visit, cursor)),
-            false => Err(none_left(&config.train_files, &self.report)),
+            false => Err(none_left(&self.name, &self.report)),
         }
     }
 }
@@ -127,10 +129,11 @@ fn load(files: &[String], selection: Selection, generated: Generated) -> Result<
         parts.push(from..loader.kept());
     }
     let (rows, report) = loader.finish();
+    let name = files.join(", ");
     if rows.is_empty() && !files.is_empty() {
-        return Err(none_left(files, &report));
+        return Err(none_left(&name, &report));
     }
-    Ok(Rows { hash: data::digest(&rows), rows, report, files: parts })
+    Ok(Rows { hash: data::digest(&rows), name, rows, report, files: parts })
 }
 
 fn generate(name: &str, generated: Generated) -> Result<Vec<Row>> {
@@ -150,8 +153,14 @@ fn generate(name: &str, generated: Generated) -> Result<Vec<Row>> {
     }
 }
 
-fn none_left(files: &[String], report: &Report) -> Error {
-    Error::data(files.join(", "), None, format!("no row is left: {report}"))
+pub(crate) fn none_left(name: &str, report: &Report) -> Error {
+    Error::data(name, None, format!("no row is left: {report}"))
+}
+
+impl From<Vec<Row>> for Rows {
+    fn from(rows: Vec<Row>) -> Self {
+        Self::new(rows)
+    }
 }
 
 #[cfg(test)]

@@ -6,12 +6,14 @@
 //! log-probabilities are those of the weights that sampled it.
 
 use std::ops::Range;
+use std::path::Path;
 use std::time::Instant;
 
 use engine::decoder::Decoder;
 use engine::{Engine, EngineConfig, Guests, Host};
 
-use crate::advantage::{Advantages, Estimated, Outcomes, estimate};
+use crate::advantage::{Advantages, Estimated, Outcomes};
+use crate::algorithm::{self, Algorithm};
 use crate::batch::{Group, Part, Response, Rollouts, Truncated};
 use crate::config::{KlControl, RlConfig, kept_for_backward};
 use crate::data::{Cursor, Row, Sampler};
@@ -23,13 +25,32 @@ use crate::learner::Packed;
 use crate::loss::ChoiceKey;
 use crate::memory::{Demand, planned_tokens_beside};
 use crate::metrics::{Metrics, name};
+use crate::parts::Parts;
 use crate::reference::Reference;
 use crate::samples::Sample;
-use crate::source::Rows;
+use crate::save::{ModelFiles, save_model};
+use crate::source::{Rows, train_rows};
 use crate::update::{UpdateReport, UpdateState, WeightsAge};
 use crate::verifier::Judge;
 
 /// An engine that learns.
+///
+/// ```
+/// use engine::model::{hub::Builtin, open_builtin};
+/// use engine::{Engine, EngineConfig};
+/// use trainer::{Parts, RlConfig, Trainer};
+///
+/// let engine = Engine::load(&open_builtin(Builtin::Arith)?, &EngineConfig::default())?;
+/// let set = [("data.train_batch_size".to_owned(), "4".to_owned())];
+/// let config = RlConfig::resolve(Some("kl_cov"), None, &set)?;
+/// let parts = Parts::new()
+///     .reward(|row, response| f64::from(u8::from(response == row.ground_truth)));
+/// let mut trainer = Trainer::with_parts(engine, config, parts)?;
+/// let (metrics, samples) = trainer.step()?;
+/// assert_eq!(samples.len(), 4 * 8);
+/// assert_eq!(metrics.get("mismatch/tokens_ne"), Some(0.0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Trainer {
     pub(crate) engine: Engine,
     /// Others whom the engine serves between and beside the rollouts.
@@ -46,21 +67,36 @@ pub struct Trainer {
     pub(crate) kl_coef: f64,
     pub(crate) encoder: PromptEncoder,
     pub(crate) rewards: Judge,
+    /// The configured method, or the caller's own.
+    algorithm: Box<dyn Algorithm>,
     reference: Option<Reference>,
     pub(crate) dynamics: Dynamics,
 }
 
 impl Trainer {
-    /// A trainer of `engine` on `rows`, at its first step. A budget of tokens that the configuration
-    /// leaves open is planned from the memory that is free.
+    /// A trainer of `engine` on `rows`, at its first step; the rest is as configured.
     ///
     /// # Errors
-    /// When a prompt does not fit, rows have no known reward, or the engine is busy.
-    pub fn new(mut engine: Engine, mut config: RlConfig, mut rows: Rows) -> Result<Self> {
+    /// As [`Trainer::with_parts`].
+    pub fn new(engine: Engine, config: RlConfig, rows: Rows) -> Result<Self> {
+        Self::with_parts(engine, config, Parts::new().rows(rows))
+    }
+
+    /// A trainer of `engine` made of `parts`, at its first step; what they leave out is as configured. A
+    /// budget of tokens that the configuration leaves open is planned from the memory that is free.
+    ///
+    /// # Errors
+    /// When there is no row, a prompt does not fit, rows have no known reward, or the engine is busy.
+    pub fn with_parts(mut engine: Engine, mut config: RlConfig, parts: Parts) -> Result<Self> {
+        let Parts { rows, reward, algorithm, .. } = parts;
+        let mut rows = rows.map_or_else(|| train_rows(&config.data), Ok)?;
         let max_prompt = config.data.max_prompt_length;
         let text = (engine.tokenizer(), engine.chat_template());
         let encoder = PromptEncoder::new(text, config.data.prompt_template, max_prompt)?;
-        let rewards = Judge::new(&config.reward)?;
+        let rewards = match reward {
+            Some(own) => Judge::own(&config.reward, own)?,
+            None => Judge::new(&config.reward)?,
+        };
         rows.rows.iter().try_for_each(|row| rewards.check(row))?;
         let (longest, room) = (config.data.max_response_length, engine.max_model_len());
         if longest + 1 > room {
@@ -69,7 +105,7 @@ impl Trainer {
             )));
         }
         let encoder = encoder.within(room - longest);
-        encoder.fit(&mut rows, &config.data.train_files, config.data.overlong())?;
+        encoder.fit(&mut rows, config.data.overlong())?;
         let sampler = rows.sampler(&config.data, Cursor::default())?;
         if config.trainer.max_tokens_per_microbatch == 0 {
             let demand = Demand::rl(&config, &EngineConfig::default());
@@ -81,6 +117,7 @@ impl Trainer {
         drop(update);
         Ok(Self {
             kl_coef: config.algorithm.kl_ctrl.kl_coef,
+            algorithm: algorithm.unwrap_or_else(|| Box::new(config.algorithm.clone())),
             engine,
             guests: None,
             config,
@@ -133,16 +170,37 @@ impl Trainer {
         for (index, part) in parts.iter().enumerate() {
             let mini = rollouts.mini_batch(part, &advantages);
             let key = ChoiceKey { seed: self.config.trainer.seed, step, update: index as u64 };
-            reports.push(self.state.run(update.decoder(), &self.config, &mini, (key, lr))?);
+            let how = (&self.config, &*self.algorithm);
+            reports.push(self.state.run(update.decoder(), how, &mini, (key, lr))?);
         }
         drop(update);
         self.steps = step;
 
         metrics.set(name::TIME_UPDATE_ACTOR, learning.elapsed().as_secs_f64());
         self.dynamics.record_entropies(&mut metrics, rollouts.episodes());
+        self.probe(&rollouts, &mut metrics);
         self.record(&mut metrics, (&rollouts, &advantages), (&reports, lr), start);
         let samples = self.samples(rollouts, &advantages.responses);
         Ok((metrics, samples))
+    }
+
+    /// How the entropy of the step's own tokens has changed by its updates, where that is asked for.
+    fn probe(&mut self, rollouts: &Rollouts, metrics: &mut Metrics) {
+        if !self.config.trainer.probe_entropy {
+            return;
+        }
+        let inv_temperature = (1.0 / self.config.rollout.temperature) as f32;
+        let how = (self.config.trainer.max_tokens_per_microbatch, inv_temperature);
+        let sequences: Vec<Packed<'_>> =
+            (0..rollouts.responses.len()).map(|i| rollouts.packed(i)).collect();
+        let model = (self.engine.decoder(), self.engine.kernels());
+        let stats = self.state.learner.forward_all(model, &sequences, how);
+        let before = rollouts.episodes().flat_map(|e| &e.entropies).map(|h| f64::from(*h));
+        let after = stats.iter().map(|s| f64::from(s.entropy));
+        let change = after.sum::<f64>() - before.sum::<f64>();
+        if !stats.is_empty() {
+            metrics.set(name::ENTROPY_PROBE_DELTA, change / stats.len() as f64);
+        }
     }
 
     /// Log-probabilities of all responses under the reference policy, if it is asked for.
@@ -180,7 +238,7 @@ impl Trainer {
             baselines: &rollouts.baselines,
             token_rewards: &token_rewards,
         };
-        estimate(self.config.algorithm.estimator(), &outcomes)
+        algorithm::advantages(&*self.algorithm, &outcomes)
     }
 
     /// What the divergence takes from the reward of each token; the coefficient then follows it.
@@ -234,6 +292,15 @@ impl Trainer {
     /// The engine, to generate or score with between steps.
     pub fn engine(&mut self) -> &mut Engine {
         &mut self.engine
+    }
+
+    /// Writes the model, as it is now, into the folder `dir`: the files that `transformers` reads.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn save_model(&self, dir: &Path) -> Result<()> {
+        let optimizer = &self.state.optimizer;
+        save_model(&ModelFiles::new(&self.engine)?, dir, optimizer.specs(), optimizer.masters())
     }
 
     /// Training steps done.

@@ -8,6 +8,7 @@ use std::ops::Range;
 use engine::decoder::{Decoder, Gradients, Keep};
 use kernels::{Kernels, TokenStats};
 
+use crate::algorithm::Algorithm;
 use crate::config::RlConfig;
 use crate::error::{Error, Result};
 use crate::learner::{Learner, LossGradient, Packed};
@@ -87,14 +88,14 @@ impl UpdateState {
     pub(crate) fn run(
         &mut self,
         (decoder, kernels): (&mut Decoder, &Kernels),
-        config: &RlConfig,
+        (config, algorithm): (&RlConfig, &dyn Algorithm),
         mini: &MiniBatch<'_>,
         (key, lr): (ChoiceKey, f64),
     ) -> Result<UpdateReport> {
         let inv_temperature = (1.0 / config.rollout.temperature) as f32;
         let micros = Micro::cut(mini, config.trainer.max_tokens_per_microbatch);
         let (first, new) = self.new_log_probs((decoder, kernels), mini, &micros, inv_temperature);
-        let objective = evaluate(config, mini, &micros, &new, key)?;
+        let objective = evaluate((config, algorithm), mini, &micros, &new, key)?;
         self.grads.clear();
         let mut report = UpdateReport {
             objective,

@@ -1,13 +1,14 @@
 //! Judges responses: a rule per data source, as verl dispatches them.
 //!
-//! Built in are the names of [`Verifier::named`], each linear in the response; rewards from a command
-//! or over HTTP are in [`Judge`]. Leaves out judging by models and running code.
+//! Built in are the names of [`Verifier::named`], each linear in the response; rewards from a command, over
+//! HTTP or from a caller's own function are in [`Judge`]. Leaves out judging by models and running code.
 
 mod countdown;
 mod external;
 mod judge;
 mod math;
 mod math_dapo;
+mod own;
 mod rules;
 
 use std::ops::RangeInclusive;
@@ -19,6 +20,7 @@ use crate::error::{Error, Result};
 pub use judge::{Counts, Judge, RewardRule, Session};
 pub use math::equivalent;
 pub use math_dapo::{StrictBox, normalize_final_answer, strict_box};
+pub use own::{Answered, OwnReward};
 pub use rules::{Gsm8k, Tags};
 
 /// The rules that can be named in `reward.function`.

@@ -75,7 +75,8 @@ pub struct AlgorithmConfig {
     pub filter_groups: bool,
     /// By what groups are compared then; default `acc`.
     pub filter_groups_metric: FilterMetric,
-    /// Batches sampled for one step at most; 0 for no limit; default 10.
+    /// Batches sampled for one step at most; 0 for no limit but that of 100 in a row which bring nothing;
+    /// default 10.
     pub max_num_gen_batches: usize,
     /// Prompts of such a batch; 0 (default): `data.train_batch_size`.
     pub gen_batch_size: usize,

@@ -25,13 +25,12 @@
 //!
 //! | preset | values | script |
 //! |---|---|---|
-//! | `paper-7b` | `kl_cov`, ratio 2e-3, coefficient 1; 256 prompts x 8, 32 an update; prompts up to 2048, responses up to 8192 tokens; rate 5e-7; 30720 tokens a micro-batch, over which covariances and denominators are taken; R1-Zero template; dynamic sampling by accuracy, 10 batches of 256; no clamp of the log-ratio; no validation before the first step, then every 4, checkpoints every 32 | the paper's `recipe/dapo/7b_kl_cov.sh` and `data.zero` of its configuration |
+//! | `paper-7b` | `kl_cov`, ratio 2e-3, coefficient 1; 256 prompts x 8, 32 an update; prompts up to 2048, responses up to 8192 tokens; rate 5e-7; 30720 tokens a micro-batch, over which covariances and denominators are taken; R1-Zero template; dynamic sampling by accuracy, 10 batches of 256; no clamp of the log-ratio; rewards by `prime_math` for every data source, which wants a boxed answer; no validation before the first step, then every 4, checkpoints every 32 | the paper's `recipe/dapo/7b_kl_cov.sh` and `data.zero` of its configuration |
 //! | `paper-32b` | the same with ratio 2e-4, rate 1e-6, 20480 tokens | `recipe/dapo/32b_kl_cov.sh` |
 //! | `verl` | as `paper-7b` with rate 1e-6, batches of 768 prompts, the chat template | `entropy/7b_kl_cov.sh` of verl's recipes |
 //!
 //! The paper's other methods at its sizes: `--method paper-7b` with `algorithm.loss_mode` and the clip ratios
-//! of the table above. Its rewards come from `prime_math` (`reward.function`), which no preset sets, and
-//! its first step is at a rate of 0 by mistake, which none repeats.
+//! of the table above. The first step of its code is at a rate of 0 by mistake, which no preset repeats.
 
 use serde::{Deserialize, Serialize};
 
@@ -212,6 +211,7 @@ impl RlConfig {
             Method::Paper32b => 20_480,
             _ => 30_720,
         };
+        self.reward.function = "prime_math".to_owned();
         self.trainer.val_before_train = false;
         self.trainer.test_freq = 4;
         self.trainer.save_freq = 32;
@@ -258,6 +258,7 @@ impl RlConfig {
                 val_before_train: true,
                 max_tokens_per_microbatch: 0,
                 recompute: false,
+                probe_entropy: false,
                 keep_checkpoints: 2,
                 output: format!("runs/{}", method.name()),
                 trackers: vec!["console".to_owned(), "jsonl".to_owned()],

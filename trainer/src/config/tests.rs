@@ -38,6 +38,14 @@ fn presets_are_the_papers() {
 }
 
 #[test]
+fn dynamic_sampling_without_a_limit_is_warned_of() {
+    let pairs = [("algorithm.filter_groups", "true"), ("algorithm.max_num_gen_batches", "0")];
+    let warnings = with(&pairs).unwrap().warnings();
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert!(warnings[0].starts_with("algorithm.max_num_gen_batches is 0: "), "{warnings:?}");
+}
+
+#[test]
 fn every_method_resolves_reads_back_and_warns_of_nothing() {
     for method in Method::ALL {
         let config = RlConfig::resolve(Some(method.name()), None, &[]).unwrap();
@@ -69,6 +77,7 @@ fn the_scripts_presets_have_their_values() {
             (256, 32, 8)
         );
         assert_eq!((c.data.max_prompt_length, c.data.max_response_length), (2048, 8192));
+        assert_eq!(c.reward.function, "prime_math");
         assert_eq!(
             (c.algorithm.agg_scope, c.algorithm.cov_scope),
             (AggScope::Legacy, CovScope::Microbatch)

@@ -1,6 +1,7 @@
 //! Settings that are legal and probably not meant.
 
 use super::{AdvEstimator, LossMode, RlConfig, RolloutIs};
+use crate::filter::MAX_BARREN_BATCHES;
 
 impl RlConfig {
     /// Settings that make a method do nothing, or that are probably not meant; one line each.
@@ -100,6 +101,12 @@ impl RlConfig {
         }
         if alone && a.filter_groups {
             out.push("algorithm.filter_groups does nothing: groups of one are kept".to_owned());
+        }
+        if a.filter_groups && a.max_num_gen_batches == 0 {
+            out.push(format!(
+                "algorithm.max_num_gen_batches is 0: a step may sample very many batches; it ends after \
+                 {MAX_BARREN_BATCHES} in a row without a group whose rewards differ"
+            ));
         }
         out
     }

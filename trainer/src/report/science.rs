@@ -161,8 +161,7 @@ impl RunFit {
     }
 }
 
-/// Measured against predicted change of entropy, a chart for each theorem. The prediction of a step
-/// is about the change from it to the next.
+/// Measured against predicted change of entropy, a chart for each theorem.
 pub(super) fn dynamics_charts(runs: &[Run]) -> Vec<Chart> {
     let chart = |(theorem, metric): (&str, &str)| {
         let marks = runs.iter().enumerate().filter_map(|(colour, run)| {
@@ -188,20 +187,26 @@ pub(super) fn dynamics_charts(runs: &[Run]) -> Vec<Chart> {
     charts.into_iter().filter(|chart| !chart.is_empty()).collect()
 }
 
-/// What was predicted for each step that the next one follows, and the change measured.
+/// What was predicted for each step, and the change measured: on the step's own tokens where a run has
+/// probed them, else from the step to the next.
 fn changes(run: &Run, metric: &str) -> (Vec<f64>, Vec<f64>) {
-    let mut pairs = (Vec::new(), Vec::new());
-    for two in run.steps.windows(2) {
-        let get = |i: usize, name: &str| two[i].get(name)?.as_f64();
-        let next = step_of(&two[0]).map(|step| step + 1) == step_of(&two[1]);
-        if let (true, Some(x), Some(from), Some(to)) =
-            (next, get(0, metric), get(0, name::ENTROPY), get(1, name::ENTROPY))
-        {
-            pairs.0.push(x);
-            pairs.1.push(to - from);
-        }
+    let get = |line: &serde_json::Map<String, serde_json::Value>, name: &str| {
+        line.get(name).and_then(serde_json::Value::as_f64)
+    };
+    let probed = run
+        .steps
+        .iter()
+        .filter_map(|line| Some((get(line, metric)?, get(line, name::ENTROPY_PROBE_DELTA)?)));
+    let pairs: (Vec<f64>, Vec<f64>) = probed.unzip();
+    if !pairs.0.is_empty() {
+        return pairs;
     }
-    pairs
+    let two = run.steps.windows(2).filter_map(|two| {
+        let next = step_of(&two[0]).map(|step| step + 1) == step_of(&two[1]);
+        let (from, to) = (get(&two[0], name::ENTROPY)?, get(&two[1], name::ENTROPY)?);
+        next.then_some((get(&two[0], metric)?, to - from))
+    });
+    two.unzip()
 }
 
 /// Bars of a histogram.
@@ -331,6 +336,9 @@ mod tests {
             (vec![-0.1, -0.2], vec![-0.25, -0.125])
         );
         let charts = dynamics_charts(std::slice::from_ref(&run));
+        let mut probed = run.clone();
+        probed.steps[1].insert(name::ENTROPY_PROBE_DELTA.to_owned(), Value::from(-0.5));
+        assert_eq!(changes(&probed, name::ENTROPY_PREDICTED_1), (vec![-0.2], vec![-0.5]));
         assert_eq!(charts.len(), 1, "theorem 2 was not recorded");
         assert!(charts[0].figure().contains("run: correlation -1.000, 2 steps"));
     }

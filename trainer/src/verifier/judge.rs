@@ -1,7 +1,7 @@
 //! Judges the responses of a rollout while others are still being generated.
 //!
-//! Built-in rules judge at once; requests to a program or a server are sent as responses end and
-//! awaited at the end of the rollout. What a failure does is stated in the configuration, and every
+//! Built-in rules and a caller's own function judge at once; requests to a program or a server are sent as
+//! responses end and awaited at the end of the rollout, when a function of whole batches is asked too. What a failure does is stated in the configuration, and every
 //! failure is counted.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,6 +12,7 @@ use engine::Host;
 use serde_json::json;
 
 use super::external::{Answer, Endpoint, Failure, Pool};
+use super::own::{Answered, OwnReward};
 use super::{Verdict, Verifier};
 use crate::config::{OnError, RewardConfig};
 use crate::data::Row;
@@ -49,6 +50,8 @@ pub struct Counts {
 pub struct Judge {
     rule: RewardRule,
     pool: Option<Pool>,
+    /// In place of the rule.
+    own: Option<OwnReward>,
     /// What a failure scores; `None`: it ends the run.
     on_error: Option<f64>,
     function: String,
@@ -66,6 +69,8 @@ pub struct Session<'a> {
     reply: Sender<(usize, Answer)>,
     answers: Receiver<(usize, Answer)>,
     pending: usize,
+    /// What waits for an own function of batches.
+    waiting: Vec<(usize, Answered)>,
     error: Option<Error>,
 }
 
@@ -128,6 +133,7 @@ impl Judge {
         Ok(Self {
             rule,
             pool,
+            own: None,
             on_error,
             function: config.function.clone(),
             timeout_s: config.timeout_s,
@@ -137,11 +143,41 @@ impl Judge {
         })
     }
 
+    /// A judge by a function of one's own; of `config` it takes what a failure does.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    ///
+    /// ```
+    /// use trainer::{RlConfig, data::{Prompt, Row}, verifier::{Judge, OwnReward}};
+    /// let config = RlConfig::resolve(None, None, &[])?.reward;
+    /// let judge = Judge::own(&config, OwnReward::each(|_, response| response.len() as f64))?;
+    /// let row = Row {
+    ///     data_source: None,
+    ///     prompt: Prompt::Text("say much".to_owned()),
+    ///     ground_truth: String::new(),
+    ///     extra: serde_json::Value::Null,
+    /// };
+    /// let mut session = judge.session(1);
+    /// session.submit(0, &row, "well");
+    /// assert_eq!(session.finish()?[0].score, 4.0);
+    /// # Ok::<(), trainer::Error>(())
+    /// ```
+    pub fn own(config: &RewardConfig, reward: OwnReward) -> Result<Self> {
+        // The configured rule is not asked, so no program is started for it.
+        let config = RewardConfig { function: "auto".to_owned(), ..config.clone() };
+        let function = "the reward function".to_owned();
+        Ok(Self { own: Some(reward), function, ..Self::new(&config)? })
+    }
+
     /// Checks that a row can be judged.
     ///
     /// # Errors
     /// If its data source has no rule, or its ground truth is none for the rule.
     pub fn check(&self, row: &Row) -> Result<()> {
+        if self.own.is_some() {
+            return Ok(());
+        }
         match self.rule.verifier(row.data_source.as_deref())? {
             Some(verifier) => verifier.check(&row.ground_truth),
             None => Ok(()),
@@ -169,7 +205,8 @@ impl Judge {
     pub fn session(&self, responses: usize) -> Session<'_> {
         let (reply, answers) = channel();
         let verdicts = vec![None; responses];
-        Session { judge: self, verdicts, reply, answers, pending: 0, error: None }
+        let waiting = Vec::new();
+        Session { judge: self, verdicts, reply, answers, pending: 0, waiting, error: None }
     }
 
     /// The failures since the last call, of validations too.
@@ -200,6 +237,16 @@ impl Session<'_> {
     /// # Panics
     /// If there is no such place.
     pub fn submit(&mut self, place: usize, row: &Row, response: &str) {
+        if let Some(own) = &self.judge.own {
+            match own.now(row, response) {
+                Some(answer) => self.settle(place, answer),
+                None => {
+                    let response = response.to_owned();
+                    self.waiting.push((place, Answered { row: row.clone(), response }));
+                }
+            }
+            return;
+        }
         let rule = self.judge.rule.verifier(row.data_source.as_deref());
         let checked = rule.and_then(|rule| match rule {
             Some(rule) => rule.check(&row.ground_truth).map(|()| Some(rule)),
@@ -224,6 +271,27 @@ impl Session<'_> {
             }
             (Ok(None), None) => unreachable!("a judge of rewards from outside has a pool"),
             (Err(error), _) => self.error = self.error.take().or(Some(error)),
+        }
+    }
+
+    /// Takes an answer; one that ends the run is kept as its error.
+    fn settle(&mut self, place: usize, answer: Answer) {
+        match answer.or_else(|failure| self.judge.failed(failure)) {
+            Ok(verdict) => self.verdicts[place] = Some(verdict),
+            Err(error) => self.error = self.error.take().or(Some(error)),
+        }
+    }
+
+    /// Asks an own function about the responses that wait for it, in the order of their places.
+    fn ask_own(&mut self) {
+        let Some(own) = self.judge.own.as_ref().filter(|_| !self.waiting.is_empty()) else {
+            return;
+        };
+        self.waiting.sort_by_key(|(place, _)| *place);
+        let (places, all): (Vec<usize>, Vec<Answered>) =
+            std::mem::take(&mut self.waiting).into_iter().unzip();
+        for (place, answer) in places.into_iter().zip(own.later(&all)) {
+            self.settle(place, answer);
         }
     }
 
@@ -259,6 +327,7 @@ impl Session<'_> {
     }
 
     fn collect(mut self, next: &mut NextAnswer<'_>) -> Result<Vec<Verdict>> {
+        self.ask_own();
         if let Some(error) = self.error {
             return Err(error);
         }

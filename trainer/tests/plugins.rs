@@ -1,0 +1,230 @@
+//! What callers put in their place of the configured parts, at its worst, and runs that go on.
+#![allow(clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+
+use engine::model::hub::Builtin;
+use engine::model::open_builtin;
+use engine::{Engine, EngineConfig, ModelSource};
+use trainer::advantage::{Advantages, Estimated, Estimator, Outcomes, Scale, estimate};
+use trainer::data::{Prompt, Row};
+use trainer::loss::{ChoiceKey, LossOutput, PolicyLoss, TokenBatch};
+use trainer::metrics::Metrics;
+use trainer::samples::Sample;
+use trainer::{
+    Algorithm, ErrorKind, Interrupt, Parts, Progress, Result, Resume, RlConfig, Trainer, run_rl,
+};
+
+fn engine(checkpoint: Option<&Path>) -> Engine {
+    let config = EngineConfig {
+        threads: Some(1),
+        kv_cache_memory_bytes: Some(8 << 20),
+        max_model_len: Some(64),
+        ..EngineConfig::default()
+    };
+    let source = match checkpoint {
+        Some(path) => ModelSource::open(path).unwrap(),
+        None => open_builtin(Builtin::Arith).unwrap(),
+    };
+    Engine::load(&source, &config).unwrap()
+}
+
+fn config(method: &str, pairs: &[(&str, &str)]) -> RlConfig {
+    let small = [
+        ("data.train_batch_size", "2"),
+        ("data.max_prompt_length", "32"),
+        ("data.max_response_length", "8"),
+        ("rollout.n", "4"),
+        ("algorithm.mini_batch_size", "1"),
+        ("optimizer.lr", "1e-4"),
+    ];
+    let set: Vec<(String, String)> =
+        small.iter().chain(pairs).map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+    RlConfig::resolve(Some(method), None, &set).unwrap()
+}
+
+/// Sums of two digits, without a source: only a reward of one's own can judge them.
+fn rows() -> Vec<Row> {
+    let row = |n: u32| Row {
+        data_source: None,
+        prompt: Prompt::Text(format!("{}+{}=", n + 10, n + 20)),
+        ground_truth: (2 * n + 30).to_string(),
+        extra: serde_json::Value::Null,
+    };
+    (0..16).map(row).collect()
+}
+
+fn step(pairs: &[(&str, &str)], parts: Parts) -> Result<(Metrics, Vec<Sample>)> {
+    let mut trainer = Trainer::with_parts(engine(None), config("grpo", pairs), parts.rows(rows()))?;
+    trainer.step()
+}
+
+fn failures(metrics: &Metrics) -> f64 {
+    metrics.get("reward/failures").unwrap()
+}
+
+#[test]
+fn rewards_that_are_none_or_not_finite_count_as_failed() {
+    let half = |row: &Row, _: &str| (row.ground_truth.ends_with(['0', '4'])).then_some(1.0);
+    let bad = |_: &Row, _: &str| f64::NAN;
+    let (metrics, samples) =
+        step(&[("data.train_batch_size", "16")], Parts::new().reward(half)).unwrap();
+    let none = samples.iter().filter(|s| !s.ground_truth.ends_with(['0', '4'])).count();
+    assert!(0 < none && none < samples.len());
+    assert_eq!(failures(&metrics), none as f64);
+    let failed = |s: &&Sample| s.predicted == "reward failed: it gave no score";
+    assert_eq!(samples.iter().filter(failed).count(), none);
+
+    let value = [("reward.on_error", "value"), ("reward.error_value", "-0.25")];
+    let (metrics, samples) = step(&value, Parts::new().reward(bad)).unwrap();
+    assert_eq!(failures(&metrics), 8.0);
+    assert!(samples.iter().all(|s| s.reward == -0.25 && !s.correct && s.advantage == 0.0));
+
+    let e = step(&[("reward.on_error", "fail")], Parts::new().reward(bad)).unwrap_err();
+    assert!(matches!(e.kind(), ErrorKind::Reward(_)));
+    assert_eq!(e.to_string(), "the reward function: the score is NaN");
+}
+
+#[test]
+fn a_batch_of_rewards_of_the_wrong_length_fails_as_a_whole() {
+    let short = Parts::new().reward_batch(|all| vec![Some(1.0); all.len() - 1]);
+    let (metrics, samples) = step(&[], short).unwrap();
+    assert_eq!(failures(&metrics), 8.0);
+    let reason = "reward failed: it gave 7 rewards for 8 responses";
+    assert!(samples.iter().all(|s| s.reward == 0.0 && s.predicted == reason));
+    let none = Parts::new().reward_batch(|_| Vec::new());
+    let e = step(&[("reward.on_error", "fail")], none).unwrap_err();
+    assert_eq!(e.to_string(), "the reward function: it gave 0 rewards for 8 responses");
+    // In order, whatever the order in which responses end.
+    let places = |all: &[trainer::verifier::Answered]| {
+        all.iter().enumerate().map(|(place, _)| Some(place as f64)).collect()
+    };
+    let (metrics, samples) = step(&[], Parts::new().reward_batch(places)).unwrap();
+    assert_eq!(
+        samples.iter().map(|s| s.reward).collect::<Vec<_>>(),
+        [0., 1., 2., 3., 4., 5., 6., 7.]
+    );
+    assert_eq!(failures(&metrics), 0.0);
+}
+
+#[test]
+fn no_rows_of_ones_own_are_an_error_that_says_so() {
+    let parts = Parts::new().rows(Vec::new());
+    let e = Trainer::with_parts(engine(None), config("kl_cov", &[]), parts).err().unwrap();
+    assert_eq!(e.to_string(), "own rows: no row is left: 0 rows read, 0 kept");
+}
+
+/// GRPO with something wrong.
+enum Wrong {
+    Advantages,
+    NotFinite,
+    Derivatives,
+}
+
+impl Algorithm for Wrong {
+    fn advantages(&self, outcomes: &Outcomes<'_>) -> Result<Estimated> {
+        let n = outcomes.scores.len();
+        match self {
+            Self::Advantages => Ok(Estimated {
+                responses: Advantages {
+                    values: vec![0.0; n - 1],
+                    groups: 1,
+                    zero_variance_groups: 0,
+                },
+                tokens: Vec::new(),
+            }),
+            Self::NotFinite | Self::Derivatives => {
+                let mut all = estimate(Estimator::Grpo(Scale::None), outcomes)?;
+                if let Self::NotFinite = self {
+                    all.tokens[1] = f64::INFINITY;
+                }
+                Ok(all)
+            }
+        }
+    }
+
+    fn loss(&self, batch: &TokenBatch<'_, f32>, key: ChoiceKey) -> Result<LossOutput> {
+        let out = PolicyLoss::Gpg.evaluate(batch, key)?;
+        Ok(LossOutput { dlogp: out.dlogp[1..].to_vec(), ..out })
+    }
+}
+
+#[test]
+fn an_algorithm_is_held_to_its_sizes_and_to_numbers() {
+    let error = |wrong: Wrong| {
+        let reward = |row: &Row, text: &str| f64::from(u8::from(text == row.ground_truth));
+        step(&[], Parts::new().reward(reward).algorithm(wrong)).unwrap_err().to_string()
+    };
+    assert_eq!(error(Wrong::Advantages), "the algorithm gave 7 advantages for 8 responses");
+    assert_eq!(error(Wrong::NotFinite), "the advantage of token 1 is inf");
+    let text = error(Wrong::Derivatives);
+    assert!(
+        text.starts_with("the algorithm gave ") && text.contains(" derivatives for "),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_pair_of_estimator_and_loss_is_the_configured_method() {
+    let weights = |parts: Parts| {
+        let reward = |row: &Row, text: &str| f64::from(u8::from(text == row.ground_truth));
+        let parts = parts.rows(rows()).reward(reward);
+        let config = config("rloo", &[("data.train_batch_size", "8")]);
+        let mut trainer = Trainer::with_parts(engine(None), config, parts).unwrap();
+        trainer.step().unwrap();
+        let scores = trainer.engine().score(&[(40..60).collect()], 1.0).unwrap();
+        scores[0].logprobs.clone()
+    };
+    let loss = config("grpo", &[]).algorithm.policy_loss();
+    let pair = weights(Parts::new().algorithm((Estimator::Rloo, loss)));
+    assert_eq!(pair, weights(Parts::new()));
+    let other =
+        weights(Parts::new().algorithm((Estimator::Grpo(Scale::GroupStd), PolicyLoss::Gpg)));
+    assert_ne!(pair, other);
+}
+
+/// A run of dynamic sampling that has groups left over after each step, in its folder of `output`.
+fn run(output: &Path, total_steps: &str) -> (PathBuf, Vec<String>) {
+    let folder = output.display().to_string();
+    let pairs = [
+        ("algorithm.filter_groups", "true"),
+        ("algorithm.gen_batch_size", "16"),
+        ("trainer.total_steps", total_steps),
+        ("trainer.test_freq", "0"),
+        ("trainer.val_before_train", "false"),
+        ("trainer.output", &folder),
+    ];
+    let config = config("grpo", &pairs);
+    let mut open = |checkpoint: Option<&Path>| Ok(engine(checkpoint));
+    let mut notes = Vec::new();
+    let mut tell = |progress: Progress| match progress {
+        Progress::Step(metrics) => notes.push(
+            ["train/num_gen_batches", "train/groups_surplus", "critic/score/mean"]
+                .map(|name| metrics.get(name).unwrap().to_string())
+                .join(" "),
+        ),
+        _ => {}
+    };
+    let start = (&Resume::Auto, Parts::new());
+    match run_rl(&config, start, &mut open, &|| false, &mut tell).unwrap() {
+        Interrupt::Done { checkpoint, .. } => (checkpoint, notes),
+        Interrupt::Resumable(_) => panic!("nobody asked it to stop"),
+    }
+}
+
+#[test]
+fn groups_left_over_go_on_with_the_run() {
+    let dir = std::env::temp_dir().join(format!("trainer-left-over-{}", std::process::id()));
+    let (whole, all) = run(&dir.join("whole"), "4");
+    let (first, mut parts) = run(&dir.join("parts"), "2");
+    let kept = std::fs::read_to_string(first.join("trainer/surplus.jsonl")).unwrap();
+    assert!(kept.lines().count() >= 2, "16 groups were sampled, 2 learned from a step");
+    let (second, rest) = run(&dir.join("parts"), "4");
+    parts.extend(rest);
+    assert_eq!(parts, all);
+    for file in ["model.safetensors", "trainer/optimizer.safetensors"] {
+        let read = |path: &Path| std::fs::read(path.join(file)).unwrap();
+        assert!(read(&whole) == read(&second), "{file} differs");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
