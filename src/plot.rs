@@ -7,7 +7,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use clap::Args;
-use trainer::report::{read_runs, render};
+use trainer::report::{csv, read_runs, render};
 
 use crate::args::CommonArgs;
 use crate::exit::{Failure, Result};
@@ -19,6 +19,7 @@ pub(crate) const EXAMPLES: &str = concat!(
     "Examples:\n",
     "  engine plot runs/kl_cov\n",
     "  engine plot runs/grpo runs/kl_cov runs/clip_cov --output compare.html --svg charts\n",
+    "  engine plot runs/grpo runs/kl_cov --csv metrics.csv\n",
     "  engine plot runs/grpo --fit-until 36\n",
     "\n",
     "The table of fits R = -a exp(H) + b goes to standard output. A run may be in progress; what cannot\n",
@@ -40,6 +41,9 @@ pub(crate) struct PlotArgs {
     /// Also write each chart as an SVG file into this folder
     #[arg(long, value_name = "DIR")]
     pub(crate) svg: Option<PathBuf>,
+    /// Also write all metrics of all runs, a line a step, into this CSV file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) csv: Option<PathBuf>,
     #[command(flatten, next_help_heading = "General")]
     pub(crate) common: CommonArgs,
 }
@@ -61,6 +65,9 @@ pub(crate) fn run(args: &PlotArgs, terminal: &Terminal) -> Result<()> {
             let path = dir.join(name);
             fs::write(&path, svg).map_err(|error| Failure::unwritable(&path, &error))?;
         }
+    }
+    if let Some(path) = &args.csv {
+        fs::write(path, csv(&runs)).map_err(|error| Failure::unwritable(path, &error))?;
     }
     output::print(&report.fits)?;
     terminal.info(&format!("report {}", args.output.display()));

@@ -27,9 +27,10 @@ fn runs_are_compared_and_what_is_damaged_is_said() {
     let good = run_folder(&folder, "good", 9, "");
     let torn = run_folder(&folder, "torn", 5, "{\"training/glo");
     let (html, svg) = (folder.path("out.html"), folder.path("svg"));
+    let csv = folder.path("out.csv");
     let mut plot = engine();
     plot.arg("plot").arg(&good).arg(&torn).arg("--output").arg(&html).arg("--svg").arg(&svg);
-    let ran = run(plot.args(["--fit-until", "4"]));
+    let ran = run(plot.args(["--fit-until", "4"]).arg("--csv").arg(&csv));
     assert_eq!(ran.code, Some(0), "{ran:?}");
     let rows: Vec<&str> = ran.stdout.lines().collect();
     assert_eq!(rows.len(), 3, "{}", ran.stdout);
@@ -42,6 +43,10 @@ fn runs_are_compared_and_what_is_damaged_is_said() {
     assert!(!page.contains("<script") && !page.contains("http"));
     let charts: Vec<_> = fs::read_dir(&svg).unwrap().collect();
     assert_eq!(charts.len(), page.matches("<svg").count());
+    let lines = fs::read_to_string(&csv).unwrap();
+    let lines: Vec<&str> = lines.lines().collect();
+    assert_eq!(lines[0], "run,step,training/global_step,actor/entropy,train/accuracy");
+    assert!(lines.len() == 1 + 9 + 5 && lines[11].starts_with("torn,2,2,0.5,"), "{lines:?}");
 }
 
 #[test]

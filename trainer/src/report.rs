@@ -6,6 +6,7 @@
 //! escaped. Leaves out live views of a run in progress, which TensorBoard has.
 
 mod chart;
+mod csv;
 mod curves;
 mod data;
 mod science;
@@ -22,6 +23,7 @@ use chart::Chart;
 use science::RunFit;
 use text::{escape, short};
 
+pub use csv::csv;
 pub use data::Run;
 
 /// A report, in memory.
