@@ -29,7 +29,7 @@ fn rl(folder: &Folder, output: &str) -> Command {
                  echo \"{\\\"id\\\": $id, \\\"score\\\": $score}\"; done";
     let judge = folder.write("judge.sh", judge);
     command.arg("--reward").arg(format!("command:sh {}", judge.display()));
-    set(&mut command, &["reward.workers=1"]);
+    set(&mut command, &["reward.workers=1", "trainer.val_before_train=false"]);
     command
 }
 
