@@ -47,6 +47,9 @@ struct Args {
     /// Runs of each method, with seeds 0, 1 ...
     #[arg(long, default_value_t = 3)]
     seeds: u64,
+    /// Samples of a held-out task at the end
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=256))]
+    samples: u16,
     /// Only these of the four methods
     #[arg(long, num_args = 1.., value_name = "METHOD")]
     methods: Vec<String>,

@@ -6,9 +6,7 @@ use trainer::{PromptEncoder, Result, RlConfig, verifier};
 
 use super::plan::Plan;
 
-/// Samples of a problem.
-const SAMPLES: usize = 32;
-/// Of these.
+/// pass@k is given for these k, up to the number of samples.
 pub(crate) const KS: [usize; 3] = [2, 8, 32];
 
 /// A policy's results.
@@ -29,7 +27,7 @@ pub(crate) fn measure(engine: &mut Engine, plan: &Plan, config: &RlConfig) -> Re
     let judge = Judge { encoder: &encoder, rewards: &rewards, rows: &rows.rows };
     let mut at = |temperature: f32| -> Result<Summary> {
         let settings = EvalSettings {
-            samples: SAMPLES,
+            samples: plan.samples,
             temperature: Some(temperature),
             top_p: 1.0,
             top_k: None,

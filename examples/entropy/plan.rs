@@ -58,6 +58,8 @@ pub(crate) struct Plan {
     pub(crate) jobs: usize,
     /// Threads of each.
     pub(crate) threads: usize,
+    /// Samples of a held-out task.
+    pub(crate) samples: usize,
     pub(crate) output: PathBuf,
     model: String,
     files: Vec<(String, String)>,
@@ -93,6 +95,7 @@ impl Plan {
             seeds: (0..args.seeds.max(1)).collect(),
             jobs,
             threads: (cores / jobs).max(1),
+            samples: args.samples.into(),
             output: args.output.clone(),
             model: args.model.clone(),
             files,

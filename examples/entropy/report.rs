@@ -40,7 +40,7 @@ pub(crate) fn write(plan: &Plan, done: &[Done]) -> Result<String, Box<dyn Error>
         fs::write(charts.join(file), svg)?;
     }
     fs::write(plan.output.join("curves.csv"), curves(&all))?;
-    let table = table(&all, done, seeds);
+    let table = table(plan, &all, done);
     fs::write(plan.output.join("results.md"), &table)?;
     Ok(table)
 }
@@ -84,9 +84,10 @@ impl Series {
 }
 
 /// The table in Markdown: means over the seeds, with the standard deviation where there are several.
-fn table(all: &[Series], done: &[Done], seeds: usize) -> String {
+fn table(plan: &Plan, all: &[Series], done: &[Done]) -> String {
+    let seeds = plan.seeds.len();
     let mut out = String::from(
-        "| method | entropy | x first | reward | greedy | mean@32 | pass@2 | pass@8 | pass@32 | a | b | R2 | R2 held out |\n\
+        "| method | entropy | x first | reward | greedy | mean@n | pass@2 | pass@8 | pass@32 | a | b | R2 | R2 held out |\n\
          |---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     let first = all.first().map_or(f64::NAN, |series| mean(&series.last(name::ENTROPY)));
@@ -103,7 +104,10 @@ fn table(all: &[Series], done: &[Done], seeds: usize) -> String {
             spread(&of(&|run| run.measured.greedy)),
             spread(&of(&|run| run.measured.sampled.mean)),
         ];
-        cells.extend(KS.map(|k| spread(&of(&|run| run.measured.sampled.pass[&k]))));
+        cells.extend(KS.map(|k| match k <= plan.samples {
+            true => spread(&of(&|run| run.measured.sampled.pass[&k])),
+            false => "-".to_owned(),
+        }));
         let fit = series.fit(name::ACCURACY);
         cells.extend(match &fit {
             Some(fit) => [fit.a.value, fit.b.value, fit.r2].map(|value| format!("{value:.2}")),
@@ -115,7 +119,7 @@ fn table(all: &[Series], done: &[Done], seeds: usize) -> String {
     }
     out += &format!(
         "\nMeans over {seeds} seeds (+- standard deviation). entropy: of the tokens of the last {LAST} steps, nats, and as \
-         multiples of the first method's; reward: of training, over the same; greedy, mean@32, pass@k: the last weights on \
+         multiples of the first method's; reward: of training, over the same; greedy, mean@n, pass@k: the last weights on \
          held-out tasks, sampled at temperature 1; a, b, R2: R = -a exp(H) + b over all steps, R the accuracy of training; R2 held out: of a fit to the validations.\n"
     );
     out

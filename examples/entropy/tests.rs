@@ -15,13 +15,15 @@ fn a_shrunken_comparison_leaves_table_page_charts_and_curves() {
         &output.display().to_string(),
         "--seeds",
         "2",
+        "--samples",
+        "2",
         "--methods",
         "grpo",
         "kl_cov",
         "--set=data.train_batch_size=8",
         "--set=rollout.n=4",
         "--set=trainer.total_steps=4",
-        "--set=trainer.test_freq=1",
+        "--set=trainer.test_freq=4",
     ]);
     let table = compare(&args).expect("it runs");
     assert!(table.lines().nth(2).is_some_and(|row| row.starts_with("| grpo | ")), "{table}");

@@ -197,13 +197,12 @@ fn run(output: &Path, total_steps: &str) -> (PathBuf, Vec<String>) {
     let config = config("grpo", &pairs);
     let mut open = |checkpoint: Option<&Path>| Ok(engine(checkpoint));
     let mut notes = Vec::new();
-    let mut tell = |progress: Progress| match progress {
-        Progress::Step(metrics) => notes.push(
-            ["train/num_gen_batches", "train/groups_surplus", "critic/score/mean"]
-                .map(|name| metrics.get(name).unwrap().to_string())
-                .join(" "),
-        ),
-        _ => {}
+    let mut tell = |progress: Progress| {
+        if let Progress::Step(metrics) = progress {
+            let get = |name| metrics.get(name).unwrap().to_string();
+            let names = ["train/num_gen_batches", "train/groups_surplus", "critic/score/mean"];
+            notes.push(names.map(get).join(" "));
+        }
     };
     let start = (&Resume::Auto, Parts::new());
     match run_rl(&config, start, &mut open, &|| false, &mut tell).unwrap() {
