@@ -243,9 +243,22 @@ pub(crate) struct ApiArgs {
     /// Longest request body, e.g. 32MiB
     #[arg(long, value_name = "BYTES", value_parser = crate::model::count, default_value = "32MiB")]
     pub(crate) max_body_bytes: u64,
+    /// Sequences that may wait; further requests get 429 [default: all may]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_queued_requests: Option<usize>,
+    /// Names under /metrics: engine_... (own), or vllm:... too
+    #[arg(long, value_enum, default_value_t = MetricsCompat::Own)]
+    pub(crate) metrics_compat: MetricsCompat,
     /// Seconds for running requests to finish after SIGTERM
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) shutdown_timeout: u64,
+}
+
+/// `--metrics-compat`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MetricsCompat {
+    Own,
+    Vllm,
 }
 
 /// `--generation-config`.

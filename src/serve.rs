@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::{SamplingParams, Service};
-use server::{LogEvent, ServerConfig};
+use server::{LogEvent, MetricsNames, ServerConfig};
 
-use crate::args::{ApiArgs, GenerationConfig, ServeArgs};
+use crate::args::{ApiArgs, GenerationConfig, MetricsCompat, ServeArgs};
 use crate::exit::{Failure, Result};
 use crate::model;
 use crate::signals::Signals;
@@ -70,6 +70,11 @@ pub(crate) fn server_config(model: &str, args: &ApiArgs, terminal: Terminal) -> 
     };
     config.max_body_bytes = usize::try_from(args.max_body_bytes).unwrap_or(usize::MAX);
     config.shutdown_timeout = Duration::from_secs(args.shutdown_timeout);
+    config.max_queued_requests = args.max_queued_requests;
+    config.metrics = match args.metrics_compat {
+        MetricsCompat::Own => MetricsNames::Own,
+        MetricsCompat::Vllm => MetricsNames::Vllm,
+    };
     config.log = Some(Arc::new(move |event| log(&terminal, event)));
     config
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::fields::BadField;
 
-/// Seconds a client is told to wait after a 503.
+/// Seconds a client is told to wait after a 429 or 503.
 const RETRY_AFTER_S: HeaderValue = HeaderValue::from_static("5");
 
 /// An error on its way to a client.
@@ -63,6 +63,12 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "draining", message)
     }
 
+    /// The queue is full.
+    pub(crate) fn queue_full(waiting: usize, limit: usize) -> Self {
+        let message = format!("{waiting} sequences wait, limit is {limit}");
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full", message)
+    }
+
     pub(crate) fn engine_dead() -> Self {
         let message = "engine has stopped".to_owned();
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "engine_dead", message)
@@ -91,7 +97,8 @@ impl From<BadField> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(Wrapped { error: &self.body })).into_response();
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+        let later = [StatusCode::SERVICE_UNAVAILABLE, StatusCode::TOO_MANY_REQUESTS];
+        if later.contains(&self.status) {
             response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER_S);
         }
         response

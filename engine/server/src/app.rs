@@ -13,6 +13,7 @@ use crate::access::Keys;
 use crate::api_error::ApiError;
 use crate::error::{Error, Result};
 use crate::fields::Fields;
+use crate::metrics::{Metrics, MetricsNames};
 use crate::run_state::RunState;
 
 /// Most unknown field names that are remembered, so that a client cannot fill memory with them.
@@ -34,6 +35,10 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// How long running requests may take to finish after the shutdown began.
     pub shutdown_timeout: Duration,
+    /// Sequences that may wait for room; further requests get 429. `None` lets all wait.
+    pub max_queued_requests: Option<usize>,
+    /// Names of the series under `/metrics`.
+    pub metrics: MetricsNames,
     /// Receives what is worth a log line; must not block.
     pub log: Option<Log>,
     /// The curves of the run that trains the served weights, if one does.
@@ -86,6 +91,8 @@ impl ServerConfig {
             default_params: None,
             max_body_bytes: 32 << 20,
             shutdown_timeout: Duration::from_secs(30),
+            max_queued_requests: None,
+            metrics: MetricsNames::Own,
             log: None,
             run: None,
         }
@@ -110,6 +117,7 @@ pub(crate) struct App {
     pub(crate) keys: Keys,
     pub(crate) defaults: SamplingParams,
     pub(crate) live: Arc<Live>,
+    pub(crate) metrics: Arc<Metrics>,
     started_s: u64,
     ids: AtomicU64,
     unknown: Mutex<HashSet<String>>,
@@ -127,6 +135,7 @@ impl App {
             keys,
             defaults,
             live: Arc::new(Live::new()),
+            metrics: Arc::new(Metrics::new()),
             started_s: now_s(),
             ids: AtomicU64::new(0),
             unknown: Mutex::new(HashSet::new()),

@@ -33,7 +33,8 @@ pub(crate) fn read(app: &App, fields: &mut Fields) -> Result<Asked, ApiError> {
     Ok(Asked { prompts: vec![prompt], params, logprobs })
 }
 
-fn prompt(app: &App, messages: &[engine::Message]) -> Result<Vec<u32>, ApiError> {
+/// The tokens of a conversation.
+pub(crate) fn prompt(app: &App, messages: &[engine::Message]) -> Result<Vec<u32>, ApiError> {
     let tokenizer = app.service.tokenizer().ok_or_else(|| needs("messages", "a tokenizer"))?;
     let template =
         app.service.chat_template().ok_or_else(|| needs("messages", "a chat template"))?;

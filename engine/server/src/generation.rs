@@ -10,7 +10,8 @@ use engine::{ErrorKind, Event, Request, RequestId, Sent, Service};
 use tokio::sync::mpsc;
 
 use crate::api_error::ApiError;
-use crate::app::Live;
+use crate::app::{App, Live};
+use crate::metrics::{Metrics, Timer};
 use crate::params::refusal;
 
 /// Events a client may lag behind for every sample, before its request is aborted.
@@ -22,6 +23,8 @@ const MAX_LAG: usize = 64 * LAG_PER_SAMPLE;
 pub(crate) struct Generation {
     service: Arc<Service>,
     live: Arc<Live>,
+    metrics: Arc<Metrics>,
+    timer: Timer,
     events: mpsc::Receiver<(usize, Event)>,
     ids: Vec<RequestId>,
     /// Samples that have not ended.
@@ -34,17 +37,23 @@ impl Generation {
     /// # Errors
     /// When the engine refuses one of them; none runs then.
     pub(crate) fn submit(
-        service: &Arc<Service>,
-        live: &Arc<Live>,
+        app: &App,
         requests: Vec<Request>,
         samples: usize,
     ) -> Result<Self, ApiError> {
         let open = requests.len() * samples;
         let (sender, events) = mpsc::channel((LAG_PER_SAMPLE * open).clamp(1, MAX_LAG));
-        let (service, live) = (Arc::clone(service), Arc::clone(live));
-        let mut generation = Self { service, live, events, ids: Vec::new(), open };
+        let mut generation = Self {
+            service: Arc::clone(&app.service),
+            live: Arc::clone(&app.live),
+            metrics: Arc::clone(&app.metrics),
+            timer: Timer::new(open),
+            events,
+            ids: Vec::new(),
+            open,
+        };
         for (prompt, request) in requests.into_iter().enumerate() {
-            let sender = sender.clone();
+            let (sender, tokens) = (sender.clone(), request.prompt.len());
             let sink = move |event: Event| {
                 let choice = prompt * samples + sample(&event);
                 match sender.try_send((choice, event)) {
@@ -54,6 +63,7 @@ impl Generation {
             };
             let id = generation.service.submit(request, Box::new(sink)).map_err(|e| failed(&e))?;
             generation.live.begin(id);
+            generation.metrics.begun(tokens, samples);
             generation.ids.push(id);
         }
         Ok(generation)
@@ -70,18 +80,19 @@ impl Generation {
         let Some((choice, event)) = self.events.recv().await else {
             return Err(ApiError::internal("generation ended early"));
         };
-        self.count(&event)?;
+        self.count(choice, &event)?;
         Ok(Some((choice, event)))
     }
 
     /// The next event if there is one already.
     pub(crate) fn try_next(&mut self) -> Result<Option<(usize, Event)>, ApiError> {
         let Ok((choice, event)) = self.events.try_recv() else { return Ok(None) };
-        self.count(&event)?;
+        self.count(choice, &event)?;
         Ok(Some((choice, event)))
     }
 
-    fn count(&mut self, event: &Event) -> Result<(), ApiError> {
+    fn count(&mut self, choice: usize, event: &Event) -> Result<(), ApiError> {
+        self.timer.count(choice, event, &self.metrics);
         let Event::Finished(finished) = event else { return Ok(()) };
         self.open -= 1;
         match &finished.error {

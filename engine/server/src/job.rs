@@ -84,10 +84,11 @@ impl Job {
         };
         app.report_unknown(&fields);
         check(&app.service, &asked)?;
+        check_queue(app)?;
         let Asked { prompts, params, logprobs } = asked;
         let samples = params.n;
         let requests = prompts.iter().map(|prompt| Request::new(prompt.clone(), params.clone()));
-        let generation = Generation::submit(&app.service, &app.live, requests.collect(), samples)?;
+        let generation = Generation::submit(app, requests.collect(), samples)?;
         let prefix = match api {
             Api::Chat => "chatcmpl",
             Api::Completions => "cmpl",
@@ -126,6 +127,13 @@ impl Job {
     pub(crate) fn speller(&self) -> Speller<'_> {
         Speller { tokenizer: self.tokenizer.as_deref() }
     }
+}
+
+/// Turns a request away while too many wait.
+fn check_queue(app: &App) -> Result<(), ApiError> {
+    let Some(limit) = app.config.max_queued_requests else { return Ok(()) };
+    let waiting = app.service.status().waiting;
+    if waiting < limit { Ok(()) } else { Err(ApiError::queue_full(waiting, limit)) }
 }
 
 /// Takes `model`; without one the model that is served is meant.

@@ -1,8 +1,8 @@
 //! OpenAI-compatible HTTP over an [`engine::Service`].
 //!
-//! `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions` and `GET /health`; answers
-//! whole or as server-sent events. Parameters are spelled as vLLM spells them, errors have OpenAI's
-//! form on every path. Leaves out structured output, tools, metrics and administration: asking for
+//! `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions`, `/tokenize`, `/detokenize`,
+//! `/inference/v1/generate`, `/version`, `/metrics` and `/health`; answers whole or as server-sent events. Parameters are spelled as vLLM spells them, errors have OpenAI's
+//! form on every path. Leaves out structured output, tools and administration: asking for
 //! them is a 400 that names them. Nothing here prints, reads the environment or handles signals:
 //! what is worth a log line goes to the callback of [`ServerConfig`].
 //!
@@ -26,6 +26,7 @@ mod fields;
 mod generation;
 mod job;
 mod logprobs;
+mod metrics;
 mod params;
 mod refused;
 mod routes;
@@ -35,6 +36,7 @@ mod stream;
 pub use app::{Log, LogEvent, ServerConfig};
 pub use error::{Error, ErrorKind, Result};
 pub use fields::{BadField, Fields};
+pub use metrics::MetricsNames;
 pub use params::{default_params, messages, sampling_params};
 pub use routes::serve;
 pub use run_state::{RunPoint, RunState};

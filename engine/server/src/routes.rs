@@ -25,6 +25,8 @@ use crate::error::{Error, Result};
 use crate::job::{Api, Delivery, Job, transport};
 use crate::stream;
 
+mod text;
+
 /// How long aborted requests may take to end, and written answers to leave.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -99,6 +101,11 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/models/{*name}", get(model))
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
+        .route("/tokenize", post(text::tokenize))
+        .route("/detokenize", post(text::detokenize))
+        .route("/inference/v1/generate", post(text::generate))
+        .route("/version", get(text::version))
+        .route("/metrics", get(metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(app.config.max_body_bytes))
@@ -114,6 +121,13 @@ async fn health(State(app): State<Arc<App>>) -> Response {
         return ApiError::draining().into_response();
     }
     Json(json!({"status": "ok"})).into_response()
+}
+
+/// Prometheus' text format.
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let (status, names) = (app.service.status(), app.config.metrics);
+    let text = app.metrics.text(&status, app.model_name(), names);
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {

@@ -13,6 +13,7 @@ use tower::ServiceExt;
 use super::*;
 
 mod panics;
+mod text;
 
 /// A directory that is removed again.
 struct Dir(PathBuf);

@@ -1,0 +1,141 @@
+//! Tokens in and out, metrics, and the queue's limit.
+
+use super::*;
+
+#[tokio::test]
+async fn text_becomes_tokens_and_comes_back() {
+    let server = Server::new();
+    let (status, body) = server.post("/tokenize", &json!({"prompt": "héllo"})).await;
+    assert_eq!(status, StatusCode::OK);
+    let tokens = body["tokens"].clone();
+    assert_eq!(body["count"], tokens.as_array().unwrap().len());
+    assert_eq!(body["max_model_len"], server.app.service.max_model_len());
+    assert_eq!(body["token_strs"], Value::Null);
+    let plain = json!({"prompt": "héllo", "add_special_tokens": false, "return_token_strs": true});
+    let (_, body) = server.post("/tokenize", &plain).await;
+    // The tokenizer of the tests has a token for each byte.
+    assert_eq!(body["count"], 6);
+    assert_eq!(body["token_strs"].as_array().unwrap().len(), 6);
+    let (status, back) = server.post("/detokenize", &json!({"tokens": body["tokens"]})).await;
+    assert_eq!((status, &back["prompt"]), (StatusCode::OK, &json!("héllo")));
+    let chat = json!({"messages": [{"role": "user", "content": "hi"}]});
+    let (status, body) = server.post("/tokenize", &chat).await;
+    assert_eq!(status, StatusCode::OK);
+    assert!(body["count"].as_u64().unwrap() > 2);
+}
+
+#[tokio::test]
+async fn what_cannot_be_tokenized_is_named() {
+    let server = Server::new();
+    for (path, body, param) in [
+        ("/tokenize", json!({}), "prompt"),
+        ("/tokenize", json!({"prompt": "a", "messages": []}), "prompt"),
+        ("/tokenize", json!({"prompt": 3}), "prompt"),
+        ("/detokenize", json!({}), "tokens"),
+        ("/detokenize", json!({"tokens": [-1]}), "tokens"),
+        ("/detokenize", json!({"tokens": [4_000_000]}), "tokens"),
+    ] {
+        let (status, answer) = server.post(path, &body).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{path} {body}");
+        assert_eq!(answer["error"]["param"], param, "{path} {body}");
+    }
+}
+
+#[tokio::test]
+async fn token_ids_go_in_and_out_with_the_weights_that_drew_them() {
+    let server = Server::new();
+    let ids = [5, 6, 7];
+    let params = json!({"temperature": 0, "max_tokens": 6, "ignore_eos": true, "n": 2});
+    let body = json!({"model": "tiny", "token_ids": ids, "sampling_params": params});
+    let (status, answer) = server.post("/inference/v1/generate", &body).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    let (_, same) = server
+        .post(
+            TEXT,
+            &greedy(
+                json!({"prompt": ids, "max_tokens": 6, "logprobs": 0, "return_token_ids": true}),
+            ),
+        )
+        .await;
+    for choice in answer["choices"].as_array().unwrap() {
+        assert_eq!(choice["token_ids"], same["choices"][0]["token_ids"]);
+        let bits = |list: &Value| -> Vec<u32> {
+            let list = list.as_array().unwrap().iter();
+            list.map(|x| (x.as_f64().unwrap() as f32).to_bits()).collect()
+        };
+        let logprobs = &same["choices"][0]["logprobs"]["token_logprobs"];
+        assert_eq!(bits(&choice["logprobs"]), bits(logprobs));
+        assert_eq!(choice["finish_reason"], "length");
+        assert_eq!(choice["weight_versions"], json!([{"version": 0, "start": 0, "end": 6}]));
+    }
+    assert_eq!(answer["choices"].as_array().unwrap().len(), 2);
+    assert_eq!(answer["usage"]["completion_tokens"], 12);
+}
+
+#[tokio::test]
+async fn a_bad_request_for_tokens_names_its_field() {
+    let server = Server::new();
+    for (body, param) in [
+        (json!({}), "token_ids"),
+        (json!({"token_ids": "text"}), "token_ids"),
+        (json!({"token_ids": [1], "stream": true}), "stream"),
+        (json!({"token_ids": [1], "sampling_params": 3}), "sampling_params"),
+        (json!({"token_ids": [1], "sampling_params": {"prompt": "x"}}), "sampling_params"),
+        (json!({"token_ids": [1], "sampling_params": {"temperature": -1}}), "temperature"),
+        (json!({"token_ids": [], "sampling_params": {}}), "prompt"),
+    ] {
+        let (status, answer) = server.post("/inference/v1/generate", &body).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{body}");
+        assert_eq!(answer["error"]["param"], param, "{body}");
+    }
+}
+
+/// The value of the series that starts with `name`.
+fn series(text: &str, name: &str) -> f64 {
+    let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name}"));
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn metrics_count_what_was_served() {
+    let server = Server::with(|config| config.metrics = crate::MetricsNames::Vllm);
+    let (_, answer) = server.post(TEXT, &greedy(json!({"prompt": [5, 6, 7], "n": 2}))).await;
+    assert_eq!(answer["usage"]["completion_tokens"], 16);
+    let response = server.send(get_request("/metrics")).await;
+    assert_eq!(response.headers()[header::CONTENT_TYPE], "text/plain; version=0.0.4");
+    let text = text_of(response).await;
+    for prefix in ["engine_", "vllm:"] {
+        let value = |name: &str| series(&text, &format!("{prefix}{name}"));
+        assert_eq!(value("prompt_tokens_total{"), 3.0);
+        assert_eq!(value("generation_tokens_total{"), 16.0);
+        assert_eq!(value("time_to_first_token_seconds_count"), 2.0);
+        assert_eq!(value("inter_token_latency_seconds_count"), 14.0);
+        assert_eq!(value("e2e_request_latency_seconds_count"), 2.0);
+        assert_eq!(value("request_generation_tokens_bucket{model_name=\"tiny\""), 0.0);
+        assert_eq!(value("request_generation_tokens_sum"), 16.0);
+        assert_eq!(value("kv_cache_usage_perc"), 0.0);
+    }
+    let length = "engine_request_success_total{model_name=\"tiny\",finished_reason=\"length\"}";
+    assert_eq!(series(&text, length), 2.0);
+    let own = Server::new().send(get_request("/metrics")).await;
+    assert!(!text_of(own).await.contains("vllm:"));
+}
+
+#[tokio::test]
+async fn a_full_queue_turns_requests_away() {
+    let server = Server::with(|config| config.max_queued_requests = Some(0));
+    let response =
+        server.send(post_request(TEXT, greedy(json!({"prompt": "a"})).to_string())).await;
+    assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+    assert!(response.headers().contains_key(header::RETRY_AFTER));
+    let body = json_of(response).await;
+    assert_eq!(body["error"]["type"], "rate_limit_error");
+    assert_eq!(body["error"]["code"], "queue_full");
+    assert_eq!(body["error"]["message"], "0 sequences wait, limit is 0");
+}
+
+#[tokio::test]
+async fn the_version_is_the_packages() {
+    let body = json_of(Server::new().send(get_request("/version")).await).await;
+    assert_eq!(body["version"], env!("CARGO_PKG_VERSION"));
+}

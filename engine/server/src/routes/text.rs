@@ -1,0 +1,228 @@
+//! `POST /tokenize` and `/detokenize` with vLLM's bodies, `GET /version`, and `POST /inference/v1/generate`:
+//! token ids in, token ids with log-probabilities and the weights that drew them out.
+//!
+//! The last keeps text out of the loop of whoever trains elsewhere: what is sampled is what is trained on.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::{IntoResponse, Response};
+use engine::text::{AddSpecial, SkipSpecial};
+use engine::{Event, Tokenizer};
+use serde_json::{Map, Value, json};
+
+use super::{Body, check_content_type, too_large};
+use crate::answer::{Meter, stop_reason};
+use crate::api_error::ApiError;
+use crate::app::App;
+use crate::chat;
+use crate::fields::{BadField, Fields};
+use crate::job::{Api, Job, needs, unprocessable};
+
+/// `GET /version`.
+pub(super) async fn version() -> Json<Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
+/// `POST /tokenize`: `prompt` or `messages` become `tokens`.
+pub(super) async fn tokenize(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
+    answer(app.0, &headers, body, |app, fields| {
+        let strings = fields.flag("return_token_strs")?.unwrap_or(false);
+        let special = fields.flag("add_special_tokens")?.unwrap_or(true);
+        let tokenizer = tokenizer(app)?;
+        let tokens = match (fields.string("prompt")?, fields.take("messages")) {
+            (Some(text), None) => {
+                let add = if special { AddSpecial::Yes } else { AddSpecial::No };
+                tokenizer.encode(&text, add).map_err(|error| unprocessable("prompt", &error))?
+            }
+            (None, Some(list)) => chat::prompt(app, &crate::params::messages(&list)?)?,
+            _ => return Err(BadField::new("prompt", "either prompt or messages is needed").into()),
+        };
+        app.report_unknown(fields);
+        let spelled: Option<Vec<String>> = strings.then(|| {
+            let one = |id: &u32| tokenizer.id_to_token(*id).unwrap_or_default();
+            tokens.iter().map(one).collect()
+        });
+        Ok(json!({
+            "count": tokens.len(),
+            "max_model_len": app.service.max_model_len(),
+            "tokens": tokens,
+            "token_strs": spelled,
+        }))
+    })
+    .await
+}
+
+/// `POST /detokenize`: `tokens` become `prompt`.
+pub(super) async fn detokenize(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
+    answer(app.0, &headers, body, |app, fields| {
+        let tokenizer = tokenizer(app)?;
+        let tokens = fields.tokens("tokens")?;
+        let tokens = tokens.ok_or_else(|| BadField::new("tokens", "tokens is missing"))?;
+        let size = app.service.model().vocab_size;
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= size) {
+            let message = format!("token id is {id}, limit is {}", size - 1);
+            return Err(BadField::new("tokens", message).into());
+        }
+        app.report_unknown(fields);
+        let text = tokenizer.decode(&tokens, SkipSpecial::No);
+        Ok(json!({"prompt": text.map_err(|error| unprocessable("tokens", &error))?}))
+    })
+    .await
+}
+
+/// `POST /inference/v1/generate`: `token_ids` and `sampling_params` become choices of token ids.
+pub(super) async fn generate(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
+    let run = async {
+        let app = app.0;
+        let visit = app.live.enter()?;
+        let body = body.map_err(|rejection| too_large(&app, &rejection))?;
+        check_content_type(&headers)?;
+        let start = move || {
+            let body = completion_body(Fields::parse(&body)?)?;
+            Job::start(&app, visit, Api::Completions, body.to_string().as_bytes())
+        };
+        let job = tokio::task::spawn_blocking(start).await;
+        let job =
+            job.map_err(|_panicked| ApiError::internal("the request could not be read"))??;
+        choices(job).await
+    };
+    run.await.map_or_else(IntoResponse::into_response, |value| Json(value).into_response())
+}
+
+/// The same request in the words of the completions API.
+fn completion_body(mut fields: Fields) -> Result<Value, ApiError> {
+    let tokens = fields.tokens("token_ids")?;
+    let tokens = tokens.ok_or_else(|| BadField::new("token_ids", "token_ids is missing"))?;
+    if fields.flag("stream")?.unwrap_or(false) {
+        let message = "stream is true, limit is false: this route answers whole";
+        return Err(BadField::new("stream", message).with_code("unsupported_parameter").into());
+    }
+    let mut body = match fields.take("sampling_params") {
+        None => Map::new(),
+        Some(Value::Object(map)) => map,
+        Some(_) => {
+            let message = "sampling_params is no object, expected one";
+            return Err(BadField::new("sampling_params", message).into());
+        }
+    };
+    for name in ["prompt", "stream", "stream_options", "return_token_ids"] {
+        if body.contains_key(name) {
+            let message = format!("{name} is no sampling parameter");
+            return Err(BadField::new("sampling_params", message).into());
+        }
+    }
+    for name in ["model", "cache_salt", "priority"] {
+        if let Some(value) = fields.take(name) {
+            body.insert(name.to_owned(), value);
+        }
+    }
+    body.insert("prompt".to_owned(), Value::from(tokens));
+    body.entry("logprobs").or_insert(Value::from(0));
+    // What is left is reported, or refused, by the completions API.
+    for name in fields.names().map(str::to_owned).collect::<Vec<_>>() {
+        body.entry(name).or_insert(Value::from(true));
+    }
+    Ok(Value::Object(body))
+}
+
+/// What is known of a sample.
+#[derive(Default)]
+struct Sample {
+    tokens: Vec<u32>,
+    logprobs: Vec<f32>,
+    versions: Vec<u64>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<Value>,
+}
+
+async fn choices(mut job: Job) -> Result<Value, ApiError> {
+    let mut samples: Vec<Sample> = (0..job.choices()).map(|_| Sample::default()).collect();
+    let mut meter = Meter::default();
+    while let Some((index, event)) = job.generation.next().await? {
+        meter.count(&event);
+        let sample = &mut samples[index];
+        match event {
+            Event::Token(token) => {
+                sample.tokens.push(token.token);
+                sample.logprobs.push(token.logprob);
+                sample.versions.push(token.version.0);
+            }
+            Event::Finished(end) => {
+                sample.finish_reason = Some(end.reason.name());
+                sample.stop_reason = end.stop_reason.map(stop_reason);
+            }
+        }
+    }
+    let choices = samples.into_iter().enumerate().map(|(index, sample)| {
+        json!({
+            "index": index,
+            "token_ids": sample.tokens,
+            "logprobs": sample.logprobs,
+            "finish_reason": sample.finish_reason,
+            "stop_reason": sample.stop_reason,
+            "weight_versions": spans(&sample.versions),
+        })
+    });
+    Ok(json!({
+        "request_id": job.id,
+        "model": job.model,
+        "choices": choices.collect::<Vec<_>>(),
+        "usage": meter.usage(job.prompt_tokens()),
+    }))
+}
+
+/// Runs of tokens that the same weights drew: version, first token, end.
+fn spans(versions: &[u64]) -> Vec<Value> {
+    let mut start = 0;
+    let runs = versions.chunk_by(|a, b| a == b).map(|run| {
+        let end = start + run.len();
+        let span = json!({"version": run[0], "start": start, "end": end});
+        start = end;
+        span
+    });
+    runs.collect()
+}
+
+/// Reads a body away from the async threads and answers what `make` makes of it.
+async fn answer(
+    app: Arc<App>,
+    headers: &HeaderMap,
+    body: Body,
+    make: impl FnOnce(&App, &mut Fields) -> Result<Value, ApiError> + Send + 'static,
+) -> Response {
+    let made = async {
+        let _visit = app.live.enter()?;
+        let body = body.map_err(|rejection| too_large(&app, &rejection))?;
+        check_content_type(headers)?;
+        let work = {
+            let app = Arc::clone(&app);
+            move || make(&app, &mut Fields::parse(&body)?)
+        };
+        let done = tokio::task::spawn_blocking(work).await;
+        done.map_err(|_panicked| ApiError::internal("the request could not be read"))?
+    };
+    made.await.map_or_else(IntoResponse::into_response, |value| Json(value).into_response())
+}
+
+fn tokenizer(app: &App) -> Result<Arc<Tokenizer>, ApiError> {
+    app.service.tokenizer().cloned().ok_or_else(|| needs("prompt", "a tokenizer"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_join_tokens_of_the_same_weights() {
+        assert_eq!(spans(&[]), Vec::<Value>::new());
+        let expected = [
+            json!({"version": 4, "start": 0, "end": 2}),
+            json!({"version": 5, "start": 2, "end": 3}),
+            json!({"version": 4, "start": 3, "end": 4}),
+        ];
+        assert_eq!(spans(&[4, 4, 5, 4]), expected);
+    }
+}
