@@ -63,14 +63,14 @@ fn start(command: &mut Command) -> (Child, String, BufReader<ChildStderr>) {
     let mut child = command.spawn().unwrap();
     let mut log = BufReader::new(child.stderr.take().unwrap());
     let mut line = String::new();
-    loop {
+    let address = loop {
         line.clear();
         assert_ne!(log.read_line(&mut line).unwrap(), 0, "the run ended early");
         if let Some((_, rest)) = line.split_once("policy: serving at http://") {
-            let address = rest.trim().trim_end_matches("/v1").to_owned();
-            return (child, address, log);
+            break rest.trim().trim_end_matches("/v1").to_owned();
         }
-    }
+    };
+    (child, address, log)
 }
 
 /// Asks again and again until the server goes; returns the versions of each answer's tokens.

@@ -26,10 +26,16 @@ fn submit(
     request: Request,
 ) -> (RequestId, Receiver<Event>) {
     let (sink, events) = sink();
+    let known = |engine: &Engine| engine.load_counts().0 + engine.load_counts().1;
+    let before = known(engine);
     let id = std::thread::scope(|scope| {
         let asked = scope.spawn(|| service.submit(request, sink).unwrap());
+        // Taken in by one step; more would run ahead while the other thread is slow to return.
         while !asked.is_finished() {
-            assert_eq!(guests.step(engine).unwrap(), []);
+            match known(engine) > before {
+                true => std::thread::yield_now(),
+                false => assert_eq!(guests.step(engine).unwrap(), []),
+            }
         }
         asked.join().unwrap()
     });
@@ -168,10 +174,17 @@ fn lingering_ends_with_the_service_and_submitting_with_the_guests() {
         let (sink, events) = sink();
         service.submit(Request::new(prompt(1, 20), greedy(25)), sink).unwrap();
         let answers = collect(events.iter());
-        // Aborted when the service goes.
-        let (sink, events) = self::sink();
+        // Aborted when the service goes; the first token holds the engine up until it has gone.
+        let (gone, wait) = channel::<()>();
+        let (mut pass_on, events) = self::sink();
+        let sink: Sink = Box::new(move |event| {
+            // Nothing is ever sent: it ends when the other end is dropped.
+            let _gone = wait.recv();
+            pass_on(event)
+        });
         service.submit(Request::new(prompt(1, 20), sampled(200)), sink).unwrap();
         drop(service);
+        drop(gone);
         (answers, collect(events.iter()))
     });
     guests.linger(&mut engine).unwrap();
