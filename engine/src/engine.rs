@@ -6,21 +6,20 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use kernels::{Dtype, Kernels, TokenStats};
+use kernels::{Dtype, Kernels};
 use scheduler::{NewSequence, PrefixCache, Scheduler, SeqId, Slice, WeightsVersion};
 
 use crate::config::EngineConfig;
 use crate::decoder::{Decoder, Weights};
+use crate::draw::{Drawn, SampleRow, draw};
 use crate::error::{Error, Result};
+use crate::grammar::GrammarState;
 use crate::load::load_text;
 use crate::memory::{LOGIT_ROWS, MemoryPlan};
 use crate::model::{GenerationDefaults, ModelConfig, ModelSource};
 use crate::random;
-use crate::request::{
-    Event, FinishReason, Request, RequestId, SamplingParams, Token, token_in_vocabulary,
-};
+use crate::request::{Event, FinishReason, Request, RequestId, Token, token_in_vocabulary};
 use crate::runner::Runner;
-use crate::sampler::{self, RowContext};
 use crate::sequence::Sample;
 use crate::text::{ChatTemplate, Tokenizer};
 use crate::update::WeightsUpdate;
@@ -51,21 +50,6 @@ pub struct Engine {
     /// Events that wait for the next step: ends of aborted samples.
     pending: Vec<Event>,
     slices: Vec<Slice>,
-}
-
-/// A slice's last row, from which its sequence's next token is drawn.
-struct SampleRow {
-    seq: SeqId,
-    row: usize,
-}
-
-/// What was drawn for one sequence.
-struct Drawn {
-    token: u32,
-    logprob: f32,
-    raw_logprob: f32,
-    entropy: f32,
-    top: Vec<(u32, f32)>,
 }
 
 impl Engine {
@@ -284,7 +268,7 @@ impl Engine {
         if !self.plan_slices()? {
             return Ok(events);
         }
-        self.runner.forward(&self.scheduler, &self.slices);
+        self.forward();
         let mut rows = Vec::with_capacity(self.slices.len());
         let mut end = 0;
         for slice in &self.slices {
@@ -295,18 +279,15 @@ impl Engine {
         }
         let mut sampled = Vec::with_capacity(rows.len());
         for rows in rows.chunks(LOGIT_ROWS) {
-            for (row, drawn) in rows.iter().zip(self.draw(rows)) {
-                match drawn {
-                    Some(drawn) => {
-                        let out = (&mut sampled, &mut events);
-                        if let Err(error) = self.take_token(row.seq, drawn, out) {
-                            self.fail(row.seq, error.to_string(), &mut events);
-                        }
-                    }
-                    None => {
-                        let why = "the model's logits are not finite numbers".to_owned();
-                        self.fail(row.seq, why, &mut events);
-                    }
+            let drawn = draw(&mut self.runner, &self.scheduler, &self.samples, rows);
+            for (row, drawn) in rows.iter().zip(drawn) {
+                let out = (&mut sampled, &mut events);
+                let taken = match drawn {
+                    Ok(drawn) => self.take_token(row.seq, drawn, out).map_err(|e| e.to_string()),
+                    Err(why) => Err(why),
+                };
+                if let Err(why) = taken {
+                    self.fail(row.seq, why, &mut events);
                 }
             }
         }
@@ -319,65 +300,34 @@ impl Engine {
         Ok(events)
     }
 
+    /// Runs the planned slices; meanwhile a thread finds what the grammars of their samples allow next.
+    fn forward(&mut self) {
+        let sampling: Vec<SeqId> =
+            self.slices.iter().filter(|slice| slice.samples).map(|slice| slice.seq).collect();
+        let mut grammars: Vec<&mut GrammarState> = self
+            .samples
+            .iter_mut()
+            .filter(|(seq, sample)| sample.grammar.is_some() && sampling.contains(seq))
+            .filter_map(|(_, sample)| sample.grammar.as_mut())
+            .collect();
+        if grammars.is_empty() {
+            return self.runner.forward(&self.scheduler, &self.slices);
+        }
+        std::thread::scope(|scope| {
+            let prepare = || grammars.iter_mut().for_each(|grammar| grammar.prepare());
+            // Without a thread they are prepared below.
+            let _refused = std::thread::Builder::new().spawn_scoped(scope, prepare);
+            self.runner.forward(&self.scheduler, &self.slices);
+        });
+        grammars.iter_mut().for_each(|grammar| grammar.prepare());
+    }
+
     /// Plans the next batch into `slices`; false when there is nothing to run.
     fn plan_slices(&mut self) -> Result<bool> {
         self.slices.clear();
         let plan = self.scheduler.plan().map_err(|e| Error::internal(e.to_string()))?;
         self.slices.extend_from_slice(&plan.slices);
         Ok(!self.slices.is_empty())
-    }
-
-    /// Draws a token for each row; `None` where the logits are not numbers.
-    fn draw(&mut self, rows: &[SampleRow]) -> Vec<Option<Drawn>> {
-        let vocab = self.model().vocab_size;
-        let row_indices: Vec<usize> = rows.iter().map(|row| row.row).collect();
-        let samples: Vec<(&Sample, &[u32])> = rows
-            .iter()
-            .map(|row| (&self.samples[&row.seq], self.scheduler.tokens(row.seq)))
-            .collect();
-        let (kernels, logits) = self.runner.logits(&row_indices);
-        let mut tokens = draw_plain(kernels, logits, &samples);
-        // Log-probabilities of the rows whose distribution was truncated or penalised.
-        let mut changed = vec![None; rows.len()];
-        let mut scratch = Vec::new();
-        for (i, (sample, known)) in samples.iter().enumerate() {
-            let banned = sample.banned(known.len() - sample.prompt_len);
-            if sample.params.is_plain() && banned.is_empty() {
-                continue;
-            }
-            scratch.clear();
-            scratch.extend_from_slice(&logits[i * vocab..(i + 1) * vocab]);
-            let context = RowContext {
-                params: &sample.params,
-                tokens: known,
-                prompt_len: sample.prompt_len,
-                banned,
-                uniform: uniform(sample, known.len()),
-            };
-            if let Some(draw) = sampler::draw(&mut scratch, &context) {
-                tokens[i] = draw.token;
-                changed[i] = Some(draw.logprob);
-            }
-        }
-        let raw = stats(kernels, logits, &vec![1.0; rows.len()], &tokens);
-        let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
-        let scaled = match inv_t.iter().all(|t| *t == 1.0) {
-            true => raw.clone(),
-            false => stats(kernels, logits, &inv_t, &tokens),
-        };
-        let drawn = |i: usize| {
-            let row = &logits[i * vocab..(i + 1) * vocab];
-            let chosen = (tokens[i], raw[i].log_prob);
-            let top = |k| sampler::top_logprobs(row, raw[i].log_sum_exp, chosen, k);
-            raw[i].log_sum_exp.is_finite().then(|| Drawn {
-                token: tokens[i],
-                logprob: changed[i].unwrap_or(scaled[i].log_prob),
-                raw_logprob: raw[i].log_prob,
-                entropy: scaled[i].entropy,
-                top: samples[i].0.params.logprobs.map_or_else(Vec::new, top),
-            })
-        };
-        (0..rows.len()).map(drawn).collect()
     }
 
     /// Hands a drawn token to its sample and reports it, and the sample's end if it is one.
@@ -557,46 +507,4 @@ impl Engine {
         let Runner { kernels, decoder, .. } = &mut self.runner;
         Ok(WeightsUpdate { decoder, kernels, scheduler: &mut self.scheduler })
     }
-}
-
-/// One over the temperature that log-probabilities are taken at.
-fn inv_temperature(params: &SamplingParams) -> f32 {
-    if params.temperature == 0.0 { 1.0 } else { 1.0 / params.temperature }
-}
-
-/// The draw of the token at `position` of this sample.
-fn uniform(sample: &Sample, position: usize) -> f64 {
-    random::uniform(&[sample.seed, sample.index as u64, position as u64])
-}
-
-/// Statistics of each row of logits, with `tokens` as targets.
-fn stats(
-    kernels: &Kernels,
-    logits: &[f32],
-    inv_temperature: &[f32],
-    tokens: &[u32],
-) -> Vec<TokenStats> {
-    let mut stats = vec![TokenStats::default(); tokens.len()];
-    kernels.softmax_stats(logits, inv_temperature, Some(tokens), &mut stats);
-    stats
-}
-
-/// For every row the token drawn from its softmax at its temperature, or the most likely one at
-/// temperature 0; rows that need more than that are drawn again.
-fn draw_plain(kernels: &Kernels, logits: &[f32], samples: &[(&Sample, &[u32])]) -> Vec<u32> {
-    let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
-    let uniforms: Vec<f64> = samples.iter().map(|(s, tokens)| uniform(s, tokens.len())).collect();
-    let mut tokens = vec![0; samples.len()];
-    kernels.sample(logits, &inv_t, &uniforms, &mut tokens);
-    let is_greedy = |sample: &Sample| sample.params.temperature == 0.0;
-    if samples.iter().any(|(s, _)| is_greedy(s)) {
-        let mut greedy = vec![0; samples.len()];
-        kernels.argmax(logits, &mut greedy);
-        for (i, (sample, _)) in samples.iter().enumerate() {
-            if is_greedy(sample) {
-                tokens[i] = greedy[i];
-            }
-        }
-    }
-    tokens
 }

@@ -8,8 +8,10 @@
 
 mod config;
 pub mod decoder;
+mod draw;
 mod engine;
 pub mod error;
+mod grammar;
 mod load;
 mod memory;
 pub mod model;
@@ -25,6 +27,7 @@ mod update;
 pub use config::{EngineConfig, Quantization};
 pub use engine::{Engine, Score};
 pub use error::{Error, ErrorKind, Result};
+pub use grammar::{Constraint, Grammar, GrammarCompiler, UnknownKeywords, json_schema};
 pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};
 pub use load::load_text;
 pub use memory::{MemoryPlan, available_memory_bytes};

@@ -13,6 +13,7 @@ use crate::access::Keys;
 use crate::api_error::ApiError;
 use crate::error::{Error, Result};
 use crate::fields::Fields;
+use crate::structured::Grammars;
 
 /// Most unknown field names that are remembered, so that a client cannot fill memory with them.
 const MAX_UNKNOWN: usize = 256;
@@ -106,6 +107,7 @@ pub(crate) struct App {
     pub(crate) keys: Keys,
     pub(crate) defaults: SamplingParams,
     pub(crate) live: Arc<Live>,
+    pub(crate) grammars: Grammars,
     started_s: u64,
     ids: AtomicU64,
     unknown: Mutex<HashSet<String>>,
@@ -123,6 +125,7 @@ impl App {
             keys,
             defaults,
             live: Arc::new(Live::new()),
+            grammars: Grammars::default(),
             started_s: now_s(),
             ids: AtomicU64::new(0),
             unknown: Mutex::new(HashSet::new()),

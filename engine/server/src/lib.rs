@@ -2,8 +2,8 @@
 //!
 //! `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions` and `GET /health`; answers
 //! whole or as server-sent events. Parameters are spelled as vLLM spells them, errors have OpenAI's
-//! form on every path. Leaves out structured output, tools, metrics and administration: asking for
-//! them is a 400 that names them. Nothing here prints, reads the environment or handles signals:
+//! form on every path. Answers follow grammars, and call tools in the form of Hermes and Qwen. Leaves
+//! out metrics and administration; a feature that is not offered is a 400 that names it. Nothing here prints, reads the environment or handles signals:
 //! what is worth a log line goes to the callback of [`ServerConfig`].
 //!
 //! ```no_run
@@ -30,6 +30,9 @@ mod params;
 mod refused;
 mod routes;
 mod stream;
+mod structured;
+mod tool_calls;
+mod tools;
 
 pub use app::{Log, LogEvent, ServerConfig};
 pub use error::{Error, ErrorKind, Result};
