@@ -103,7 +103,11 @@ impl Grammar {
     }
 }
 
-/// The schema with the settings that the compiler reads from it. Those that came with it are dropped.
+/// The schema with the settings that the compiler reads from it, as a `%json` of a Lark grammar needs
+/// it too. Settings that came with it are dropped.
+///
+/// # Errors
+/// `ErrorKind::Request` when it is neither an object nor a boolean.
 pub fn json_schema(mut schema: Value, unknown: UnknownKeywords) -> Result<Value> {
     match &mut schema {
         Value::Object(fields) => {
@@ -352,5 +356,43 @@ pub(crate) fn apply(mask: &[u32], logits: &mut [f32]) {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mask_bans_what_it_does_not_name() {
+        let mask = [0b101, 0, 1];
+        let mut logits = vec![1.0; 70];
+        apply(&mask, &mut logits);
+        let left: Vec<u32> = (0..70).filter(|t| logits[*t as usize] == 1.0).collect();
+        assert_eq!(left, [0, 2, 64]);
+        assert!((0..70).all(|token| allows(&mask, token) == left.contains(&token)));
+        assert!(!allows(&mask, 200), "beyond the mask");
+    }
+
+    #[test]
+    fn choices_are_literal_and_depth_counts_open_brackets() {
+        let choices = ["a.b".to_owned(), "é/".to_owned()];
+        assert_eq!(alternatives(&choices), r"a\x{2e}b|\x{e9}\x{2f}");
+        assert_eq!((depth("(a(b)[c]"), depth("))(")), (2, 1));
+    }
+
+    #[test]
+    fn a_schema_keeps_no_settings_of_its_own() {
+        let schema = json!({"type": "object", "x-guidance": {"lenient": true}});
+        let set = json_schema(schema, UnknownKeywords::Refuse).expect("an object");
+        assert_eq!(set["x-guidance"]["lenient"], false);
+        let error = json_schema(json!(5), UnknownKeywords::Refuse).expect_err("a number");
+        assert_eq!(error.to_string(), "grammar's schema is neither an object nor a boolean");
+    }
+
+    #[test]
+    fn messages_show_one_line_and_nothing_of_the_inside() {
+        assert_eq!(shown("bad\n  thing\n<non-verbose/>"), "bad thing");
+        assert_eq!(shown("panic: x\n<backtrace>"), "it broke its compiler");
     }
 }

@@ -98,18 +98,16 @@ impl CallParser {
     /// Takes in the end of the text.
     pub(crate) fn finish(&mut self, text: &str) -> Parsed {
         let mut parsed = self.push(text);
-        match self.state {
-            State::Head => {
-                if !self.tell_whole(&mut parsed) {
-                    parsed.content.push_str(OPEN);
-                    parsed.content.push_str(&self.held);
-                }
-            }
-            // White space between calls is nobody's.
-            State::Content if self.calls == 0 || !self.held.trim().is_empty() => {
+        if self.state == State::Head {
+            if !self.tell_whole(&mut parsed) {
+                parsed.content.push_str(OPEN);
                 parsed.content.push_str(&self.held);
             }
-            _ => {}
+        } else if self.state == State::Content {
+            // White space between calls is nobody's.
+            if self.calls == 0 || !self.held.trim().is_empty() {
+                parsed.content.push_str(&self.held);
+            }
         }
         self.held.clear();
         parsed
