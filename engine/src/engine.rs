@@ -7,21 +7,19 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use kernels::{Dtype, Kernels, TokenStats};
+use kernels::{Dtype, Kernels};
 use scheduler::{NewSequence, PrefixCache, Scheduler, SeqId, Slice, WeightsVersion};
 
 use crate::config::EngineConfig;
 use crate::decoder::{Decoder, Weights};
+use crate::draw::Drawn;
 use crate::error::{Error, Result};
 use crate::load::load_text;
 use crate::memory::MemoryPlan;
 use crate::model::{GenerationDefaults, ModelConfig, ModelSource};
 use crate::random;
-use crate::request::{
-    Event, FinishReason, Request, RequestId, SamplingParams, Token, token_in_vocabulary,
-};
+use crate::request::{Event, FinishReason, Request, RequestId, Token, token_in_vocabulary};
 use crate::runner::Runner;
-use crate::sampler::{self, RowContext};
 use crate::sequence::Sample;
 use crate::text::{ChatTemplate, Tokenizer};
 use crate::update::WeightsUpdate;
@@ -59,21 +57,6 @@ pub struct Engine {
     slices: Vec<Slice>,
     /// Only ever set by tests.
     fault: Option<Fault>,
-}
-
-/// A slice's last row, from which its sequence's next token is drawn.
-struct SampleRow {
-    seq: SeqId,
-    row: usize,
-}
-
-/// What was drawn for one sequence.
-struct Drawn {
-    token: u32,
-    logprob: f32,
-    raw_logprob: f32,
-    entropy: f32,
-    top: Vec<(u32, f32)>,
 }
 
 impl Engine {
@@ -289,59 +272,6 @@ impl Engine {
         Ok(!self.slices.is_empty())
     }
 
-    /// Draws a token for each row; `None` where the logits are not numbers.
-    fn draw(&mut self, rows: &[SampleRow]) -> Vec<Option<Drawn>> {
-        let vocab = self.model().vocab_size;
-        let row_indices: Vec<usize> = rows.iter().map(|row| row.row).collect();
-        let samples: Vec<(&Sample, &[u32])> = rows
-            .iter()
-            .map(|row| (&self.samples[&row.seq], self.scheduler.tokens(row.seq)))
-            .collect();
-        let (kernels, logits) = self.runner.logits(&row_indices);
-        let mut tokens = draw_plain(kernels, logits, &samples);
-        // Log-probabilities of the rows whose distribution was truncated or penalised.
-        let mut changed = vec![None; rows.len()];
-        let mut scratch = Vec::new();
-        for (i, (sample, known)) in samples.iter().enumerate() {
-            let banned = sample.banned(known.len() - sample.prompt_len);
-            if sample.params.is_plain() && banned.is_empty() {
-                continue;
-            }
-            scratch.clear();
-            scratch.extend_from_slice(&logits[i * vocab..(i + 1) * vocab]);
-            let context = RowContext {
-                params: &sample.params,
-                tokens: known,
-                prompt_len: sample.prompt_len,
-                banned,
-                uniform: uniform(sample, known.len()),
-            };
-            if let Some(draw) = sampler::draw(&mut scratch, &context) {
-                tokens[i] = draw.token;
-                changed[i] = Some(draw.logprob);
-            }
-        }
-        let raw = stats(kernels, logits, &vec![1.0; rows.len()], &tokens);
-        let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
-        let scaled = match inv_t.iter().all(|t| *t == 1.0) {
-            true => raw.clone(),
-            false => stats(kernels, logits, &inv_t, &tokens),
-        };
-        let drawn = |i: usize| {
-            let row = &logits[i * vocab..(i + 1) * vocab];
-            let chosen = (tokens[i], raw[i].log_prob);
-            let top = |k| sampler::top_logprobs(row, raw[i].log_sum_exp, chosen, k);
-            raw[i].log_sum_exp.is_finite().then(|| Drawn {
-                token: tokens[i],
-                logprob: changed[i].unwrap_or(scaled[i].log_prob),
-                raw_logprob: raw[i].log_prob,
-                entropy: scaled[i].entropy,
-                top: samples[i].0.params.logprobs.map_or_else(Vec::new, top),
-            })
-        };
-        (0..rows.len()).map(drawn).collect()
-    }
-
     /// Hands a drawn token to its sample and reports it, and the sample's end if it is one.
     fn take_token(
         &mut self,
@@ -533,46 +463,4 @@ impl Engine {
         let Runner { kernels, decoder, .. } = &mut self.runner;
         WeightsUpdate { decoder, kernels, scheduler: &mut self.scheduler }
     }
-}
-
-/// One over the temperature that log-probabilities are taken at.
-fn inv_temperature(params: &SamplingParams) -> f32 {
-    if params.temperature == 0.0 { 1.0 } else { 1.0 / params.temperature }
-}
-
-/// The draw of the token at `position` of this sample.
-fn uniform(sample: &Sample, position: usize) -> f64 {
-    random::uniform(&[sample.seed, sample.index as u64, position as u64])
-}
-
-/// Statistics of each row of logits, with `tokens` as targets.
-fn stats(
-    kernels: &Kernels,
-    logits: &[f32],
-    inv_temperature: &[f32],
-    tokens: &[u32],
-) -> Vec<TokenStats> {
-    let mut stats = vec![TokenStats::default(); tokens.len()];
-    kernels.softmax_stats(logits, inv_temperature, Some(tokens), &mut stats);
-    stats
-}
-
-/// For every row the token drawn from its softmax at its temperature, or the most likely one at
-/// temperature 0; rows that need more than that are drawn again.
-fn draw_plain(kernels: &Kernels, logits: &[f32], samples: &[(&Sample, &[u32])]) -> Vec<u32> {
-    let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
-    let uniforms: Vec<f64> = samples.iter().map(|(s, tokens)| uniform(s, tokens.len())).collect();
-    let mut tokens = vec![0; samples.len()];
-    kernels.sample(logits, &inv_t, &uniforms, &mut tokens);
-    let is_greedy = |sample: &Sample| sample.params.temperature == 0.0;
-    if samples.iter().any(|(s, _)| is_greedy(s)) {
-        let mut greedy = vec![0; samples.len()];
-        kernels.argmax(logits, &mut greedy);
-        for (i, (sample, _)) in samples.iter().enumerate() {
-            if is_greedy(sample) {
-                tokens[i] = greedy[i];
-            }
-        }
-    }
-    tokens
 }

@@ -8,8 +8,10 @@
 
 mod config;
 pub mod decoder;
+mod draw;
 mod engine;
 pub mod error;
+mod grammar;
 mod guests;
 mod load;
 mod memory;
@@ -26,6 +28,7 @@ mod update;
 pub use config::{EngineConfig, Quantization};
 pub use engine::{Engine, Score};
 pub use error::{Error, ErrorKind, Result};
+pub use grammar::{Constraint, Grammar, GrammarCompiler, UnknownKeywords, json_schema};
 pub use guests::{Guests, Host};
 pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};
 pub use load::load_text;

@@ -6,6 +6,7 @@
 use scheduler::WeightsVersion;
 
 use crate::error::{Error, Result};
+use crate::grammar::Constraint;
 use crate::text::check_stop_strings;
 
 /// Most samples one request may ask for.
@@ -177,12 +178,14 @@ pub struct Request {
     pub params: SamplingParams,
     /// Keeps the prefix-cache entries of different users apart; 0 is shared.
     pub cache_salt: u64,
+    /// What the answer must spell. A sample ends where nothing can follow, whatever `min_tokens` says.
+    pub constraint: Option<Constraint>,
 }
 
 impl Request {
-    /// A request for `prompt` with these parameters and the shared prefix cache.
+    /// A request for `prompt` with these parameters, the shared prefix cache and no constraint.
     pub fn new(prompt: Vec<u32>, params: SamplingParams) -> Self {
-        Self { prompt, params, cache_salt: 0 }
+        Self { prompt, params, cache_salt: 0, constraint: None }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::grammar::GrammarState;
 use crate::request::{
     EosRule, FinishReason, Finished, Request, RequestId, SamplingParams, StopReason, StopText,
 };
@@ -21,6 +22,8 @@ pub(crate) struct Sample {
     /// Tokens that end it and may not come before `min_tokens`.
     ending: Vec<u32>,
     text: Option<SampleText>,
+    /// What its tokens must spell.
+    pub(crate) grammar: Option<GrammarState>,
 }
 
 struct SampleText {
@@ -67,6 +70,7 @@ impl Sample {
             seed,
             ending,
             text,
+            grammar: request.constraint.as_ref().map(crate::grammar::Constraint::start),
         })
     }
 
@@ -75,10 +79,16 @@ impl Sample {
         if generated < self.params.min_tokens { &self.ending } else { &[] }
     }
 
+    /// Whether the `generated`-th token comes from the model's own distribution at the sample's
+    /// temperature.
+    pub(crate) fn is_plain_at(&self, generated: usize) -> bool {
+        self.grammar.is_none() && self.params.is_plain() && self.banned(generated).is_empty()
+    }
+
     /// Takes in `token`, the sample's `generated`-th (from 1), after which `room` more may follow.
     ///
     /// # Errors
-    /// When the tokenizer's own rules fail on these tokens.
+    /// When the tokenizer's own rules fail on these tokens, or the grammar's limits are reached.
     pub(crate) fn push(&mut self, token: u32, generated: usize, room: usize) -> Result<Step> {
         if self.ending.contains(&token) {
             let listed = self.params.stop_token_ids.contains(&token);
@@ -86,6 +96,13 @@ impl Sample {
             return Ok(Step { text: self.flush()?, end });
         }
         let mut step = self.push_text(token, generated)?;
+        if let Some(grammar) = &mut self.grammar
+            && step.end.is_none()
+            && grammar.advance(token)?
+        {
+            step.text.push_str(&self.flush()?);
+            step.end = Some((FinishReason::Stop, None));
+        }
         if step.end.is_none() && room == 0 {
             step.text.push_str(&self.flush()?);
             step.end = Some((FinishReason::Length, None));

@@ -67,6 +67,7 @@ struct Facts {
     tokenizer: Option<Arc<Tokenizer>>,
     chat_template: Option<Arc<ChatTemplate>>,
     defaults: GenerationDefaults,
+    eos: Vec<u32>,
     max_model_len: usize,
     dtype: Dtype,
 }
@@ -95,6 +96,7 @@ impl Service {
             tokenizer: engine.tokenizer().cloned(),
             chat_template: engine.chat_template().cloned(),
             defaults: engine.generation_defaults().clone(),
+            eos: engine.eos().to_vec(),
             max_model_len: engine.max_model_len(),
             dtype: engine.dtype(),
         };
@@ -175,6 +177,11 @@ impl Service {
     /// The sampling settings that the model's makers suggest.
     pub fn generation_defaults(&self) -> &GenerationDefaults {
         &self.facts.defaults
+    }
+
+    /// Tokens that end a text.
+    pub fn eos(&self) -> &[u32] {
+        &self.facts.eos
     }
 
     /// Longest sequence, prompt and output together, in tokens.

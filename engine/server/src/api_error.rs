@@ -74,6 +74,11 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "engine_dead", message)
     }
 
+    pub(crate) fn compilers_busy() -> Self {
+        let message = "too many grammars are being compiled".to_owned();
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full", message)
+    }
+
     /// Our fault; the text says nothing about the inside.
     pub(crate) fn internal(message: &str) -> Self {
         let message = message.to_owned();
@@ -97,8 +102,7 @@ impl From<BadField> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(Wrapped { error: &self.body })).into_response();
-        let later = [StatusCode::SERVICE_UNAVAILABLE, StatusCode::TOO_MANY_REQUESTS];
-        if later.contains(&self.status) {
+        if matches!(self.status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
             response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER_S);
         }
         response

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::fields::Fields;
 use crate::metrics::{Metrics, MetricsNames};
 use crate::run_state::RunState;
+use crate::structured::Grammars;
 
 /// Most unknown field names that are remembered, so that a client cannot fill memory with them.
 const MAX_UNKNOWN: usize = 256;
@@ -118,6 +119,7 @@ pub(crate) struct App {
     pub(crate) defaults: SamplingParams,
     pub(crate) live: Arc<Live>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) grammars: Grammars,
     started_s: u64,
     ids: AtomicU64,
     unknown: Mutex<HashSet<String>>,
@@ -136,6 +138,7 @@ impl App {
             defaults,
             live: Arc::new(Live::new()),
             metrics: Arc::new(Metrics::new()),
+            grammars: Grammars::default(),
             started_s: now_s(),
             ids: AtomicU64::new(0),
             unknown: Mutex::new(HashSet::new()),

@@ -13,9 +13,15 @@ use crate::fields::{BadField, Fields};
 use crate::job::{Asked, Job, needs, unprocessable};
 use crate::logprobs::{ChatLogprobs, chat_token};
 use crate::params::{messages, sampling_params};
+use crate::tool_calls::{self, Call, CallDelta, CallParser};
+use crate::tools::Tools;
 
 /// Reads what a body asks for.
-pub(crate) fn read(app: &App, fields: &mut Fields) -> Result<Asked, ApiError> {
+pub(crate) fn read(
+    app: &App,
+    fields: &mut Fields,
+    tools: Option<&Tools>,
+) -> Result<Asked, ApiError> {
     let mut params = sampling_params(fields, &app.defaults)?;
     // The newer name wins, as in OpenAI's API.
     params.max_tokens = fields.count("max_completion_tokens")?.or(params.max_tokens);
@@ -29,16 +35,23 @@ pub(crate) fn read(app: &App, fields: &mut Fields) -> Result<Asked, ApiError> {
     let Some(list) = fields.take("messages") else {
         return Err(BadField::new("messages", "messages is missing").into());
     };
-    let prompt = prompt(app, &messages(&list)?)?;
+    let prompt = prompt(app, &messages(&list)?, tools)?;
     Ok(Asked { prompts: vec![prompt], params, logprobs })
 }
 
 /// The tokens of a conversation.
-pub(crate) fn prompt(app: &App, messages: &[engine::Message]) -> Result<Vec<u32>, ApiError> {
+pub(crate) fn prompt(
+    app: &App,
+    messages: &[engine::Message],
+    tools: Option<&Tools>,
+) -> Result<Vec<u32>, ApiError> {
     let tokenizer = app.service.tokenizer().ok_or_else(|| needs("messages", "a tokenizer"))?;
     let template =
         app.service.chat_template().ok_or_else(|| needs("messages", "a chat template"))?;
-    let options = RenderOptions::new(SystemTime::now());
+    let options = RenderOptions {
+        tools: tools.map(|tools| &tools.list),
+        ..RenderOptions::new(SystemTime::now())
+    };
     let text =
         template.render(messages, &options).map_err(|error| unprocessable("messages", &error))?;
     tokenizer.encode(&text, AddSpecial::No).map_err(|error| unprocessable("messages", &error))
@@ -73,23 +86,53 @@ struct WholeChoice {
 #[derive(Serialize)]
 struct Message {
     role: &'static str,
-    content: String,
+    /// `null` beside calls that nothing precedes.
+    content: Option<String>,
     refusal: Option<()>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<Call>,
+}
+
+/// The message that a finished text is, and the reason for its end.
+fn message(
+    job: &Job,
+    index: usize,
+    (text, reason): (String, Option<&'static str>),
+) -> (Message, Option<&'static str>) {
+    let (content, tool_calls) = match job.call_parser(index) {
+        Some(parser) => tool_calls::whole(parser, &text),
+        None => (text, Vec::new()),
+    };
+    let reason = reason.map(|reason| finish_reason(reason, !tool_calls.is_empty()));
+    let content = (tool_calls.is_empty() || !content.is_empty()).then_some(content);
+    (Message { role: "assistant", content, refusal: None, tool_calls }, reason)
+}
+
+/// OpenAI's word for the end of an answer that has called tools, or has not.
+fn finish_reason(reason: &'static str, calls: bool) -> &'static str {
+    if calls && reason == "stop" { "tool_calls" } else { reason }
 }
 
 /// The whole answer made of finished choices.
 pub(crate) fn completion<'a>(job: &'a Job, choices: Vec<Choice>, usage: Usage) -> Completion<'a> {
-    let choices = choices.into_iter().enumerate().map(|(index, choice)| WholeChoice {
-        index,
-        message: Message { role: "assistant", content: choice.text, refusal: None },
-        logprobs: job.report.logprobs.then(|| ChatLogprobs {
-            content: choice.tokens.iter().map(|token| chat_token(token, job.speller())).collect(),
-            refusal: None,
-        }),
-        finish_reason: choice.finish_reason,
-        stop_reason: choice.stop_reason,
-        token_ids: job.report.token_ids.then_some(choice.token_ids),
-        weights_versions: job.report.token_ids.then_some(choice.weights_versions),
+    let choices = choices.into_iter().enumerate().map(|(index, choice)| {
+        let (message, finish_reason) = message(job, index, (choice.text, choice.finish_reason));
+        WholeChoice {
+            index,
+            message,
+            logprobs: job.report.logprobs.then(|| ChatLogprobs {
+                content: choice
+                    .tokens
+                    .iter()
+                    .map(|token| chat_token(token, job.speller()))
+                    .collect(),
+                refusal: None,
+            }),
+            finish_reason,
+            stop_reason: choice.stop_reason,
+            token_ids: job.report.token_ids.then_some(choice.token_ids),
+            weights_versions: job.report.token_ids.then_some(choice.weights_versions),
+        }
     });
     Completion {
         id: &job.id,
@@ -123,26 +166,38 @@ struct Delta {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<CallDelta>,
 }
 
 /// The piece that opens a choice: whose turn it is.
 pub(crate) fn opening(index: usize) -> ChunkChoice {
-    let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
+    let delta = Delta { role: Some("assistant"), content: Some(String::new()), ..Delta::default() };
     ChunkChoice { delta, ..empty(index) }
 }
 
 /// The piece for an event; `None` when there is nothing to say yet.
-pub(crate) fn piece(job: &Job, index: usize, event: Event) -> Option<ChunkChoice> {
+pub(crate) fn piece(
+    job: &Job,
+    index: usize,
+    event: Event,
+    calls: Option<&mut CallParser>,
+) -> Option<ChunkChoice> {
     match event {
         Event::Token(token) => {
-            let wanted = job.report.logprobs || job.report.token_ids || !token.text.is_empty();
             let logprobs = job.report.logprobs.then(|| ChatLogprobs {
                 content: vec![chat_token(&token, job.speller())],
                 refusal: None,
             });
             let token_ids = job.report.token_ids.then_some([token.token]);
             let weights_versions = token_ids.map(|_| [token.version.0]);
-            let delta = Delta { role: None, content: Some(token.text) };
+            let delta = match calls {
+                None => Delta { content: Some(token.text), ..Delta::default() },
+                Some(parser) => delta(parser.push(&token.text)),
+            };
+            let said = delta.content.as_ref().is_some_and(|content| !content.is_empty())
+                || !delta.tool_calls.is_empty();
+            let wanted = job.report.logprobs || job.report.token_ids || said;
             wanted.then(|| ChunkChoice {
                 delta,
                 logprobs,
@@ -152,15 +207,26 @@ pub(crate) fn piece(job: &Job, index: usize, event: Event) -> Option<ChunkChoice
             })
         }
         Event::Finished(end) => {
-            let content = (!end.text.is_empty()).then_some(end.text);
+            let (delta, called) = match calls {
+                None => {
+                    let content = (!end.text.is_empty()).then_some(end.text);
+                    (Delta { content, ..Delta::default() }, false)
+                }
+                Some(parser) => (delta(parser.finish(&end.text)), parser.has_calls()),
+            };
             Some(ChunkChoice {
-                delta: Delta { role: None, content },
-                finish_reason: Some(end.reason.name()),
+                delta,
+                finish_reason: Some(finish_reason(end.reason.name(), called)),
                 stop_reason: end.stop_reason.map(crate::answer::stop_reason),
                 ..empty(index)
             })
         }
     }
+}
+
+fn delta(parsed: tool_calls::Parsed) -> Delta {
+    let content = (!parsed.content.is_empty()).then_some(parsed.content);
+    Delta { role: None, content, tool_calls: parsed.calls }
 }
 
 fn empty(index: usize) -> ChunkChoice {

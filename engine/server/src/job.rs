@@ -12,7 +12,10 @@ use crate::fields::{BadField, Fields};
 use crate::generation::Generation;
 use crate::logprobs::Speller;
 use crate::params::{at_most, refusal};
-use crate::{chat, completions, refused};
+use crate::structured::Structured;
+use crate::tool_calls::CallParser;
+use crate::tools::{self, Tools};
+use crate::{chat, completions, refused, structured};
 
 /// Most choices (prompts times samples) one request may ask for.
 const MAX_CHOICES: usize = 1024;
@@ -64,6 +67,8 @@ pub(crate) struct Job {
     pub(crate) report: Report,
     pub(crate) delivery: Delivery,
     pub(crate) tokenizer: Option<Arc<Tokenizer>>,
+    /// The tools that were offered, whose calls are looked for in the answer.
+    pub(crate) tools: Option<Tools>,
     pub(crate) generation: Generation,
     /// Keeps the drain waiting until the answer is out.
     _visit: Visit,
@@ -77,9 +82,14 @@ impl Job {
         check_model(app, &mut fields)?;
         let delivery = delivery(&mut fields)?;
         let token_ids = fields.flag("return_token_ids")?.unwrap_or(false);
+        let tools = match api {
+            Api::Chat => tools::read(&mut fields)?,
+            Api::Completions => None,
+        };
+        let grammar = grammar(&mut fields, tools.as_ref())?;
         refused::refuse(&mut fields)?;
         let asked = match api {
-            Api::Chat => chat::read(app, &mut fields)?,
+            Api::Chat => chat::read(app, &mut fields, tools.as_ref())?,
             Api::Completions => completions::read(app, &mut fields)?,
         };
         app.report_unknown(&fields);
@@ -87,7 +97,12 @@ impl Job {
         check_queue(app)?;
         let Asked { prompts, params, logprobs } = asked;
         let samples = params.n;
-        let requests = prompts.iter().map(|prompt| Request::new(prompt.clone(), params.clone()));
+        let compile = |asked| app.grammars.compile(&app.service, asked);
+        let constraint = grammar.as_ref().map(compile).transpose()?;
+        let requests = prompts.iter().map(|prompt| Request {
+            constraint: constraint.clone(),
+            ..Request::new(prompt.clone(), params.clone())
+        });
         let generation = Generation::submit(app, requests.collect(), samples)?;
         let prefix = match api {
             Api::Chat => "chatcmpl",
@@ -103,6 +118,7 @@ impl Job {
             report: Report { logprobs, token_ids },
             delivery,
             tokenizer: app.service.tokenizer().cloned(),
+            tools,
             generation,
             _visit: visit,
         })
@@ -121,6 +137,14 @@ impl Job {
     /// Tokens of all prompts, each counted once.
     pub(crate) fn prompt_tokens(&self) -> usize {
         self.prompts.iter().map(Vec::len).sum()
+    }
+
+    /// Finds the calls of a choice; `None` where no tools were offered.
+    pub(crate) fn call_parser(&self, choice: usize) -> Option<CallParser> {
+        let tools = self.tools.as_ref()?;
+        let id = self.id.rsplit('-').next().unwrap_or_default();
+        let most = if tools.parallel { usize::MAX } else { 1 };
+        Some(CallParser::new(format!("{id}_{choice}"), most))
     }
 
     /// Spells this model's tokens.
@@ -144,6 +168,16 @@ fn check_model(app: &App, fields: &mut Fields) -> Result<(), ApiError> {
             Err(ApiError::no_model(&shown))
         }
         _ => Ok(()),
+    }
+}
+
+/// The grammar that is asked for, by a field of its own or by a tool that must be called.
+fn grammar(fields: &mut Fields, tools: Option<&Tools>) -> Result<Option<Structured>, BadField> {
+    let asked = structured::read(fields)?;
+    let forced = tools.map(Tools::structured).transpose()?.flatten();
+    match (asked, forced) {
+        (Some(asked), Some(_)) => Err(structured::only_one(asked.param)),
+        (asked, forced) => Ok(asked.or(forced)),
     }
 }
 

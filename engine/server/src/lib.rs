@@ -1,9 +1,10 @@
 //! OpenAI-compatible HTTP over an [`engine::Service`].
 //!
 //! `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions`, `/tokenize`, `/detokenize`,
-//! `/inference/v1/generate`, `/version`, `/metrics` and `/health`; answers whole or as server-sent events. Parameters are spelled as vLLM spells them, errors have OpenAI's
-//! form on every path. Leaves out structured output, tools and administration: asking for
-//! them is a 400 that names them. Nothing here prints, reads the environment or handles signals:
+//! `/inference/v1/generate`, `/version`, `/metrics` and `/health`; answers whole or as server-sent
+//! events. Parameters are spelled as vLLM spells them, errors have OpenAI's form on every path. Answers
+//! follow grammars, and call tools in the form of Hermes and Qwen. Leaves out administration; a feature
+//! that is not offered is a 400 that names it. Nothing here prints, reads the environment or handles signals:
 //! what is worth a log line goes to the callback of [`ServerConfig`].
 //!
 //! ```no_run
@@ -32,6 +33,9 @@ mod refused;
 mod routes;
 mod run_state;
 mod stream;
+mod structured;
+mod tool_calls;
+mod tools;
 
 pub use app::{Log, LogEvent, ServerConfig};
 pub use error::{Error, ErrorKind, Result};

@@ -189,16 +189,22 @@ fn message(map: &Map<String, Value>) -> Result<Message, String> {
     let used = |name: &str| {
         map.get(name).is_some_and(|value| !value.is_null() && *value != Value::Array(Vec::new()))
     };
-    if let Some(name) = ["tool_calls", "function_call"].into_iter().find(|name| used(name)) {
-        return Err(format!("has {name}, which this server does not offer"));
+    if used("function_call") {
+        return Err("has function_call, which this server does not offer".to_owned());
     }
+    let called = role == "assistant" && used("tool_calls");
     let content = match map.get("content") {
         Some(Value::String(text)) => text.clone(),
         Some(Value::Array(parts)) => parts.iter().map(part).collect::<Result<_, _>>()?,
+        None | Some(Value::Null) if called => String::new(),
         None | Some(Value::Null) => return Err("has no content".to_owned()),
         Some(other) => return Err(format!("has content that is {}", kind(other))),
     };
-    Ok(Message::new(&role, &content))
+    match role.as_str() {
+        "assistant" if called => crate::tools::assistant(map, content),
+        "tool" => crate::tools::result(map, content),
+        _ => Ok(Message::new(&role, &content)),
+    }
 }
 
 /// The text of one part of a message.

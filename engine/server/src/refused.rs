@@ -20,11 +20,10 @@ const IGNORED: [&str; 8] = [
 ];
 
 /// Features with the values that leave them off.
-fn refused() -> [(&'static str, Vec<Value>); 41] {
+fn refused() -> [(&'static str, Vec<Value>); 35] {
     let off = || vec![json!(false)];
     let none = Vec::new;
     [
-        ("response_format", vec![json!({"type": "text"})]),
         ("tools", vec![json!([])]),
         ("tool_choice", vec![json!("none"), json!("auto")]),
         ("functions", vec![json!([])]),
@@ -33,11 +32,6 @@ fn refused() -> [(&'static str, Vec<Value>); 41] {
         ("suffix", vec![json!("")]),
         ("prompt_logprobs", off()),
         ("echo", off()),
-        ("structured_outputs", none()),
-        ("guided_json", none()),
-        ("guided_regex", none()),
-        ("guided_choice", none()),
-        ("guided_grammar", none()),
         ("guided_decoding_backend", none()),
         ("guided_whitespace_pattern", none()),
         ("grammar", vec![json!("")]),

@@ -19,6 +19,7 @@ use crate::api_error::ApiError;
 use crate::chat::{self, ChunkChoice};
 use crate::completions::{self, TextChoice};
 use crate::job::{Api, Delivery, Job, StreamUsage};
+use crate::tool_calls::CallParser;
 
 /// Ends every stream.
 const DONE: &str = "data: [DONE]\n\n";
@@ -67,6 +68,8 @@ struct Streamer {
     meter: Meter,
     /// Characters of each choice so far, where log-probabilities report offsets.
     offsets: Vec<usize>,
+    /// Finds the calls of each choice, where tools were offered.
+    calls: Vec<Option<CallParser>>,
     ready: VecDeque<Bytes>,
     over: bool,
 }
@@ -74,8 +77,10 @@ struct Streamer {
 impl Streamer {
     fn new(job: Job) -> Self {
         let offsets = vec![0; job.choices()];
+        let calls = (0..job.choices()).map(|choice| job.call_parser(choice)).collect();
+        let ready = VecDeque::new();
         let mut streamer =
-            Self { job, meter: Meter::default(), offsets, ready: VecDeque::new(), over: false };
+            Self { job, meter: Meter::default(), offsets, calls, ready, over: false };
         if streamer.job.api == Api::Chat {
             let mut text = String::new();
             for index in 0..streamer.job.choices() {
@@ -125,7 +130,10 @@ impl Streamer {
     fn piece(&mut self, index: usize, event: Event, text: &mut String) {
         self.meter.count(&event);
         let choice = match self.job.api {
-            Api::Chat => chat::piece(&self.job, index, event).map(|piece| Choices::Chat([piece])),
+            Api::Chat => {
+                let calls = self.calls[index].as_mut();
+                chat::piece(&self.job, index, event, calls).map(|piece| Choices::Chat([piece]))
+            }
             Api::Completions => {
                 let offset = &mut self.offsets[index];
                 completions::piece(&self.job, index, event, offset)

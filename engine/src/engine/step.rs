@@ -17,16 +17,18 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use scheduler::{SeqId, Slice};
 
-use super::{Drawn, Engine, SampleRow};
+use super::Engine;
+use crate::draw::{Drawn, SampleRow, draw};
 use crate::error::{Error, Result};
+use crate::grammar::GrammarState;
 use crate::memory::LOGIT_ROWS;
 use crate::request::Event;
 
 /// What the owner of a failed sample is told.
 const PANICKED: &str = "a step panicked on this request";
 
-/// What was drawn for each sampling slice, in their order; `None` where the logits are not numbers.
-type Draws = Vec<(SeqId, Option<Drawn>)>;
+/// What was drawn for each sampling slice, in their order, or why nothing was.
+type Draws = Vec<(SeqId, std::result::Result<Drawn, String>)>;
 
 impl Engine {
     /// Runs one batch and returns what came of it, in the order of the batch.
@@ -85,12 +87,12 @@ impl Engine {
 
     /// Runs these of the planned slices, and draws for those that sample.
     fn compute(&mut self, range: std::ops::Range<usize>) -> Draws {
-        let slices = &self.slices[range];
         if let Some(fault) = &mut self.fault {
             let tokens = |slice: &Slice| self.scheduler.tokens(slice.seq);
-            fault(&slices.iter().map(tokens).collect::<Vec<_>>());
+            fault(&self.slices[range.clone()].iter().map(tokens).collect::<Vec<_>>());
         }
-        self.runner.forward(&self.scheduler, slices);
+        self.forward(range.clone());
+        let slices = &self.slices[range];
         let mut rows = Vec::with_capacity(slices.len());
         let mut end = 0;
         for slice in slices {
@@ -101,9 +103,33 @@ impl Engine {
         }
         let mut draws = Vec::with_capacity(rows.len());
         for rows in rows.chunks(LOGIT_ROWS) {
-            draws.extend(rows.iter().map(|row| row.seq).zip(self.draw(rows)));
+            let drawn = draw(&mut self.runner, &self.scheduler, &self.samples, rows);
+            draws.extend(rows.iter().map(|row| row.seq).zip(drawn));
         }
         draws
+    }
+
+    /// Runs these slices; meanwhile a thread finds what the grammars of their samples allow next.
+    fn forward(&mut self, range: std::ops::Range<usize>) {
+        let slices = &self.slices[range];
+        let sampling: Vec<SeqId> =
+            slices.iter().filter(|slice| slice.samples).map(|slice| slice.seq).collect();
+        let mut grammars: Vec<&mut GrammarState> = self
+            .samples
+            .iter_mut()
+            .filter(|(seq, sample)| sample.grammar.is_some() && sampling.contains(seq))
+            .filter_map(|(_, sample)| sample.grammar.as_mut())
+            .collect();
+        if grammars.is_empty() {
+            return self.runner.forward(&self.scheduler, slices);
+        }
+        std::thread::scope(|scope| {
+            let prepare = || grammars.iter_mut().for_each(|grammar| grammar.prepare());
+            // Without a thread they are prepared below.
+            let _refused = std::thread::Builder::new().spawn_scoped(scope, prepare);
+            self.runner.forward(&self.scheduler, slices);
+        });
+        grammars.iter_mut().for_each(|grammar| grammar.prepare());
     }
 
     /// [`compute`](Self::compute), with a panic as a value.
@@ -142,10 +168,12 @@ impl Engine {
     fn accept(&mut self, draws: Draws, events: &mut Vec<Event>) -> Result<()> {
         let mut sampled = Vec::with_capacity(draws.len());
         for (seq, drawn) in draws {
-            let Some(drawn) = drawn else {
-                let why = "the model's logits are not finite numbers".to_owned();
-                self.fail(seq, why, events);
-                continue;
+            let drawn = match drawn {
+                Ok(drawn) => drawn,
+                Err(why) => {
+                    self.fail(seq, why, events);
+                    continue;
+                }
             };
             let out = (&mut sampled, &mut *events);
             // What a panic leaves half done is the sample's own text, and the sample goes.

@@ -244,7 +244,7 @@ fn sampled_tokens_are_those_of_the_fast_engine() {
         seed: Some(seed),
         ..SamplingParams::default()
     };
-    fast.add(Request { prompt: prompt.clone(), params, cache_salt: 0 }).unwrap();
+    fast.add(Request::new(prompt.clone(), params)).unwrap();
     let mut want = vec![(Vec::new(), Vec::new()); 3];
     while fast.has_work() {
         for event in fast.step().unwrap() {

@@ -13,6 +13,7 @@ use tower::ServiceExt;
 use super::*;
 
 mod panics;
+mod structured;
 mod text;
 
 /// A directory that is removed again.
@@ -301,11 +302,9 @@ async fn faults_are_answered_in_one_form_and_the_next_request_is_served() {
         let (ok, _) = server.post(TEXT, &greedy(json!({"prompt": "a", "max_tokens": 1}))).await;
         assert_eq!(ok, 200);
     }
-    let tools = chat(json!({"tools": [{"type": "function"}]}));
-    let (status, answer) = server.post(CHAT, &tools).await;
+    let tools = greedy(json!({"prompt": "a", "tools": [{"type": "function"}]}));
+    let (status, answer) = server.post(TEXT, &tools).await;
     assert_eq!((status.as_u16(), &answer["error"]["param"]), (400, &json!("tools")));
-    let format = chat(json!({"response_format": {"type": "json_object"}}));
-    assert_eq!(server.post(CHAT, &format).await.1["error"]["param"], "response_format");
 }
 
 #[tokio::test]

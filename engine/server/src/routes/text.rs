@@ -37,7 +37,7 @@ pub(super) async fn tokenize(app: State<Arc<App>>, headers: HeaderMap, body: Bod
                 let add = if special { AddSpecial::Yes } else { AddSpecial::No };
                 tokenizer.encode(&text, add).map_err(|error| unprocessable("prompt", &error))?
             }
-            (None, Some(list)) => chat::prompt(app, &crate::params::messages(&list)?)?,
+            (None, Some(list)) => chat::prompt(app, &crate::params::messages(&list)?, None)?,
             _ => return Err(BadField::new("prompt", "either prompt or messages is needed").into()),
         };
         app.report_unknown(fields);
