@@ -33,6 +33,8 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// How long running requests may take to finish after the shutdown began.
     pub shutdown_timeout: Duration,
+    /// Curves of a training run in this process, shown by the web page; empty without one.
+    pub curves: crate::Curves,
     /// Receives what is worth a log line; must not block.
     pub log: Option<Log>,
 }
@@ -83,6 +85,7 @@ impl ServerConfig {
             default_params: None,
             max_body_bytes: 32 << 20,
             shutdown_timeout: Duration::from_secs(30),
+            curves: crate::Curves::default(),
             log: None,
         }
     }

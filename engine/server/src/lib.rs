@@ -1,6 +1,6 @@
 //! OpenAI-compatible HTTP over an [`engine::Service`].
 //!
-//! `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions` and `GET /health`; answers
+//! A web page at `/`, `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions` and `GET /health`; answers
 //! whole or as server-sent events. Parameters are spelled as vLLM spells them, errors have OpenAI's
 //! form on every path. Leaves out structured output, tools, metrics and administration: asking for
 //! them is a 400 that names them. Nothing here prints, reads the environment or handles signals:
@@ -26,6 +26,7 @@ mod fields;
 mod generation;
 mod job;
 mod logprobs;
+mod page;
 mod params;
 mod refused;
 mod routes;
@@ -34,5 +35,6 @@ mod stream;
 pub use app::{Log, LogEvent, ServerConfig};
 pub use error::{Error, ErrorKind, Result};
 pub use fields::{BadField, Fields};
+pub use page::Curves;
 pub use params::{default_params, messages, sampling_params};
 pub use routes::serve;
