@@ -77,11 +77,12 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
     let method = request.method().to_string();
     let path = request.uri().path().to_owned();
     let name = request_name(request.headers(), app.next_id());
-    let mut response = if path == "/health" || app.keys.admit(request.headers()) {
-        next.run(request).await
-    } else {
-        ApiError::unauthorized().into_response()
-    };
+    let mut response =
+        if matches!(path.as_str(), "/" | "/health") || app.keys.admit(request.headers()) {
+            next.run(request).await
+        } else {
+            ApiError::unauthorized().into_response()
+        };
     if let Ok(value) = HeaderValue::from_str(&name) {
         response.headers_mut().insert(REQUEST_ID, value);
     }

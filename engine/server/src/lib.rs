@@ -1,7 +1,7 @@
 //! OpenAI-compatible HTTP over an [`engine::Service`].
 //!
-//! `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions`, `/tokenize`, `/detokenize`,
-//! `/inference/v1/generate`, `/version`, `/metrics` and `/health`; answers whole or as server-sent
+//! A web page at `/`, `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions`,
+//! `/tokenize`, `/detokenize`, `/inference/v1/generate`, `/version`, `/metrics` and `/health`; answers whole or as server-sent
 //! events. Parameters are spelled as vLLM spells them, errors have OpenAI's form on every path. Answers
 //! follow grammars, and call tools in the form of Hermes and Qwen. Leaves out administration; a feature
 //! that is not offered is a 400 that names it. Nothing here prints, reads the environment or handles signals:
@@ -28,6 +28,7 @@ mod generation;
 mod job;
 mod logprobs;
 mod metrics;
+mod page;
 mod params;
 mod refused;
 mod routes;

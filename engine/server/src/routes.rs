@@ -23,7 +23,7 @@ use crate::api_error::ApiError;
 use crate::app::{App, LogEvent, ServerConfig};
 use crate::error::{Error, Result};
 use crate::job::{Api, Delivery, Job, transport};
-use crate::stream;
+use crate::{page, stream};
 
 mod text;
 
@@ -96,6 +96,8 @@ async fn drain(app: &App, shutdown: impl Future<Output = ()>, stop: oneshot::Sen
 /// All routes over `app`.
 pub(crate) fn router(app: Arc<App>) -> Router {
     Router::new()
+        .route("/", get(page::page))
+        .route("/engine/state", get(page::state))
         .route("/health", get(health))
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))

@@ -1,0 +1,48 @@
+"""The openai package of Python: models, chat, completions, streams, log-probabilities, error classes."""
+import os
+
+import openai
+
+BASE, KEY = os.environ["BASE"] + "/v1", os.environ["API_KEY"]
+client = openai.OpenAI(base_url=BASE, api_key=KEY, max_retries=0, timeout=30)
+ASK = dict(model="arith", messages=[{"role": "user", "content": "47+25="}], temperature=0)
+
+assert [m.id for m in client.models.list()] == ["arith"]
+whole = client.chat.completions.create(**ASK, logprobs=True, top_logprobs=3)
+choice = whole.choices[0]
+assert choice.message.content.strip() and choice.finish_reason == "stop", whole
+assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+for token in choice.logprobs.content:
+    assert token.logprob <= 0 and len(token.top_logprobs) == 3
+    assert abs(token.top_logprobs[0].logprob - token.logprob) < 1e-5, "greedy takes the likeliest"
+
+text, usage = "", None
+for chunk in client.chat.completions.create(**ASK, stream=True, stream_options={"include_usage": True}):
+    if chunk.choices:
+        text += chunk.choices[0].delta.content or ""
+    usage = chunk.usage or usage
+assert text == choice.message.content and usage.total_tokens == whole.usage.total_tokens
+
+PROMPT = dict(model="arith", prompt="1+1=", max_tokens=4, seed=7)
+one, two = (client.completions.create(**PROMPT, logprobs=2).choices[0] for _ in range(2))
+assert one.text == two.text, "a seed reproduces"
+assert len(one.logprobs.tokens) == len(one.logprobs.token_logprobs)
+pieces = client.completions.create(**PROMPT, stream=True)
+assert "".join(p.choices[0].text for p in pieces) == one.text
+assert len(client.completions.create(**PROMPT, n=3).choices) == 3
+
+
+def raises(kind, status, call):
+    try:
+        call()
+    except kind as error:
+        assert error.status_code == status and error.body["message"], error
+        return error
+    raise AssertionError(f"{kind.__name__} was not raised")
+
+
+bad = raises(openai.BadRequestError, 400, lambda: client.chat.completions.create(**{**ASK, "temperature": -1}))
+assert bad.param == "temperature" and bad.code == "invalid_value", bad.body
+raises(openai.NotFoundError, 404, lambda: client.chat.completions.create(**{**ASK, "model": "other"}))
+raises(openai.AuthenticationError, 401, client.with_options(api_key="wrong").models.list)
+print("left out: RateLimitError, the server under test has no queue limit set")
