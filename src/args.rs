@@ -246,6 +246,9 @@ pub(crate) struct ApiArgs {
     /// Sequences that may wait; further requests get 429 [default: all may]
     #[arg(long, value_name = "N")]
     pub(crate) max_queued_requests: Option<usize>,
+    /// Seconds that a request may take, queue included [default: any]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) request_timeout: Option<f64>,
     /// Names under /metrics: engine_... (own), or vllm:... too
     #[arg(long, value_enum, default_value_t = MetricsCompat::Own)]
     pub(crate) metrics_compat: MetricsCompat,

@@ -22,7 +22,7 @@ pub(crate) fn run(args: ServeArgs, terminal: &Terminal) -> Result<()> {
     let listener = listen(&name, (args.host.as_str(), args.port))?;
     let signals = Signals::listen()?;
     let service = Service::start(model::load(&args.model, &config, terminal)?)?;
-    let server_config = server_config(&args.model, &args.api, *terminal);
+    let server_config = server_config(&args.model, &args.api, *terminal)?;
     host(service, server_config, listener, (terminal, signals.wait()))
 }
 
@@ -58,7 +58,11 @@ pub(crate) fn listen(name: &str, address: impl ToSocketAddrs) -> Result<TcpListe
 }
 
 /// How a server of `model` behaves.
-pub(crate) fn server_config(model: &str, args: &ApiArgs, terminal: Terminal) -> ServerConfig {
+pub(crate) fn server_config(
+    model: &str,
+    args: &ApiArgs,
+    terminal: Terminal,
+) -> Result<ServerConfig> {
     let mut config = ServerConfig::new(model);
     if !args.served_model_name.is_empty() {
         config.model_names.clone_from(&args.served_model_name);
@@ -71,12 +75,23 @@ pub(crate) fn server_config(model: &str, args: &ApiArgs, terminal: Terminal) -> 
     config.max_body_bytes = usize::try_from(args.max_body_bytes).unwrap_or(usize::MAX);
     config.shutdown_timeout = Duration::from_secs(args.shutdown_timeout);
     config.max_queued_requests = args.max_queued_requests;
+    config.request_timeout = args.request_timeout.map(seconds).transpose()?;
     config.metrics = match args.metrics_compat {
         MetricsCompat::Own => MetricsNames::Own,
         MetricsCompat::Vllm => MetricsNames::Vllm,
     };
     config.log = Some(Arc::new(move |event| log(&terminal, event)));
-    config
+    Ok(config)
+}
+
+/// A time limit in seconds.
+fn seconds(given: f64) -> Result<Duration> {
+    match Duration::try_from_secs_f64(given) {
+        Ok(limit) if !limit.is_zero() => Ok(limit),
+        _ => Err(Failure::usage(format!(
+            "--request-timeout is {given}, limit is more than 0 seconds"
+        ))),
+    }
 }
 
 fn log(terminal: &Terminal, event: &LogEvent) {

@@ -41,7 +41,7 @@ impl Door {
     ) -> Result<Option<Self>> {
         let Some(address) = &args.serve else { return Ok(None) };
         let listener = serve::listen(address, address)?;
-        let mut server = serve::server_config(&config.model.path, &args.api, *terminal);
+        let mut server = serve::server_config(&config.model.path, &args.api, *terminal)?;
         server.run = Some(RunState::new(config.trainer.total_steps));
         Ok(Some(Self { listener, config: server }))
     }

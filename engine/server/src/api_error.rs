@@ -1,5 +1,7 @@
 //! Errors as OpenAI's API words them: `{"error": {"message", "type", "param", "code"}}`.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -61,6 +63,12 @@ impl ApiError {
     pub(crate) fn draining() -> Self {
         let message = "server is shutting down".to_owned();
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "draining", message)
+    }
+
+    /// The request took longer than it may.
+    pub(crate) fn deadline(limit: Duration) -> Self {
+        let message = format!("request was not done in time, limit is {} s", limit.as_secs_f64());
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", "deadline_exceeded", message)
     }
 
     /// The queue is full.

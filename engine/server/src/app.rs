@@ -36,8 +36,13 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// How long running requests may take to finish after the shutdown began.
     pub shutdown_timeout: Duration,
-    /// Sequences that may wait for room; further requests get 429. `None` lets all wait.
+    /// Sequences that may wait for room; further requests get 429. `None` lets all wait. Counted as of
+    /// the engine's last step, so requests that come together may all be let in.
     pub max_queued_requests: Option<usize>,
+    /// How long a request may take, queue included; then its samples are aborted. `None`: any time.
+    pub request_timeout: Option<Duration>,
+    /// Time without a token after which a stream gets a comment, so that proxies keep it open.
+    pub keep_alive: Duration,
     /// Names of the series under `/metrics`.
     pub metrics: MetricsNames,
     /// Receives what is worth a log line; must not block.
@@ -93,6 +98,8 @@ impl ServerConfig {
             max_body_bytes: 32 << 20,
             shutdown_timeout: Duration::from_secs(30),
             max_queued_requests: None,
+            request_timeout: None,
+            keep_alive: Duration::from_secs(15),
             metrics: MetricsNames::Own,
             log: None,
             run: None,

@@ -5,9 +5,11 @@
 //! gives its blocks back.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use engine::{ErrorKind, Event, Request, RequestId, Sent, Service};
 use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
 
 use crate::api_error::ApiError;
 use crate::app::{App, Live};
@@ -25,6 +27,8 @@ pub(crate) struct Generation {
     live: Arc<Live>,
     metrics: Arc<Metrics>,
     timer: Timer,
+    /// When the answer has to be whole, and how long that was from its begin.
+    deadline: Option<(Instant, Duration)>,
     events: mpsc::Receiver<(usize, Event)>,
     ids: Vec<RequestId>,
     /// Samples that have not ended.
@@ -48,6 +52,7 @@ impl Generation {
             live: Arc::clone(&app.live),
             metrics: Arc::clone(&app.metrics),
             timer: Timer::new(open),
+            deadline: app.config.request_timeout.map(|limit| (Instant::now() + limit, limit)),
             events,
             ids: Vec::new(),
             open,
@@ -72,12 +77,18 @@ impl Generation {
     /// The next event and the choice it belongs to; `None` when every sample has ended.
     ///
     /// # Errors
-    /// When a sample failed, the engine stopped, or the client lagged too far behind.
+    /// When a sample failed, the engine stopped, the client lagged too far behind, or the time is over.
     pub(crate) async fn next(&mut self) -> Result<Option<(usize, Event)>, ApiError> {
         if self.open == 0 {
             return Ok(None);
         }
-        let Some((choice, event)) = self.events.recv().await else {
+        let event = match self.deadline {
+            None => self.events.recv().await,
+            Some((deadline, limit)) => timeout_at(deadline, self.events.recv())
+                .await
+                .map_err(|_elapsed| ApiError::deadline(limit))?,
+        };
+        let Some((choice, event)) = event else {
             return Err(ApiError::internal("generation ended early"));
         };
         self.count(choice, &event)?;
@@ -110,6 +121,7 @@ impl Drop for Generation {
                 self.service.abort(*id);
             }
         }
+        self.metrics.aborted(self.open);
     }
 }
 

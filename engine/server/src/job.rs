@@ -1,6 +1,7 @@
 //! A request that has been read, checked and handed to the engine.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::http::StatusCode;
 use engine::{Request, SamplingParams, Service, Tokenizer};
@@ -70,6 +71,8 @@ pub(crate) struct Job {
     /// The tools that were offered, whose calls are looked for in the answer.
     pub(crate) tools: Option<Tools>,
     pub(crate) generation: Generation,
+    /// Time without an event after which a stream gets a comment.
+    pub(crate) keep_alive: Duration,
     /// Keeps the drain waiting until the answer is out.
     _visit: Visit,
 }
@@ -120,6 +123,7 @@ impl Job {
             tokenizer: app.service.tokenizer().cloned(),
             tools,
             generation,
+            keep_alive: app.config.keep_alive,
             _visit: visit,
         })
     }

@@ -113,6 +113,11 @@ impl Metrics {
         counts.samples.add(samples as f64);
     }
 
+    /// So many samples were given up because their client left, or their time was over.
+    pub(crate) fn aborted(&self, samples: usize) {
+        self.locked().finished[2] += samples as u64;
+    }
+
     /// All series. `model` is the label of each.
     pub(crate) fn text(&self, status: &Status, model: &str, names: MetricsNames) -> String {
         let counts = self.locked().clone();

@@ -13,6 +13,7 @@ use axum::response::Response;
 use engine::Event;
 use futures_util::stream;
 use serde::Serialize;
+use tokio::time::timeout;
 
 use crate::answer::{Meter, Usage};
 use crate::api_error::ApiError;
@@ -23,6 +24,9 @@ use crate::tool_calls::CallParser;
 
 /// Ends every stream.
 const DONE: &str = "data: [DONE]\n\n";
+
+/// A comment that keeps a stream open while there is nothing to say.
+const KEEP_ALIVE: &str = ": keep-alive\n\n";
 
 /// The answer to `job` as a stream.
 pub(crate) fn response(job: Job) -> Response {
@@ -103,7 +107,13 @@ impl Streamer {
                 return None;
             }
             let mut text = String::new();
-            if let Err(error) = self.gather(&mut text).await {
+            // Cut short before the next event only, so nothing is lost.
+            let gathered = timeout(self.job.keep_alive, self.gather(&mut text)).await;
+            let Ok(gathered) = gathered else {
+                self.ready.push_back(Bytes::from_static(KEEP_ALIVE.as_bytes()));
+                continue;
+            };
+            if let Err(error) = gathered {
                 text.push_str(&format!("data: {}\n\n{DONE}", error.to_json()));
                 self.over = true;
             }

@@ -123,7 +123,9 @@ fn completion_body(mut fields: Fields) -> Result<Value, ApiError> {
     body.entry("logprobs").or_insert(Value::from(0));
     // What is left is reported, or refused, by the completions API.
     for name in fields.names().map(str::to_owned).collect::<Vec<_>>() {
-        body.entry(name).or_insert(Value::from(true));
+        if let Some(value) = fields.take(&name) {
+            body.entry(name).or_insert(value);
+        }
     }
     Ok(Value::Object(body))
 }
@@ -133,6 +135,8 @@ fn completion_body(mut fields: Fields) -> Result<Value, ApiError> {
 struct Sample {
     tokens: Vec<u32>,
     logprobs: Vec<f32>,
+    /// The most likely tokens of each place, as many as were asked for.
+    top: Vec<Vec<(u32, f32)>>,
     versions: Vec<u64>,
     finish_reason: Option<&'static str>,
     stop_reason: Option<Value>,
@@ -148,6 +152,7 @@ async fn choices(mut job: Job) -> Result<Value, ApiError> {
             Event::Token(token) => {
                 sample.tokens.push(token.token);
                 sample.logprobs.push(token.logprob);
+                sample.top.push(token.top);
                 sample.versions.push(token.version.0);
             }
             Event::Finished(end) => {
@@ -157,10 +162,12 @@ async fn choices(mut job: Job) -> Result<Value, ApiError> {
         }
     }
     let choices = samples.into_iter().enumerate().map(|(index, sample)| {
+        let asked = sample.top.iter().any(|top| !top.is_empty());
         json!({
             "index": index,
             "token_ids": sample.tokens,
             "logprobs": sample.logprobs,
+            "top_logprobs": asked.then_some(sample.top),
             "finish_reason": sample.finish_reason,
             "stop_reason": sample.stop_reason,
             "weight_versions": spans(&sample.versions),

@@ -83,6 +83,7 @@ async fn a_bad_request_for_tokens_names_its_field() {
         (json!({"token_ids": [1], "sampling_params": {"prompt": "x"}}), "sampling_params"),
         (json!({"token_ids": [1], "sampling_params": {"temperature": -1}}), "temperature"),
         (json!({"token_ids": [], "sampling_params": {}}), "prompt"),
+        (json!({"token_ids": [1], "n": "2"}), "n"),
     ] {
         let (status, answer) = server.post("/inference/v1/generate", &body).await;
         assert_eq!(status, StatusCode::BAD_REQUEST, "{body}");
@@ -138,4 +139,51 @@ async fn a_full_queue_turns_requests_away() {
 async fn the_version_is_the_packages() {
     let body = json_of(Server::new().send(get_request("/version")).await).await;
     assert_eq!(body["version"], env!("CARGO_PKG_VERSION"));
+}
+
+#[tokio::test]
+async fn a_request_that_takes_too_long_ends_with_504_and_is_counted() {
+    let server = Server::with(|config| config.request_timeout = Some(Duration::from_millis(1)));
+    let body = greedy(json!({"prompt": "a", "max_tokens": 200}));
+    let (status, answer) = server.post(TEXT, &body).await;
+    assert_eq!(status, StatusCode::GATEWAY_TIMEOUT);
+    assert_eq!(answer["error"]["type"], "timeout_error");
+    assert_eq!(answer["error"]["code"], "deadline_exceeded");
+    assert_eq!(answer["error"]["message"], "request was not done in time, limit is 0.001 s");
+    let text = text_of(server.send(get_request("/metrics")).await).await;
+    let aborted = "engine_request_success_total{model_name=\"tiny\",finished_reason=\"abort\"}";
+    assert_eq!(series(&text, aborted), 1.0);
+    // In a stream, the status is out already: the error is its last event.
+    let mut body = body;
+    body["stream"] = json!(true);
+    let events = server.events(TEXT, &body).await;
+    assert_eq!(events.last().unwrap()["error"]["code"], "deadline_exceeded");
+}
+
+#[tokio::test]
+async fn a_silent_stream_is_kept_open_by_comments() {
+    let mut engine = engine();
+    engine.inject_fault(|_| std::thread::sleep(Duration::from_millis(20)));
+    let mut config = ServerConfig::new("tiny");
+    config.keep_alive = Duration::from_millis(1);
+    let app = App::new(Arc::new(Service::start(engine).unwrap()), config).unwrap();
+    let server = Server { app, log: Arc::default() };
+    let body = greedy(json!({"prompt": "a", "stream": true}));
+    let text = text_of(server.send(post_request(TEXT, body.to_string())).await).await;
+    assert!(text.contains(": keep-alive\n\n"), "{text}");
+    let tokens = text.lines().filter(|line| line.starts_with("data: {")).count();
+    assert!(tokens >= 8 && text.ends_with("data: [DONE]\n\n"), "{text}");
+}
+
+#[tokio::test]
+async fn alternatives_come_with_token_ids() {
+    let server = Server::new();
+    let params = json!({"temperature": 0, "max_tokens": 2, "ignore_eos": true, "logprobs": 3});
+    let body = json!({"token_ids": [5, 6], "sampling_params": params, "echo": false});
+    let (status, answer) = server.post("/inference/v1/generate", &body).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    let choice = &answer["choices"][0];
+    let top = choice["top_logprobs"][0].as_array().unwrap();
+    assert!(top.len() >= 3);
+    assert_eq!(top[0][0], choice["token_ids"][0]);
 }
