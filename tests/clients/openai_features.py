@@ -5,7 +5,7 @@ import os
 import openai
 
 client = openai.OpenAI(base_url=os.environ["BASE"] + "/v1", api_key=os.environ["API_KEY"], max_retries=0, timeout=60)
-ASK = dict(model="arith", messages=[{"role": "user", "content": "1+1="}], temperature=0, max_tokens=64)
+ASK = dict(model="arith", messages=[{"role": "user", "content": "1+1="}], temperature=0, max_tokens=400)
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "pick", "parameters": SCHEMA}}
 
@@ -24,6 +24,6 @@ def attempt(name, **fields):
 form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}
 if choice := attempt("response_format", response_format=form):
     assert json.loads(choice.message.content)["a"] in ("x", "y"), choice
-if choice := attempt("tools", tools=[TOOL], tool_choice="required"):
+if choice := attempt("tools", tools=[TOOL], tool_choice="required", parallel_tool_calls=False):
     call = choice.message.tool_calls[0].function
     assert call.name == "pick" and json.loads(call.arguments)["a"] in ("x", "y"), choice
