@@ -84,6 +84,10 @@ impl Generation {
         }
         let event = match self.deadline {
             None => self.events.recv().await,
+            // An event that is there already would win against a deadline that is over.
+            Some((deadline, limit)) if Instant::now() >= deadline => {
+                return Err(ApiError::deadline(limit));
+            }
             Some((deadline, limit)) => timeout_at(deadline, self.events.recv())
                 .await
                 .map_err(|_elapsed| ApiError::deadline(limit))?,

@@ -141,15 +141,25 @@ async fn the_version_is_the_packages() {
     assert_eq!(body["version"], env!("CARGO_PKG_VERSION"));
 }
 
+/// A server whose engine takes 20 ms for each batch.
+fn slow(change: impl FnOnce(&mut ServerConfig)) -> Server {
+    let mut engine = engine();
+    engine.inject_fault(|_| std::thread::sleep(Duration::from_millis(20)));
+    let mut config = ServerConfig::new("tiny");
+    change(&mut config);
+    let app = App::new(Arc::new(Service::start(engine).unwrap()), config).unwrap();
+    Server { app, log: Arc::default() }
+}
+
 #[tokio::test]
 async fn a_request_that_takes_too_long_ends_with_504_and_is_counted() {
-    let server = Server::with(|config| config.request_timeout = Some(Duration::from_millis(1)));
+    let server = slow(|config| config.request_timeout = Some(Duration::from_millis(50)));
     let body = greedy(json!({"prompt": "a", "max_tokens": 200}));
     let (status, answer) = server.post(TEXT, &body).await;
     assert_eq!(status, StatusCode::GATEWAY_TIMEOUT);
     assert_eq!(answer["error"]["type"], "timeout_error");
     assert_eq!(answer["error"]["code"], "deadline_exceeded");
-    assert_eq!(answer["error"]["message"], "request was not done in time, limit is 0.001 s");
+    assert_eq!(answer["error"]["message"], "request was not done in time, limit is 0.05 s");
     let text = text_of(server.send(get_request("/metrics")).await).await;
     let aborted = "engine_request_success_total{model_name=\"tiny\",finished_reason=\"abort\"}";
     assert_eq!(series(&text, aborted), 1.0);
@@ -162,12 +172,7 @@ async fn a_request_that_takes_too_long_ends_with_504_and_is_counted() {
 
 #[tokio::test]
 async fn a_silent_stream_is_kept_open_by_comments() {
-    let mut engine = engine();
-    engine.inject_fault(|_| std::thread::sleep(Duration::from_millis(20)));
-    let mut config = ServerConfig::new("tiny");
-    config.keep_alive = Duration::from_millis(1);
-    let app = App::new(Arc::new(Service::start(engine).unwrap()), config).unwrap();
-    let server = Server { app, log: Arc::default() };
+    let server = slow(|config| config.keep_alive = Duration::from_millis(1));
     let body = greedy(json!({"prompt": "a", "stream": true}));
     let text = text_of(server.send(post_request(TEXT, body.to_string())).await).await;
     assert!(text.contains(": keep-alive\n\n"), "{text}");
