@@ -20,7 +20,7 @@ use tokio::time::{sleep, timeout};
 use crate::access::guard;
 use crate::answer::whole;
 use crate::api_error::ApiError;
-use crate::app::{App, LogEvent, ServerConfig};
+use crate::app::{App, LogEvent, ServerConfig, Visit};
 use crate::error::{Error, Result};
 use crate::job::{Api, Delivery, Job, transport};
 use crate::{page, stream};
@@ -176,17 +176,28 @@ async fn generate(
     headers: &HeaderMap,
     body: Body,
 ) -> std::result::Result<Response, ApiError> {
-    let visit = app.live.enter()?;
-    let body = body.map_err(|rejection| too_large(&app, &rejection))?;
-    check_content_type(headers)?;
-    let start = move || Job::start(&app, visit, api, &body);
-    let job = tokio::task::spawn_blocking(start)
-        .await
-        .map_err(|_panicked| ApiError::internal("the request could not be read"))??;
+    let start = move |app: &App, visit, body: &[u8]| Job::start(app, visit, api, body);
+    let job = read(app, headers, body, start).await?;
     match job.delivery {
         Delivery::Whole => whole(job).await,
         Delivery::Stream { .. } => Ok(stream::response(job)),
     }
+}
+
+/// Lets a request in and has `make` read its body, which takes processor time, away from the async
+/// threads.
+async fn read<T: Send + 'static>(
+    app: Arc<App>,
+    headers: &HeaderMap,
+    body: Body,
+    make: impl FnOnce(&App, Visit, &[u8]) -> std::result::Result<T, ApiError> + Send + 'static,
+) -> std::result::Result<T, ApiError> {
+    let visit = app.live.enter()?;
+    let body = body.map_err(|rejection| too_large(&app, &rejection))?;
+    check_content_type(headers)?;
+    tokio::task::spawn_blocking(move || make(&app, visit, &body))
+        .await
+        .map_err(|_panicked| ApiError::internal("the request could not be read"))?
 }
 
 fn too_large(app: &App, rejection: &BytesRejection) -> ApiError {

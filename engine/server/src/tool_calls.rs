@@ -121,12 +121,12 @@ impl CallParser {
             State::Arguments(nesting) => {
                 let Some(end) = nesting.end(&self.held) else {
                     let rest = std::mem::take(&mut self.held);
-                    self.tell(None, rest, parsed);
+                    self.tell(rest, parsed);
                     return false;
                 };
                 let rest = self.held.split_off(end);
                 let last = std::mem::replace(&mut self.held, rest);
-                self.tell(None, last, parsed);
+                self.tell(last, parsed);
                 self.state = State::Tail;
                 true
             }
@@ -159,16 +159,7 @@ impl CallParser {
     fn head(&mut self, parsed: &mut Parsed) -> bool {
         if let Some((name, at)) = canonical(&self.held) {
             self.held.drain(..at);
-            let (index, id) = (self.calls, self.next_id());
-            self.calls += 1;
-            if index < self.most {
-                parsed.calls.push(CallDelta {
-                    index,
-                    id: Some(id),
-                    r#type: Some("function"),
-                    function: FunctionDelta { name: Some(name), arguments: String::new() },
-                });
-            }
+            self.open(name, String::new(), parsed);
             self.state = State::Arguments(Nesting::default());
             return true;
         }
@@ -191,36 +182,37 @@ impl CallParser {
             Some(other) => other.to_string(),
             None => "{}".to_owned(),
         };
-        let (index, id) = (self.calls, self.next_id());
-        self.calls += 1;
-        if index < self.most {
-            parsed.calls.push(CallDelta {
-                index,
-                id: Some(id),
-                r#type: Some("function"),
-                function: FunctionDelta { name: Some(name.to_owned()), arguments },
-            });
-        }
+        self.open(name.to_owned(), arguments, parsed);
         true
     }
 
+    /// Counts a call and tells its beginning, unless there have been as many as may be.
+    fn open(&mut self, name: String, arguments: String, parsed: &mut Parsed) {
+        let index = self.calls;
+        if index < self.most {
+            parsed.calls.push(CallDelta {
+                index,
+                id: Some(format!("call_{}_{index}", self.id)),
+                r#type: Some("function"),
+                function: FunctionDelta { name: Some(name), arguments },
+            });
+        }
+        self.calls += 1;
+    }
+
     /// Tells a piece of the arguments of the call that is being read.
-    fn tell(&self, name: Option<String>, arguments: String, parsed: &mut Parsed) {
+    fn tell(&self, arguments: String, parsed: &mut Parsed) {
         let index = self.calls - 1;
         if arguments.is_empty() || index >= self.most {
             return;
         }
-        let function = FunctionDelta { name, arguments };
+        let function = FunctionDelta { name: None, arguments };
         match parsed.calls.last_mut().filter(|last| last.index == index) {
             Some(last) if last.id.is_none() => {
                 last.function.arguments.push_str(&function.arguments)
             }
             _ => parsed.calls.push(CallDelta { index, id: None, r#type: None, function }),
         }
-    }
-
-    fn next_id(&self) -> String {
-        format!("call_{}_{}", self.id, self.calls)
     }
 }
 

@@ -13,7 +13,7 @@ use engine::text::{AddSpecial, SkipSpecial};
 use engine::{Event, Tokenizer};
 use serde_json::{Map, Value, json};
 
-use super::{Body, check_content_type, too_large};
+use super::{Body, read};
 use crate::answer::{Meter, stop_reason};
 use crate::api_error::ApiError;
 use crate::app::App;
@@ -28,7 +28,8 @@ pub(super) async fn version() -> Json<Value> {
 
 /// `POST /tokenize`: `prompt` or `messages` become `tokens`.
 pub(super) async fn tokenize(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
-    answer(app.0, &headers, body, |app, fields| {
+    let made = read(app.0, &headers, body, |app, _visit, body| {
+        let fields = &mut Fields::parse(body)?;
         let strings = fields.flag("return_token_strs")?.unwrap_or(false);
         let special = fields.flag("add_special_tokens")?.unwrap_or(true);
         let tokenizer = tokenizer(app)?;
@@ -51,13 +52,14 @@ pub(super) async fn tokenize(app: State<Arc<App>>, headers: HeaderMap, body: Bod
             "tokens": tokens,
             "token_strs": spelled,
         }))
-    })
-    .await
+    });
+    answer(made.await)
 }
 
 /// `POST /detokenize`: `tokens` become `prompt`.
 pub(super) async fn detokenize(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
-    answer(app.0, &headers, body, |app, fields| {
+    let made = read(app.0, &headers, body, |app, _visit, body| {
+        let fields = &mut Fields::parse(body)?;
         let tokenizer = tokenizer(app)?;
         let tokens = fields.tokens("tokens")?;
         let tokens = tokens.ok_or_else(|| BadField::new("tokens", "tokens is missing"))?;
@@ -69,27 +71,20 @@ pub(super) async fn detokenize(app: State<Arc<App>>, headers: HeaderMap, body: B
         app.report_unknown(fields);
         let text = tokenizer.decode(&tokens, SkipSpecial::No);
         Ok(json!({"prompt": text.map_err(|error| unprocessable("tokens", &error))?}))
-    })
-    .await
+    });
+    answer(made.await)
 }
 
 /// `POST /inference/v1/generate`: `token_ids` and `sampling_params` become choices of token ids.
 pub(super) async fn generate(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
-    let run = async {
-        let app = app.0;
-        let visit = app.live.enter()?;
-        let body = body.map_err(|rejection| too_large(&app, &rejection))?;
-        check_content_type(&headers)?;
-        let start = move || {
-            let body = completion_body(Fields::parse(&body)?)?;
-            Job::start(&app, visit, Api::Completions, body.to_string().as_bytes())
-        };
-        let job = tokio::task::spawn_blocking(start).await;
-        let job =
-            job.map_err(|_panicked| ApiError::internal("the request could not be read"))??;
-        choices(job).await
+    let start = |app: &App, visit, body: &[u8]| {
+        let body = completion_body(Fields::parse(body)?)?;
+        Job::start(app, visit, Api::Completions, body.to_string().as_bytes())
     };
-    run.await.map_or_else(IntoResponse::into_response, |value| Json(value).into_response())
+    match read(app.0, &headers, body, start).await {
+        Ok(job) => answer(choices(job).await),
+        Err(error) => error.into_response(),
+    }
 }
 
 /// The same request in the words of the completions API.
@@ -193,25 +188,8 @@ fn spans(versions: &[u64]) -> Vec<Value> {
     runs.collect()
 }
 
-/// Reads a body away from the async threads and answers what `make` makes of it.
-async fn answer(
-    app: Arc<App>,
-    headers: &HeaderMap,
-    body: Body,
-    make: impl FnOnce(&App, &mut Fields) -> Result<Value, ApiError> + Send + 'static,
-) -> Response {
-    let made = async {
-        let _visit = app.live.enter()?;
-        let body = body.map_err(|rejection| too_large(&app, &rejection))?;
-        check_content_type(headers)?;
-        let work = {
-            let app = Arc::clone(&app);
-            move || make(&app, &mut Fields::parse(&body)?)
-        };
-        let done = tokio::task::spawn_blocking(work).await;
-        done.map_err(|_panicked| ApiError::internal("the request could not be read"))?
-    };
-    made.await.map_or_else(IntoResponse::into_response, |value| Json(value).into_response())
+fn answer(made: Result<Value, ApiError>) -> Response {
+    made.map_or_else(IntoResponse::into_response, |value| Json(value).into_response())
 }
 
 fn tokenizer(app: &App) -> Result<Arc<Tokenizer>, ApiError> {
