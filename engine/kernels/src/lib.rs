@@ -34,7 +34,7 @@ pub use attention::{Attention, AttnBackward, AttnFamily, AttnScratch, AttnSeq};
 pub use cpu::{Level, features};
 pub use dtype::{Dtype, KvDtype};
 pub use gemm::{Operand, Scratch, Write};
-pub use head::{HeadBackward, HeadScratch};
+pub use head::{HeadBackward, HeadScratch, ROW_BLOCK};
 pub use kv::KvCache;
 pub use linear::{Input, Linear};
 pub use matrix::Matrix;

@@ -165,7 +165,7 @@ mod tiles {
     //! Four chains of AMX tile products, as many as hide their latency.
     //!
     //! ```text
-    //! four tiles of sums = 0;  two tiles of x, two of w = 0
+    //! four tiles of sums, two of x, two of w = 0
     //! repeat: each of the sums += one of x times one of w     the data changes no instruction's time
     //! ```
 
@@ -173,35 +173,14 @@ mod tiles {
 
     use super::multiply::STEPS;
     use crate::cpu::Amx;
-
-    /// The operand of `ldtilecfg`: palette 1; bytes per row from byte 16 on, rows from byte 48 on.
-    #[repr(C, align(64))]
-    struct Configuration([u8; 64]);
-
-    impl Configuration {
-        /// Eight tiles of 16 rows by 64 bytes.
-        const fn all_full() -> Self {
-            let mut bytes = [0; 64];
-            bytes[0] = 1;
-            let mut tile = 0;
-            while tile < 8 {
-                bytes[16 + 2 * tile] = 64;
-                bytes[48 + tile] = 16;
-                tile += 1;
-            }
-            Self(bytes)
-        }
-    }
-
-    static CONFIGURATION: Configuration = Configuration::all_full();
+    use crate::gemm::amx::tiles::Tiles;
 
     /// Runs [`STEPS`] steps of four products on this thread.
-    pub(super) fn products(_proof: Amx) {
-        // SAFETY: the token proves AMX and the permission to use it; the configuration is valid for
-        // palette 1 and is released again, no compiled code uses tiles, and no memory is written.
+    pub(super) fn products(proof: Amx) {
+        let _configured = Tiles::new(proof);
+        // SAFETY: this thread holds the tiles, no compiled code uses them, and no memory is touched.
         unsafe {
             asm!(
-                "ldtilecfg [{configuration}]",
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
                 "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
                 "2:",
@@ -210,12 +189,10 @@ mod tiles {
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 "dec {steps}", "jnz 2b",
-                "tilerelease",
-                configuration = in(reg) &raw const CONFIGURATION,
                 steps = inout(reg) STEPS => _,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack, readonly),
+                options(nostack, nomem),
             );
         }
     }
@@ -223,16 +200,6 @@ mod tiles {
     #[cfg(test)]
     mod tests {
         use super::*;
-
-        #[test]
-        fn the_configuration_has_eight_full_tiles() {
-            let bytes = Configuration::all_full().0;
-            assert_eq!(
-                (bytes[0], bytes.iter().map(|&b| usize::from(b)).sum()),
-                (1, 1 + 8 * (64 + 16))
-            );
-            assert!((0..8).all(|tile| (bytes[16 + 2 * tile], bytes[48 + tile]) == (64, 16)));
-        }
 
         /// Where there is AMX, the loop ends and leaves the thread as it was.
         #[test]

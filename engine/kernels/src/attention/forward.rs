@@ -160,7 +160,8 @@ impl<P: Products> Forward<'_, P> {
     ) -> (Panel<'l>, Panel<'l>) {
         let (d, words) = (self.kv.head_dim(), self.kv.head_words());
         let (per_block, len) = (self.kv.block_size() / TILE, tiles.len() * TILE * d);
-        let (keys, values) = expanded.slice(2 * len).split_at_mut(len);
+        let all = expanded.slice(2 * len);
+        let (keys, values) = all.split_at_mut(len);
         let targets = keys.chunks_exact_mut(TILE * d).zip(values.chunks_exact_mut(TILE * d));
         for (i, (&tile, (keys, values))) in tiles.iter().zip(targets).enumerate() {
             let block = item.seq.blocks[i / per_block] as usize;
@@ -175,8 +176,7 @@ impl<P: Products> Forward<'_, P> {
         }
         starts.clear();
         starts.extend((0..tiles.len()).map(|i| i * TILE * d));
-        let words = &*expanded.slice(2 * len);
-        let (dtype, ahead) = (Dtype::F32, Ahead::Nothing);
+        let (words, dtype, ahead) = (&*all, Dtype::F32, Ahead::Nothing);
         let keys = Panel { dtype, words, tiles: starts, shift: 0, head_words: d, ahead };
         (keys, Panel { shift: len, ..keys })
     }

@@ -112,7 +112,7 @@ fn store_body(_isa: Isa, p: &Product<'_>, sums: &[f32; GROUP], block: usize, to:
 }
 
 #[cfg(target_arch = "x86_64")]
-mod tiles {
+pub(crate) mod tiles {
     use std::arch::asm;
     use std::marker::PhantomData;
 
@@ -121,7 +121,7 @@ mod tiles {
     /// Eight tiles of 16 rows by 64 bytes, held by this thread while this value lives.
     ///
     /// Bound to its thread: the configuration is the thread's.
-    pub(super) struct Tiles(PhantomData<*const ()>);
+    pub(crate) struct Tiles(PhantomData<*const ()>);
 
     /// The operand of `ldtilecfg`: palette 1; bytes per row from byte 16 on, rows from byte 48 on.
     #[repr(C, align(64))]
@@ -144,7 +144,8 @@ mod tiles {
     static CONFIGURATION: Configuration = Configuration::all_full();
 
     impl Tiles {
-        pub(super) fn new(_token: Amx) -> Self {
+        /// Configures this thread's tiles.
+        pub(crate) fn new(_token: Amx) -> Self {
             // SAFETY: the token proves AMX; the configuration is valid for palette 1.
             unsafe { configure(&CONFIGURATION) };
             Self(PhantomData)

@@ -5,7 +5,7 @@
 //! of the left operand and its own weights only. Sums are in f32. Leaves out the transposed product
 //! of two activations (attention has its own kernels) and quantised weights.
 
-mod amx;
+pub(crate) mod amx;
 mod avx2;
 mod avx512;
 pub(crate) mod buffer;

@@ -199,13 +199,13 @@ impl QuantMatrix {
         assert_eq!(from.scales.len(), self.cols / source.group, "scales against groups");
         let minima = if source.minimum { from.scales.len() } else { 0 };
         assert_eq!(from.minima.len(), minima, "minima against groups");
-        let shift = format.zero - source.zero;
+        let (shift, power) = (format.zero - source.zero, (format.exponent as f32).exp2());
         for group in 0..self.cols / format.group {
             let wide = group * format.group / source.group;
             let at = self.record(row, group);
-            self.set_half(at + row % WORDS, from.scales[wide], group)?;
+            self.set_half(at + row % WORDS, from.scales[wide], (power, group))?;
             if source.minimum {
-                self.set_half(at + WORDS + row % WORDS, from.minima[wide], group)?;
+                self.set_half(at + WORDS + row % WORDS, from.minima[wide], (power, group))?;
             }
             let q = &from.q[group * format.group..][..format.group];
             self.set_group(row, at + format.head_lanes(), q, shift);
@@ -235,8 +235,14 @@ impl QuantMatrix {
         }
     }
 
-    fn set_half(&mut self, lane: usize, value: f32, group: usize) -> Result<(), ScaleOutOfRange> {
-        let half = f16::from_f32(value * (self.format.exponent as f32).exp2());
+    /// Writes `value` times `power` as f16.
+    fn set_half(
+        &mut self,
+        lane: usize,
+        value: f32,
+        (power, group): (f32, usize),
+    ) -> Result<(), ScaleOutOfRange> {
+        let half = f16::from_f32(value * power);
         if !half.is_finite() {
             return Err(ScaleOutOfRange { value, group });
         }
