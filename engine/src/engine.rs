@@ -440,11 +440,7 @@ impl Engine {
     /// `ErrorKind::Busy` while requests wait or run; `ErrorKind::Unsupported` when weights were left
     /// quantised, which do not change.
     pub fn begin_update(&mut self) -> Result<WeightsUpdate<'_>> {
-        if self.runner.decoder.weights.quantised() {
-            let why =
-                "weights are quantised as their file stores them: load them in full to change them";
-            return Err(Error::unsupported(why));
-        }
+        self.check_in_full()?;
         self.scheduler.begin_update().map_err(|e| Error::busy(e.to_string()))?;
         Ok(self.update())
     }
@@ -453,10 +449,21 @@ impl Engine {
     /// the update, and the new weights compute anew what they read.
     ///
     /// # Errors
-    /// `ErrorKind::Busy` after a step that has failed.
+    /// `ErrorKind::Busy` after a step that has failed; `ErrorKind::Unsupported` as `begin_update`.
     pub fn begin_update_keeping(&mut self) -> Result<WeightsUpdate<'_>> {
+        self.check_in_full()?;
         self.scheduler.begin_update_keeping().map_err(|e| Error::busy(e.to_string()))?;
         Ok(self.update())
+    }
+
+    /// Refuses to change weights that were left quantised.
+    fn check_in_full(&self) -> Result<()> {
+        match self.runner.decoder.weights.quantised() {
+            true => Err(Error::unsupported(
+                "weights are quantised as their file stores them: load them in full to change them",
+            )),
+            false => Ok(()),
+        }
     }
 
     fn update(&mut self) -> WeightsUpdate<'_> {

@@ -9,13 +9,14 @@
 //! chooses how text that is certain is cut into tokens.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
+use parking_lot::{Condvar, Mutex};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
@@ -227,15 +228,12 @@ impl GrammarCompiler {
     /// Waits until fewer than [`MAX_COMPILING`] grammars are being compiled.
     fn turn(&self) -> Result<Turn> {
         let (count, ended) = &*self.compiling;
-        let start = Instant::now();
-        let mut count = count.lock().unwrap_or_else(PoisonError::into_inner);
+        let end = Instant::now() + COMPILE_LIMIT;
+        let mut count = count.lock();
         while *count >= MAX_COMPILING {
-            let left = COMPILE_LIMIT.saturating_sub(start.elapsed());
-            if left.is_zero() {
+            if ended.wait_until(&mut count, end).timed_out() && *count >= MAX_COMPILING {
                 return Err(Error::busy("other grammars are being compiled"));
             }
-            let waited = ended.wait_timeout(count, left).unwrap_or_else(PoisonError::into_inner);
-            count = waited.0;
         }
         *count += 1;
         Ok(Turn { compiling: Arc::clone(&self.compiling) })
@@ -262,7 +260,7 @@ struct Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         let (count, ended) = &*self.compiling;
-        *count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        *count.lock() -= 1;
         ended.notify_one();
     }
 }

@@ -32,7 +32,7 @@ pub use grammar::{Constraint, Grammar, GrammarCompiler, UnknownKeywords, json_sc
 pub use guests::{Guests, Host};
 pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};
 pub use load::load_text;
-pub use memory::{MemoryPlan, ResidentMemory, available_memory_bytes};
+pub use memory::{LOGIT_ROWS, MemoryPlan, ResidentMemory, available_memory_bytes};
 pub use model::{GenerationDefaults, ModelConfig, ModelSource};
 pub use request::{
     EosRule, Event, FinishReason, Finished, MAX_LOGPROBS, MAX_SAMPLES, Request, RequestId,

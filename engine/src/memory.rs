@@ -11,8 +11,8 @@ use crate::decoder::{Keep, Tape, Weights};
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, ModelSource};
 
-/// Rows of logits held at once.
-pub(crate) const LOGIT_ROWS: usize = 64;
+/// Rows of logits that generation holds at once.
+pub const LOGIT_ROWS: usize = 64;
 /// Share of the memory left after weights that a planned KV cache may take.
 const KV_SHARE: f64 = 0.5;
 /// Longest context taken from a model when nothing is asked for: more costs memory few need.
