@@ -15,8 +15,8 @@
 use std::fmt;
 
 use engine::decoder::{Keep, Tape, param_specs};
-use engine::{Dtype, MemoryPlan, ModelConfig, ResidentMemory, available_memory_bytes};
-use kernels::VOCAB_CHUNK;
+use engine::{Dtype, LOGIT_ROWS, MemoryPlan, ModelConfig, ResidentMemory, available_memory_bytes};
+use kernels::{ROW_BLOCK, VOCAB_CHUNK};
 
 use crate::config::{RlConfig, SftConfig, kept_for_backward};
 
@@ -26,8 +26,6 @@ pub const MAX_PLANNED_TOKENS: usize = 4096;
 const MIN_PLANNED_TOKENS: usize = 256;
 /// Share of the free memory that a plan may fill.
 const FILL: f64 = 0.9;
-/// Rows of a chunk of logits in training: `kernels`' head goes through them in blocks of this many.
-const HEAD_ROWS: usize = 512;
 
 /// What a run does that memory depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,7 +130,7 @@ impl TrainingPlan {
     /// Plans for `model` on an engine that holds what `engine` says.
     pub fn new(model: &ModelConfig, dtype: Dtype, engine: &MemoryPlan, demand: &Demand) -> Self {
         let (params, rows) = (model.parameters(), demand.pass_rows);
-        let logits = demand.sequences.min(64) * model.vocab_size;
+        let logits = demand.sequences.min(LOGIT_ROWS) * model.vocab_size;
         let rope = engine.max_model_len * model.head_dim;
         let reference = match demand.reference {
             Reference::None => 0,
@@ -252,9 +250,9 @@ fn backward_bytes(model: &ModelConfig, dtype: Dtype, rows: usize) -> u64 {
 /// The head's share of a pass: its rows in f32 and rounded, and a chunk of logits with its gradient.
 fn head_bytes(model: &ModelConfig, dtype: Dtype, rows: usize) -> u64 {
     let (size, hidden) = (dtype.size_bytes(), model.hidden_size);
-    let chunk = rows.min(HEAD_ROWS) * model.vocab_size.min(VOCAB_CHUNK);
+    let chunk = rows.min(ROW_BLOCK) * model.vocab_size.min(VOCAB_CHUNK);
     let logits = chunk * (4 + 2 * size);
-    let transposed = size * hidden * (VOCAB_CHUNK.min(model.vocab_size) + rows.min(HEAD_ROWS));
+    let transposed = size * hidden * (VOCAB_CHUNK.min(model.vocab_size) + rows.min(ROW_BLOCK));
     (rows * hidden * (2 * 4 + size) + logits + transposed) as u64
 }
 
