@@ -163,7 +163,7 @@ pub(crate) enum LogFormat {
 }
 
 /// Flags of every command that runs a model.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Engine")]
 pub(crate) struct EngineArgs {
     /// Longest sequence, prompt and output together, in tokens [default: the model's, up to 8192]
@@ -194,15 +194,17 @@ pub(crate) struct EngineArgs {
 }
 
 /// `--kv-cache-dtype`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum KvCacheDtype {
+    #[default]
     Auto,
     Int8,
 }
 
 /// `--quantization`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum QuantizationArg {
+    #[default]
     Auto,
     None,
     Gguf,

@@ -2,12 +2,11 @@
 
 use std::thread;
 
-use engine::{
-    EngineConfig, Kernels, Level, MemoryPlan, ModelConfig, available_memory_bytes, features, probe,
-};
+use engine::{EngineConfig, Level, MemoryPlan, ModelConfig, available_memory_bytes, features};
 
 use crate::args::DoctorArgs;
-use crate::exit::{Failure, Result};
+use crate::bench::limits::{self, Peaks};
+use crate::exit::Result;
 use crate::terminal::Terminal;
 use crate::{model, output};
 
@@ -74,18 +73,15 @@ fn shape(model: &ModelConfig) -> String {
 /// Decoding one token for any number of sequences reads every weight once; a prompt's token multiplies
 /// with every weight once.
 fn estimate(plan: &MemoryPlan, model: &ModelConfig, config: &EngineConfig) -> Result<String> {
-    let level = config.resolved_level();
-    let kernels = Kernels::new(level, config.resolved_threads())
-        .ok_or_else(|| Failure::running(format!("{level} kernels do not run here")))?;
-    let bandwidth = probe::read_bandwidth(kernels.pool());
-    let steps = bandwidth / plan.weights_bytes.max(1) as f64;
+    let peaks = Peaks::measure(&limits::kernels(config)?, config.resolved_dtype());
+    let steps = peaks.bytes / plan.weights_bytes.max(1) as f64;
     let mut lines = vec![
-        format!("\nbandwidth    {:.1} GB/s read (measured)", bandwidth / 1e9),
+        format!("\nbandwidth    {:.1} GB/s read (measured)", peaks.bytes / 1e9),
         format!("decode limit {steps:.0} steps/s by reading the weights"),
     ];
-    if let Some(peak) = probe::multiply_peak(&kernels, config.resolved_dtype()) {
-        let tokens = peak / (2.0 * model.parameters().max(1) as f64);
-        lines.push(format!("multiply     {:.0} GFLOP/s (measured)", peak / 1e9));
+    if peaks.flops.is_finite() {
+        let tokens = peaks.flops / (2.0 * model.parameters().max(1) as f64);
+        lines.push(format!("multiply     {:.0} GFLOP/s (measured)", peaks.flops / 1e9));
         lines.push(format!("prompt limit {tokens:.0} tokens/s by multiplying with the weights"));
     }
     Ok(lines.join("\n"))

@@ -140,14 +140,23 @@ fn open_located(found: Located) -> engine::Result<ModelSource> {
 
 /// Opens a model and loads it, saying so.
 pub(crate) fn load(name: &str, config: &EngineConfig, terminal: &Terminal) -> Result<Engine> {
-    let source = open(name, terminal)?;
+    load_source(&open(name, terminal)?, config, terminal)
+}
+
+/// Loads a model that is open, saying so.
+pub(crate) fn load_source(
+    source: &ModelSource,
+    config: &EngineConfig,
+    terminal: &Terminal,
+) -> Result<Engine> {
     let begun = std::time::Instant::now();
-    let engine = Engine::load(&source, config)?;
+    let engine = Engine::load(source, config)?;
     let took = begun.elapsed().as_secs_f64();
     let form = match engine.decoder().weights.quantised() {
         true => "quantised as stored",
         false => engine.dtype().name(),
     };
+    let name = source.name();
     terminal.info(&format!("{name}: loaded in {took:.1} s, weights {form}"));
     Ok(engine)
 }

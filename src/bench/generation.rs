@@ -38,15 +38,13 @@ impl Bench {
         terminal: &Terminal,
     ) -> Result<Self> {
         let config = EngineConfig { useful_model_len: Some(longest), ..config.clone() };
-        let begun = Instant::now();
-        let engine = Engine::load(source, &config)?;
+        let engine = model::load_source(source, &config, terminal)?;
         let room = engine.max_model_len();
         if longest > room {
             return Err(Failure::usage(format!(
                 "a sequence takes {longest} tokens, the context has {room}"
             )));
         }
-        terminal.info(&format!("loaded in {:.1} s", begun.elapsed().as_secs_f64()));
         let peaks = Peaks::measure(engine.kernels(), engine.dtype());
         terminal.info(&format!("limits of the machine: {}", peaks.describe()));
         let cost = ModelCost::new(peaks, engine.model(), engine.memory_plan());

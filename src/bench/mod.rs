@@ -8,7 +8,7 @@ mod dataset;
 mod generation;
 mod kernels;
 mod latency;
-mod limits;
+pub(crate) mod limits;
 mod numbers;
 mod rl;
 mod serve;

@@ -18,11 +18,12 @@ use engine::{Dtype, EngineConfig, Level};
 use kernels::Kernels;
 use serde_json::{Value, json};
 
-use crate::args::{CommonArgs, EngineArgs, KvCacheDtype, QuantizationArg};
+use crate::args::{CommonArgs, EngineArgs};
 use crate::bench::args::KernelsArgs;
 use crate::bench::limits::{Peaks, kernels as kernels_of, machine};
 use crate::bench::numbers::Values;
 use crate::bench::{positive, save};
+use crate::doctor::processor;
 use crate::exit::{Failure, Result};
 use crate::terminal::Terminal;
 use crate::{model, output};
@@ -167,7 +168,8 @@ pub(crate) fn run(args: &KernelsArgs, terminal: &Terminal) -> Result<()> {
     let kernels = kernels_of(&config)?;
     let peaks = Peaks::measure(&kernels, config.resolved_dtype());
     output::print(&format!(
-        "{} kernels, {} threads, weights {}; {}\n",
+        "{}: {} kernels, {} threads, weights {}; {}. Medians.\n",
+        processor(),
         kernels.level(),
         config.resolved_threads(),
         config.resolved_dtype().name(),
@@ -210,17 +212,7 @@ fn shapes(names: &[String]) -> Result<Vec<&'static Shape>> {
 }
 
 fn config(common: &CommonArgs) -> Result<EngineConfig> {
-    let engine = EngineArgs {
-        max_model_len: None,
-        max_num_seqs: None,
-        max_num_batched_tokens: None,
-        kv_cache_memory_bytes: None,
-        block_size: None,
-        kv_cache_dtype: KvCacheDtype::Auto,
-        no_enable_prefix_caching: false,
-        quantization: QuantizationArg::None,
-    };
-    let config = model::engine_config(common, &engine)?;
+    let config = model::engine_config(common, &EngineArgs::default())?;
     if config.resolved_level() == Level::Reference {
         return Err(Failure::usage(
             "the reference kernels are one thread of plain loops, not measured",

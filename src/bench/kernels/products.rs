@@ -1,6 +1,7 @@
-//! The products of a decoder: forward, and both of the backward, with different weights in each call.
+//! The products of a decoder: forward, in full and quantised, and both of the backward, with different
+//! weights in each call.
 
-use kernels::{Matrix, Operand, Scratch, Write};
+use kernels::{Matrix, Operand, QuantFormat, QuantMatrix, QuantOperand, Scratch, Write};
 
 use super::{Ctx, Shape, Work, numbers};
 
@@ -11,11 +12,18 @@ const FORWARD: &str = "product forward";
 const BACKWARD_X: &str = "product backward, inputs";
 const BACKWARD_W: &str = "product backward, weights";
 
+/// Quantised weights: operation, bits, group, minimum, zero.
+const QUANTISED: [(&str, u32, usize, bool, u8); 5] = [
+    ("product forward, q4_0", 4, 32, false, 8),
+    ("product forward, q4_k", 4, 32, true, 0),
+    ("product forward, q5_0", 5, 32, false, 16),
+    ("product forward, q6_k", 6, 16, false, 32),
+    ("product forward, q8_0", 8, 32, false, 128),
+];
+
 /// Measures all products of a layer.
 pub(super) fn measure(ctx: &mut Ctx<'_>, shape: &Shape) {
-    if ![FORWARD, BACKWARD_X, BACKWARD_W].iter().any(|name| ctx.wants(name)) {
-        return;
-    }
+    let full = [FORWARD, BACKWARD_X, BACKWARD_W].iter().any(|name| ctx.wants(name));
     let products = [
         ("qkv", shape.q_width() + 2 * shape.kv_width(), shape.hidden),
         ("out", shape.hidden, shape.q_width()),
@@ -23,10 +31,41 @@ pub(super) fn measure(ctx: &mut Ctx<'_>, shape: &Shape) {
         ("down", shape.hidden, shape.inter),
     ];
     for (name, n, k) in products {
-        let weights = weights(ctx, shape, n, k);
-        for m in ctx.rows.iter().copied() {
-            one(ctx, shape, (name, m), &weights);
+        if full {
+            let weights = weights(ctx, shape, n, k);
+            for m in ctx.rows.iter().copied() {
+                one(ctx, shape, (name, m), &weights);
+            }
         }
+        for (operation, bits, group, minimum, zero) in QUANTISED {
+            let format = QuantFormat::new(bits, group, minimum, zero, 0);
+            if ctx.wants(operation) {
+                quantised(ctx, shape, (operation, name), (format, n, k));
+            }
+        }
+    }
+}
+
+/// The forward product with quantised weights, all of them zero: no kernel looks at values.
+fn quantised(
+    ctx: &mut Ctx<'_>,
+    shape: &Shape,
+    (operation, name): (&'static str, &str),
+    (format, n, k): (QuantFormat, usize, usize),
+) {
+    let bytes = format.bytes(n, k) as usize;
+    let weights: Vec<QuantMatrix> =
+        (0..shape.copies(bytes)).map(|_| QuantMatrix::zeros(format, n, k)).collect();
+    let kernels = ctx.kernels;
+    for m in ctx.rows.iter().copied() {
+        let (mut x, mut y) = (QuantOperand::new(), vec![0.0; m * n]);
+        kernels.quant_operand(&numbers(m * k), k, &mut x);
+        let mut next = weights.iter().cycle();
+        let of = format!("{name}, M {m}, N {n}, K {k}");
+        ctx.time((operation, shape, of), Work { bytes, flop: 2 * m * n * k }, || {
+            let w = next.next().expect("a cycle has no end");
+            kernels.quant_matmul(&x, w, 0..n, None, Write::Set, &mut y);
+        });
     }
 }
 
