@@ -23,13 +23,11 @@ fn check(model: &Path) {
     // Few sequences and short steps, so that weights are nearly all there is.
     let flags = ["--max-num-seqs", "1", "--max-num-batched-tokens", "16", "--dtype", "bf16"];
     let server = Server::start(model, &flags);
-    let status = fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    let peak: u64 = line.trim().strip_suffix(" kB").unwrap().parse().unwrap();
-    let ratio = (peak << 10) as f64 / kept as f64;
+    let peak = ResidentMemory::of(server.child.id()).unwrap().peak_bytes;
+    let ratio = peak as f64 / kept as f64;
     let mib = |bytes: u64| bytes >> 20;
     let name = model.file_name().unwrap().to_string_lossy();
-    println!("{name}: {} MiB of weights, peak {} MiB: {ratio:.3}", mib(kept), peak >> 10);
+    println!("{name}: {} MiB of weights, peak {} MiB: {ratio:.3}", mib(kept), mib(peak));
     assert!(ratio < LIMIT, "peak is {ratio:.3} of the weights, limit is {LIMIT}");
 }
 
