@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use engine::{RequestId, SamplingParams, Service};
@@ -11,6 +11,7 @@ use tokio::sync::watch;
 
 use crate::access::Keys;
 use crate::api_error::ApiError;
+use crate::controls::Controls;
 use crate::error::{Error, Result};
 use crate::fields::Fields;
 use crate::metrics::{Metrics, MetricsNames};
@@ -127,6 +128,8 @@ pub(crate) struct App {
     pub(crate) live: Arc<Live>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) grammars: Grammars,
+    /// Looked for by the first chat.
+    pub(crate) controls: OnceLock<Controls>,
     started_s: u64,
     ids: AtomicU64,
     unknown: Mutex<HashSet<String>>,
@@ -146,6 +149,7 @@ impl App {
             live: Arc::new(Live::new()),
             metrics: Arc::new(Metrics::new()),
             grammars: Grammars::default(),
+            controls: OnceLock::new(),
             started_s: now_s(),
             ids: AtomicU64::new(0),
             unknown: Mutex::new(HashSet::new()),

@@ -3,12 +3,13 @@
 use std::time::SystemTime;
 
 use engine::Event;
-use engine::text::{AddSpecial, RenderOptions};
+use engine::text::RenderOptions;
 use serde::Serialize;
 
 use crate::answer::{Choice, Usage};
 use crate::api_error::ApiError;
 use crate::app::App;
+use crate::controls::Controls;
 use crate::fields::{BadField, Fields};
 use crate::job::{Asked, Job, needs, unprocessable};
 use crate::logprobs::{ChatLogprobs, chat_token};
@@ -48,13 +49,14 @@ pub(crate) fn prompt(
     let tokenizer = app.service.tokenizer().ok_or_else(|| needs("messages", "a tokenizer"))?;
     let template =
         app.service.chat_template().ok_or_else(|| needs("messages", "a chat template"))?;
-    let options = RenderOptions {
-        tools: tools.map(|tools| &tools.list),
-        ..RenderOptions::new(SystemTime::now())
-    };
-    let text =
-        template.render(messages, &options).map_err(|error| unprocessable("messages", &error))?;
-    tokenizer.encode(&text, AddSpecial::No).map_err(|error| unprocessable("messages", &error))
+    let controls = app.controls.get_or_init(|| Controls::of(tokenizer));
+    let spoken = controls.mark(messages, tools.map(|tools| &tools.list))?;
+    let options =
+        RenderOptions { tools: spoken.tools.as_ref(), ..RenderOptions::new(SystemTime::now()) };
+    let text = template
+        .render(&spoken.messages, &options)
+        .map_err(|error| unprocessable("messages", &error))?;
+    spoken.encode(&text, tokenizer).map_err(|error| unprocessable("messages", &error))
 }
 
 /// A whole answer.
