@@ -45,4 +45,3 @@ bad = raises(openai.BadRequestError, 400, lambda: client.chat.completions.create
 assert bad.param == "temperature" and bad.code == "invalid_value", bad.body
 raises(openai.NotFoundError, 404, lambda: client.chat.completions.create(**{**ASK, "model": "other"}))
 raises(openai.AuthenticationError, 401, client.with_options(api_key="wrong").models.list)
-print("left out: RateLimitError, the server under test has no queue limit set")
