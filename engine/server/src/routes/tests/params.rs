@@ -354,7 +354,9 @@ async fn usage_can_come_with_each_piece() {
 async fn log_probabilities_are_of_the_distribution_the_server_is_set_to() {
     let raw = Server::new();
     let processed = Server::with(|config| config.logprobs_mode = LogprobsMode::Processed);
+    // Only "a", "b" and "c" are likely enough, tokens that each have a spelling of their own.
     let asked = json!({"prompt": "ab", "seed": 3, "temperature": 0.5, "top_k": 2, "logprobs": 4,
+        "logit_bias": {"100": 50, "101": 50, "102": 50},
         "max_tokens": 6, "ignore_eos": true, "prompt_logprobs": 0});
     let (_, raw) = raw.post(TEXT, &asked).await;
     let (_, processed) = processed.post(TEXT, &asked).await;
