@@ -257,6 +257,23 @@ pub(crate) struct ApiArgs {
     /// Seconds for running requests to finish after SIGTERM
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) shutdown_timeout: u64,
+    /// Refuse requests with unknown fields, which else get one warning
+    #[arg(long)]
+    pub(crate) strict_params: bool,
+    /// Distribution that reported log-probabilities are of
+    #[arg(long, value_enum, default_value_t = LogprobsArg::Raw)]
+    pub(crate) logprobs_mode: LogprobsArg,
+}
+
+/// `--logprobs-mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogprobsArg {
+    /// The model's own, at temperature 1 with nothing cut off
+    #[value(name = "raw_logprobs")]
+    Raw,
+    /// The one that was sampled from
+    #[value(name = "processed_logprobs")]
+    Processed,
 }
 
 /// `--metrics-compat`.

@@ -5,10 +5,10 @@ use std::net::{TcpListener, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::{SamplingParams, Service};
-use server::{LogEvent, MetricsNames, ServerConfig};
+use engine::{LogprobsMode, SamplingParams, Service};
+use server::{LogEvent, MetricsNames, ServerConfig, UnknownFields};
 
-use crate::args::{ApiArgs, GenerationConfig, MetricsCompat, ServeArgs};
+use crate::args::{ApiArgs, GenerationConfig, LogprobsArg, MetricsCompat, ServeArgs};
 use crate::exit::{Failure, Result};
 use crate::model;
 use crate::signals::Signals;
@@ -79,6 +79,13 @@ pub(crate) fn server_config(
     config.metrics = match args.metrics_compat {
         MetricsCompat::Own => MetricsNames::Own,
         MetricsCompat::Vllm => MetricsNames::Vllm,
+    };
+    if args.strict_params {
+        config.unknown_fields = UnknownFields::Refuse;
+    }
+    config.logprobs_mode = match args.logprobs_mode {
+        LogprobsArg::Raw => LogprobsMode::Raw,
+        LogprobsArg::Processed => LogprobsMode::Processed,
     };
     config.log = Some(Arc::new(move |event| log(&terminal, event)));
     Ok(config)

@@ -16,6 +16,7 @@ mod guests;
 mod load;
 mod memory;
 pub mod model;
+mod prompt;
 pub mod random;
 mod request;
 mod runner;
@@ -34,9 +35,10 @@ pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};
 pub use load::load_text;
 pub use memory::{LOGIT_ROWS, MemoryPlan, ResidentMemory, available_memory_bytes};
 pub use model::{GenerationDefaults, ModelConfig, ModelSource};
+pub use prompt::PromptToken;
 pub use request::{
-    EosRule, Event, FinishReason, Finished, MAX_LOGPROBS, MAX_SAMPLES, Request, RequestId,
-    SamplingParams, StopReason, StopText, Token,
+    Continuation, EosRule, Event, FinishReason, Finished, LogprobsMode, MAX_LOGPROBS, MAX_SAMPLES,
+    Request, RequestId, SamplingParams, StopReason, StopText, Token,
 };
 pub use scheduler::{PrefixCache, WeightsVersion};
 pub use service::{Sent, Service, Sink, Status};

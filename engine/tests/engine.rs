@@ -1,15 +1,18 @@
 //! Behaviour at the engine's doors, on the golden tiny models with random weights.
 //!
 //! Here: the phase lock around the weights, blocks, aborts, failures, scoring. `engine/sampling.rs` has
-//! what parameters do to an answer, `engine/service.rs` the thread, `engine/guests.rs` an engine that serves
-//! beside its owner, `engine/panics.rs` panics in a step. Leaves out that bits do not depend on the batch,
-//! which the trainer's tests compare with training at the same time.
+//! what parameters do to an answer, `engine/prompts.rs` what is told of a prompt, `engine/service.rs` the
+//! thread, `engine/guests.rs` an engine that serves beside its owner, `engine/panics.rs` panics in a step.
+//! Leaves out that bits do not depend on the batch, which the trainer's tests compare with training at the
+//! same time.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[path = "engine/guests.rs"]
 mod guests;
 #[path = "engine/panics.rs"]
 mod panics;
+#[path = "engine/prompts.rs"]
+mod prompts;
 #[path = "engine/sampling.rs"]
 mod sampling;
 #[path = "engine/service.rs"]

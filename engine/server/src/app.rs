@@ -2,17 +2,18 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::hash::RandomState;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use engine::{RequestId, SamplingParams, Service};
+use engine::{LogprobsMode, RequestId, SamplingParams, Service};
 use tokio::sync::watch;
 
 use crate::access::Keys;
 use crate::api_error::ApiError;
 use crate::error::{Error, Result};
-use crate::fields::Fields;
+use crate::fields::{BadField, Fields};
 use crate::metrics::{Metrics, MetricsNames};
 use crate::run_state::RunState;
 use crate::structured::Grammars;
@@ -45,10 +46,24 @@ pub struct ServerConfig {
     pub keep_alive: Duration,
     /// Names of the series under `/metrics`.
     pub metrics: MetricsNames,
+    /// What becomes of a request with a field that nothing here knows.
+    pub unknown_fields: UnknownFields,
+    /// Which distribution reported log-probabilities are of; those of prompts are always raw.
+    pub logprobs_mode: LogprobsMode,
     /// Receives what is worth a log line; must not block.
     pub log: Option<Log>,
     /// The curves of the run that trains the served weights, if one does.
     pub run: Option<RunState>,
+}
+
+/// What becomes of a request with a field that nothing here knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UnknownFields {
+    /// It is answered as if the field were not there; the name is reported once.
+    #[default]
+    Report,
+    /// It is a 400 that names the field.
+    Refuse,
 }
 
 /// Receives what is worth a log line.
@@ -101,6 +116,8 @@ impl ServerConfig {
             request_timeout: None,
             keep_alive: Duration::from_secs(15),
             metrics: MetricsNames::Own,
+            unknown_fields: UnknownFields::Report,
+            logprobs_mode: LogprobsMode::Raw,
             log: None,
             run: None,
         }
@@ -127,6 +144,8 @@ pub(crate) struct App {
     pub(crate) live: Arc<Live>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) grammars: Grammars,
+    /// Turns cache salts into numbers, by keys that nobody knows.
+    pub(crate) salts: RandomState,
     started_s: u64,
     ids: AtomicU64,
     unknown: Mutex<HashSet<String>>,
@@ -146,6 +165,7 @@ impl App {
             live: Arc::new(Live::new()),
             metrics: Arc::new(Metrics::new()),
             grammars: Grammars::default(),
+            salts: RandomState::new(),
             started_s: now_s(),
             ids: AtomicU64::new(0),
             unknown: Mutex::new(HashSet::new()),
@@ -176,15 +196,32 @@ impl App {
     }
 
     /// Reports the names that are left in `fields`, each once in the server's life.
-    pub(crate) fn report_unknown(&self, fields: &Fields) {
+    ///
+    /// # Errors
+    /// When there is one and unknown fields are refused.
+    pub(crate) fn report_unknown(&self, fields: &Fields) -> std::result::Result<(), BadField> {
+        self.report_unknown_in("", fields)
+    }
+
+    /// The same for the fields of an object whose own name, with a dot, is `outer`.
+    pub(crate) fn report_unknown_in(
+        &self,
+        outer: &str,
+        fields: &Fields,
+    ) -> std::result::Result<(), BadField> {
         for name in fields.names() {
-            let name: String = name.chars().take(MAX_NAME_CHARS).collect();
+            let name: String = outer.chars().chain(name.chars()).take(MAX_NAME_CHARS).collect();
+            if self.config.unknown_fields == UnknownFields::Refuse {
+                let message = format!("{name:?} is no field of this request");
+                return Err(BadField::new(&name, message).with_code("unsupported_parameter"));
+            }
             let mut unknown = self.unknown.lock().unwrap_or_else(PoisonError::into_inner);
             if unknown.len() < MAX_UNKNOWN && unknown.insert(name.clone()) {
                 drop(unknown);
                 self.log(&LogEvent::UnknownField { name });
             }
         }
+        Ok(())
     }
 }
 

@@ -19,6 +19,7 @@ use crate::answer::{Meter, Usage};
 use crate::api_error::ApiError;
 use crate::chat::{self, ChunkChoice};
 use crate::completions::{self, TextChoice};
+use crate::echo::Opener;
 use crate::job::{Api, Delivery, Job, StreamUsage};
 use crate::tool_calls::CallParser;
 
@@ -52,7 +53,7 @@ struct Chunk<'a> {
     created: u64,
     model: &'a str,
     choices: Choices,
-    /// Absent unless asked for; then `null` in all pieces but the last.
+    /// Absent unless asked for; then `null` in all pieces but the last, or in none.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<Usage>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -72,6 +73,8 @@ struct Streamer {
     meter: Meter,
     /// Characters of each choice so far, where log-probabilities report offsets.
     offsets: Vec<usize>,
+    /// Puts the prompt before each choice, where it is echoed.
+    opener: Opener,
     /// Finds the calls of each choice, where tools were offered.
     calls: Vec<Option<CallParser>>,
     ready: VecDeque<Bytes>,
@@ -82,9 +85,9 @@ impl Streamer {
     fn new(job: Job) -> Self {
         let offsets = vec![0; job.choices()];
         let calls = (0..job.choices()).map(|choice| job.call_parser(choice)).collect();
-        let ready = VecDeque::new();
+        let (ready, opener) = (VecDeque::new(), Opener::new(&job));
         let mut streamer =
-            Self { job, meter: Meter::default(), offsets, calls, ready, over: false };
+            Self { job, meter: Meter::default(), offsets, opener, calls, ready, over: false };
         if streamer.job.api == Api::Chat {
             let mut text = String::new();
             for index in 0..streamer.job.choices() {
@@ -137,7 +140,11 @@ impl Streamer {
         Ok(())
     }
 
-    fn piece(&mut self, index: usize, event: Event, text: &mut String) {
+    fn piece(&mut self, index: usize, mut event: Event, text: &mut String) {
+        let begin = &mut self.offsets[index];
+        if let Some(prompt) = self.opener.open(&self.job, (index, &mut event), begin) {
+            push(text, &self.chunk(Choices::Text([prompt])));
+        }
         self.meter.count(&event);
         let choice = match self.job.api {
             Api::Chat => {
@@ -156,7 +163,7 @@ impl Streamer {
     }
 
     fn finish(&mut self, text: &mut String) {
-        if self.job.delivery == (Delivery::Stream { usage: StreamUsage::Last }) {
+        if self.usage() != StreamUsage::Omit {
             let usage = self.meter.usage(self.job.prompt_tokens());
             let chunk = Chunk { usage: Some(Some(usage)), ..self.chunk(Choices::None([])) };
             push(text, &chunk);
@@ -165,8 +172,14 @@ impl Streamer {
         self.over = true;
     }
 
+    fn usage(&self) -> StreamUsage {
+        match self.job.delivery {
+            Delivery::Stream { usage } => usage,
+            Delivery::Whole => StreamUsage::Omit,
+        }
+    }
+
     fn chunk(&self, choices: Choices) -> Chunk<'_> {
-        let with_usage = self.job.delivery == (Delivery::Stream { usage: StreamUsage::Last });
         Chunk {
             id: &self.job.id,
             object: match self.job.api {
@@ -176,7 +189,11 @@ impl Streamer {
             created: self.job.created_s,
             model: &self.job.model,
             choices,
-            usage: with_usage.then_some(None),
+            usage: match self.usage() {
+                StreamUsage::Omit => None,
+                StreamUsage::Last => Some(None),
+                StreamUsage::Each => Some(Some(self.meter.usage_so_far(self.job.prompt_tokens()))),
+            },
             prompt_token_ids: None,
         }
     }

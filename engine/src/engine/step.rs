@@ -22,13 +22,19 @@ use crate::draw::{Drawn, SampleRow, draw};
 use crate::error::{Error, Result};
 use crate::grammar::GrammarState;
 use crate::memory::LOGIT_ROWS;
-use crate::request::Event;
+use crate::prompt::{self, Scored};
+use crate::request::{Continuation, Event, FinishReason};
 
 /// What the owner of a failed sample is told.
 const PANICKED: &str = "a step panicked on this request";
 
-/// What was drawn for each sampling slice, in their order, or why nothing was.
-type Draws = Vec<(SeqId, std::result::Result<Drawn, String>)>;
+/// What a batch has computed.
+struct Computed {
+    /// What was drawn for each sampling slice, in their order, or why nothing was.
+    draws: Vec<(SeqId, std::result::Result<Drawn, String>)>,
+    /// What is known of prompt tokens, for the slices whose samples want it.
+    prompts: Vec<Scored>,
+}
 
 impl Engine {
     /// Runs one batch and returns what came of it, in the order of the batch.
@@ -41,8 +47,8 @@ impl Engine {
     pub fn step(&mut self) -> Result<Vec<Event>> {
         let mut events = std::mem::take(&mut self.pending);
         if self.plan_slices()? {
-            let draws = self.compute(0..self.slices.len());
-            self.accept(draws, &mut events)?;
+            let computed = self.compute(0..self.slices.len());
+            self.accept(computed, &mut events)?;
         }
         Ok(events)
     }
@@ -58,8 +64,8 @@ impl Engine {
         let mut blameless = false;
         while self.plan_slices()? {
             let all = 0..self.slices.len();
-            if let Ok(draws) = self.attempt(all.clone()) {
-                self.accept(draws, &mut events)?;
+            if let Ok(computed) = self.attempt(all.clone()) {
+                self.accept(computed, &mut events)?;
                 break;
             }
             let mut guilty = Vec::new();
@@ -85,8 +91,8 @@ impl Engine {
         self.fault = Some(Box::new(fault));
     }
 
-    /// Runs these of the planned slices, and draws for those that sample.
-    fn compute(&mut self, range: std::ops::Range<usize>) -> Draws {
+    /// Runs these of the planned slices, scores their prompts, and draws for those that sample.
+    fn compute(&mut self, range: std::ops::Range<usize>) -> Computed {
         if let Some(fault) = &mut self.fault {
             let tokens = |slice: &Slice| self.scheduler.tokens(slice.seq);
             fault(&self.slices[range.clone()].iter().map(tokens).collect::<Vec<_>>());
@@ -101,12 +107,14 @@ impl Engine {
                 rows.push(SampleRow { seq: slice.seq, row: end - 1 });
             }
         }
+        let held = (slices, LOGIT_ROWS.min(self.config.max_num_seqs));
+        let prompts = prompt::score(&mut self.runner, &self.scheduler, &self.samples, held);
         let mut draws = Vec::with_capacity(rows.len());
         for rows in rows.chunks(LOGIT_ROWS) {
             let drawn = draw(&mut self.runner, &self.scheduler, &self.samples, rows);
             draws.extend(rows.iter().map(|row| row.seq).zip(drawn));
         }
-        draws
+        Computed { draws, prompts }
     }
 
     /// Runs these slices; meanwhile a thread finds what the grammars of their samples allow next.
@@ -133,7 +141,7 @@ impl Engine {
     }
 
     /// [`compute`](Self::compute), with a panic as a value.
-    fn attempt(&mut self, range: std::ops::Range<usize>) -> std::thread::Result<Draws> {
+    fn attempt(&mut self, range: std::ops::Range<usize>) -> std::thread::Result<Computed> {
         // Buffers are filled anew by each run, see the head of the file.
         catch_unwind(AssertUnwindSafe(|| self.compute(range)))
     }
@@ -165,9 +173,13 @@ impl Engine {
 
     /// Hands the drawn tokens to their samples and commits the plan. A sample that cannot take its
     /// token, be it by a panic of the tokenizer, ends alone.
-    fn accept(&mut self, draws: Draws, events: &mut Vec<Event>) -> Result<()> {
-        let mut sampled = Vec::with_capacity(draws.len());
-        for (seq, drawn) in draws {
+    fn accept(&mut self, computed: Computed, events: &mut Vec<Event>) -> Result<()> {
+        self.accept_prompts(computed.prompts, events);
+        let mut sampled = Vec::with_capacity(computed.draws.len());
+        for (seq, drawn) in computed.draws {
+            if !self.samples.contains_key(&seq) {
+                continue;
+            }
             let drawn = match drawn {
                 Ok(drawn) => drawn,
                 Err(why) => {
@@ -190,6 +202,38 @@ impl Engine {
                 self.scheduler.finish(*seq);
             }
         }
+        self.end_read_prompts(events);
         Ok(())
+    }
+
+    /// Hands what is known of prompts to their samples; a sample whose numbers are not finite ends.
+    fn accept_prompts(&mut self, prompts: Vec<Scored>, events: &mut Vec<Event>) {
+        for (seq, start, tokens) in prompts {
+            match tokens {
+                Err(why) => self.fail(seq, why, events),
+                Ok(tokens) => {
+                    if let Some(sample) = self.samples.get_mut(&seq) {
+                        sample.prompt.take(start, tokens);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Ends the samples of this batch that draw no token and have read their prompt.
+    fn end_read_prompts(&mut self, events: &mut Vec<Event>) {
+        for at in 0..self.slices.len() {
+            let Slice { seq, start, len, .. } = self.slices[at];
+            let Some(sample) = self.samples.get_mut(&seq) else { continue };
+            if sample.continuation == Continuation::Sample || start + len < sample.prompt_len {
+                continue;
+            }
+            let cached = self.scheduler.cached_tokens(seq);
+            let mut finished = sample.finished(FinishReason::Length, cached);
+            finished.prompt = sample.prompt.give();
+            events.push(Event::Finished(finished));
+            self.forget(seq);
+            self.scheduler.finish(seq);
+        }
     }
 }

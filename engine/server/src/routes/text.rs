@@ -18,8 +18,10 @@ use crate::answer::{Meter, stop_reason};
 use crate::api_error::ApiError;
 use crate::app::App;
 use crate::chat;
+use crate::echo::PromptLogprobs;
 use crate::fields::{BadField, Fields};
 use crate::job::{Api, Job, needs, unprocessable};
+use crate::refused::off_only;
 
 /// `GET /version`.
 pub(super) async fn version() -> Json<Value> {
@@ -38,10 +40,13 @@ pub(super) async fn tokenize(app: State<Arc<App>>, headers: HeaderMap, body: Bod
                 let add = if special { AddSpecial::Yes } else { AddSpecial::No };
                 tokenizer.encode(&text, add).map_err(|error| unprocessable("prompt", &error))?
             }
-            (None, Some(list)) => chat::prompt(app, &crate::params::messages(&list)?, None)?,
+            (None, Some(list)) => {
+                let extra = chat::variables(app, fields)?;
+                chat::prompt(app, &crate::params::messages(&list)?, None, extra)?
+            }
             _ => return Err(BadField::new("prompt", "either prompt or messages is needed").into()),
         };
-        app.report_unknown(fields);
+        app.report_unknown(fields)?;
         let spelled: Option<Vec<String>> = strings.then(|| {
             let one = |id: &u32| tokenizer.id_to_token(*id).unwrap_or_default();
             tokens.iter().map(one).collect()
@@ -68,7 +73,7 @@ pub(super) async fn detokenize(app: State<Arc<App>>, headers: HeaderMap, body: B
             let message = format!("token id is {id}, limit is {}", size - 1);
             return Err(BadField::new("tokens", message).into());
         }
-        app.report_unknown(fields);
+        app.report_unknown(fields)?;
         let text = tokenizer.decode(&tokens, SkipSpecial::No);
         Ok(json!({"prompt": text.map_err(|error| unprocessable("tokens", &error))?}))
     });
@@ -95,6 +100,7 @@ fn completion_body(mut fields: Fields) -> Result<Value, ApiError> {
         let message = "stream is true, limit is false: this route answers whole";
         return Err(BadField::new("stream", message).with_code("unsupported_parameter").into());
     }
+    off_only(&mut fields, "echo", &[Value::from(false)])?;
     let mut body = match fields.take("sampling_params") {
         None => Map::new(),
         Some(Value::Object(map)) => map,
@@ -103,7 +109,7 @@ fn completion_body(mut fields: Fields) -> Result<Value, ApiError> {
             return Err(BadField::new("sampling_params", message).into());
         }
     };
-    for name in ["prompt", "stream", "stream_options", "return_token_ids"] {
+    for name in ["prompt", "stream", "stream_options", "return_token_ids", "echo"] {
         if body.contains_key(name) {
             let message = format!("{name} is no sampling parameter");
             return Err(BadField::new("sampling_params", message).into());
@@ -140,8 +146,10 @@ struct Sample {
 async fn choices(mut job: Job) -> Result<Value, ApiError> {
     let mut samples: Vec<Sample> = (0..job.choices()).map(|_| Sample::default()).collect();
     let mut meter = Meter::default();
-    while let Some((index, event)) = job.generation.next().await? {
+    let mut prompt = None;
+    while let Some((index, mut event)) = job.generation.next().await? {
         meter.count(&event);
+        prompt = event.take_prompt().or(prompt);
         let sample = &mut samples[index];
         match event {
             Event::Token(token) => {
@@ -172,6 +180,9 @@ async fn choices(mut job: Job) -> Result<Value, ApiError> {
         "request_id": job.id,
         "model": job.model,
         "choices": choices.collect::<Vec<_>>(),
+        "prompt_logprobs": prompt.map(|told| {
+            PromptLogprobs::new(&told, job.report.prompt_top.unwrap_or(0), job.speller())
+        }),
         "usage": meter.usage(job.prompt_tokens()),
     }))
 }
