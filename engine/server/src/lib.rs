@@ -1,8 +1,8 @@
 //! OpenAI-compatible HTTP over an [`engine::Service`].
 //!
 //! A web page at `/`, `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions`,
-//! `/tokenize`, `/detokenize`, `/inference/v1/generate`, `/version`, `/metrics` and `/health`; answers whole or as server-sent
-//! events. Parameters are spelled as vLLM spells them, errors have OpenAI's form on every path. Answers
+//! `/tokenize`, `/detokenize`, `/inference/v1/generate`, `/inference/v1/abort_requests`, `/version`, `/metrics` and
+//! `/health`; answers whole or as server-sent events. Parameters are spelled as vLLM spells them, errors have OpenAI's form on every path. Answers
 //! follow grammars, and call tools in the form of Hermes and Qwen. Leaves out administration; a feature
 //! that is not offered is a 400 that names it. Nothing here prints, reads the environment or handles signals:
 //! what is worth a log line goes to the callback of [`ServerConfig`].
@@ -28,11 +28,13 @@ mod generation;
 mod job;
 mod logprobs;
 mod metrics;
+mod named;
 mod page;
 mod params;
 mod refused;
 mod routes;
 mod run_state;
+mod sse;
 mod stream;
 mod structured;
 mod tool_calls;

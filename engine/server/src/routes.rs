@@ -25,7 +25,9 @@ use crate::error::{Error, Result};
 use crate::job::{Api, Delivery, Job, transport};
 use crate::{page, stream};
 
+mod abort;
 mod text;
+mod tokens;
 
 /// How long aborted requests may take to end, and written answers to leave.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -106,6 +108,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/tokenize", post(text::tokenize))
         .route("/detokenize", post(text::detokenize))
         .route("/inference/v1/generate", post(text::generate))
+        .route("/inference/v1/abort_requests", post(abort::abort))
         .route("/version", get(text::version))
         .route("/metrics", get(metrics))
         .fallback(no_route)
@@ -193,6 +196,7 @@ async fn read<T: Send + 'static>(
     make: impl FnOnce(&App, Visit, &[u8]) -> std::result::Result<T, ApiError> + Send + 'static,
 ) -> std::result::Result<T, ApiError> {
     let visit = app.live.enter()?;
+    visit.name.header(headers);
     let body = body.map_err(|rejection| too_large(&app, &rejection))?;
     check_content_type(headers)?;
     tokio::task::spawn_blocking(move || make(&app, visit, &body))

@@ -12,9 +12,11 @@ use tower::ServiceExt;
 
 use super::*;
 
+mod abort;
 mod panics;
 mod structured;
 mod text;
+mod tokens;
 
 /// A directory that is removed again.
 struct Dir(PathBuf);
