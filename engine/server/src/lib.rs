@@ -1,6 +1,6 @@
 //! OpenAI-compatible HTTP over an [`engine::Service`].
 //!
-//! A web page at `/`, `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions`,
+//! A web page at `/`, `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions`, `POST /v1/responses`,
 //! `/tokenize`, `/detokenize`, `/inference/v1/generate`, `/inference/v1/abort_requests`, `/version`, `/metrics` and
 //! `/health`; answers whole or as server-sent events. Parameters are spelled as vLLM spells them, errors have OpenAI's form on every path. Answers
 //! follow grammars, and call tools in the form of Hermes and Qwen. Leaves out administration; a feature
@@ -32,6 +32,7 @@ mod named;
 mod page;
 mod params;
 mod refused;
+mod responses;
 mod routes;
 mod run_state;
 mod sse;

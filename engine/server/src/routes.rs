@@ -26,6 +26,7 @@ use crate::job::{Api, Delivery, Job, transport};
 use crate::{page, stream};
 
 mod abort;
+mod responses;
 mod text;
 mod tokens;
 
@@ -105,6 +106,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/models/{*name}", get(model))
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
+        .route("/v1/responses", post(responses::create))
         .route("/tokenize", post(text::tokenize))
         .route("/detokenize", post(text::detokenize))
         .route("/inference/v1/generate", post(text::generate))

@@ -14,6 +14,7 @@ use super::*;
 
 mod abort;
 mod panics;
+mod responses;
 mod structured;
 mod text;
 mod tokens;
