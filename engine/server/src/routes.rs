@@ -23,7 +23,7 @@ use crate::api_error::ApiError;
 use crate::app::{App, LogEvent, ServerConfig, Visit};
 use crate::error::{Error, Result};
 use crate::job::{Api, Delivery, Job, transport};
-use crate::{page, stream};
+use crate::{openapi, page, stream};
 
 mod abort;
 mod responses;
@@ -112,6 +112,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/inference/v1/generate", post(text::generate))
         .route("/inference/v1/abort_requests", post(abort::abort))
         .route("/version", get(text::version))
+        .route("/openapi.json", get(openapi::serve))
         .route("/metrics", get(metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)

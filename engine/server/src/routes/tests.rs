@@ -13,6 +13,7 @@ use tower::ServiceExt;
 use super::*;
 
 mod abort;
+mod openapi;
 mod panics;
 mod responses;
 mod structured;
