@@ -4,7 +4,7 @@
 //! `request_id` of its body and to the `id` of its answer. Names a client chooses may be shared by
 //! several requests: all of them end. Names made here are 128 random bits, so nobody guesses another's.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use axum::http::HeaderMap;
@@ -43,23 +43,21 @@ impl Named {
         Name { named: Arc::clone(self), key }
     }
 
-    /// Ends the requests that have one of these names; returns the names that something had, in the
-    /// order they are given.
+    /// Ends the requests that have one of these names; returns the names that something had, each
+    /// once, in the order they are given.
     pub(crate) fn abort(&self, service: &Service, names: &[String]) -> Vec<String> {
-        let mut found = Vec::new();
-        let mut entries = self.locked();
-        for name in names {
-            let mut known = false;
-            for entry in entries.map.values_mut().filter(|entry| entry.names.contains(name)) {
-                known = true;
+        let asked: HashSet<&str> = names.iter().map(String::as_str).collect();
+        let mut found = HashSet::new();
+        for entry in self.locked().map.values_mut() {
+            let known = entry.names.iter().filter_map(|name| asked.get(name.as_str()));
+            let known: Vec<&str> = known.copied().collect();
+            if !known.is_empty() {
                 entry.aborted = true;
                 entry.requests.iter().for_each(|request| service.abort(*request));
-            }
-            if known && !found.contains(name) {
-                found.push(name.clone());
+                found.extend(known);
             }
         }
-        found
+        names.iter().filter(|name| found.remove(name.as_str())).cloned().collect()
     }
 
     fn locked(&self) -> MutexGuard<'_, Entries> {

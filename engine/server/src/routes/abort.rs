@@ -21,15 +21,23 @@ const MAX_NAMES: usize = 4096;
 
 /// Ends what the body names; the answer lists the names that something had.
 pub(super) async fn abort(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
-    let ended = body.map_err(|rejection| too_large(&app, &rejection)).and_then(|body| {
-        check_content_type(&headers)?;
-        let names = names(&app, &body)?;
-        Ok(app.live.named.abort(&app.service, &names))
-    });
-    match ended {
+    match ended(app, &headers, body).await {
         Ok(names) => Json(json!({"aborted": names})).into_response(),
         Err(error) => error.into_response(),
     }
+}
+
+async fn ended(app: Arc<App>, headers: &HeaderMap, body: Body) -> Result<Vec<String>, ApiError> {
+    let body = body.map_err(|rejection| too_large(&app, &rejection))?;
+    check_content_type(headers)?;
+    // A long body takes processor time.
+    let read = move || {
+        let names = names(&app, &body)?;
+        Ok(app.live.named.abort(&app.service, &names))
+    };
+    tokio::task::spawn_blocking(read)
+        .await
+        .map_err(|_panicked| ApiError::internal("the request could not be read"))?
 }
 
 fn names(app: &App, body: &[u8]) -> Result<Vec<String>, ApiError> {

@@ -21,7 +21,8 @@ fn endless(server: &Server, extra: Value) -> Value {
 /// Asks until the name is known.
 async fn abort(server: &Server, name: &str) {
     loop {
-        let (status, answer) = server.post(ABORT, &json!({"request_ids": [name, "other"]})).await;
+        let (status, answer) =
+            server.post(ABORT, &json!({"request_ids": [name, "other", name]})).await;
         assert_eq!(status, StatusCode::OK);
         if answer == json!({"aborted": [name]}) {
             return;
