@@ -93,6 +93,24 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "internal_error", message)
     }
 
+    /// The same error where fields have other names: of each pair the first becomes the second, in
+    /// `param` and at the beginning of the message.
+    pub(crate) fn renamed(mut self, names: &[(&str, &str)]) -> Self {
+        let param = self.body.param.as_deref();
+        if let Some((old, new)) = names.iter().find(|(old, _)| param == Some(*old)) {
+            if let Some(rest) = self.body.message.strip_prefix(old) {
+                self.body.message = format!("{new}{rest}");
+            }
+            self.body.param = Some((*new).to_owned());
+        }
+        self
+    }
+
+    /// The body as JSON.
+    pub(crate) fn to_value(&self) -> serde_json::Value {
+        serde_json::json!(Wrapped { error: &self.body })
+    }
+
     /// The body, as it also stands in an event of a stream.
     pub(crate) fn to_json(&self) -> String {
         serde_json::to_string(&Wrapped { error: &self.body }).expect("strings serialise")

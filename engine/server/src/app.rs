@@ -15,6 +15,7 @@ use crate::api_error::ApiError;
 use crate::error::{Error, Result};
 use crate::fields::{BadField, Fields};
 use crate::metrics::{Metrics, MetricsNames};
+use crate::named::{Name, Named};
 use crate::run_state::RunState;
 use crate::structured::Grammars;
 
@@ -235,12 +236,18 @@ pub(crate) struct Live {
     draining: AtomicBool,
     visits: watch::Sender<usize>,
     requests: Mutex<HashSet<RequestId>>,
+    pub(crate) named: Arc<Named>,
 }
 
 impl Live {
     fn new() -> Self {
         let visits = watch::Sender::new(0);
-        Self { draining: AtomicBool::new(false), visits, requests: Mutex::new(HashSet::new()) }
+        Self {
+            draining: AtomicBool::new(false),
+            visits,
+            requests: Mutex::new(HashSet::new()),
+            named: Arc::new(Named::default()),
+        }
     }
 
     /// Counts one visitor in until the guard is dropped.
@@ -250,7 +257,7 @@ impl Live {
     pub(crate) fn enter(self: &Arc<Self>) -> std::result::Result<Visit, ApiError> {
         // Counted first: a visitor is either seen by the drain or sees it.
         self.visits.send_modify(|visits| *visits += 1);
-        let visit = Visit { live: Arc::clone(self) };
+        let visit = Visit { live: Arc::clone(self), name: self.named.enter() };
         if self.is_draining() { Err(ApiError::draining()) } else { Ok(visit) }
     }
 
@@ -297,6 +304,8 @@ impl Live {
 #[must_use]
 pub(crate) struct Visit {
     live: Arc<Live>,
+    /// The names by which clients can end it.
+    pub(crate) name: Name,
 }
 
 impl Drop for Visit {

@@ -74,6 +74,11 @@ impl Generation {
         Ok(generation)
     }
 
+    /// The engine's names for what runs.
+    pub(crate) fn ids(&self) -> &[RequestId] {
+        &self.ids
+    }
+
     /// The next event and the choice it belongs to; `None` when every sample has ended.
     ///
     /// # Errors

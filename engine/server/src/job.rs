@@ -107,8 +107,8 @@ pub(crate) struct Job {
     logprobs_mode: LogprobsMode,
     /// Time without an event after which a stream gets a comment.
     pub(crate) keep_alive: Duration,
-    /// Keeps the drain waiting until the answer is out.
-    _visit: Visit,
+    /// Keeps the drain waiting until the answer is out, and the names of the job.
+    visit: Visit,
 }
 
 impl Job {
@@ -118,6 +118,7 @@ impl Job {
         let mut fields = Fields::parse(body)?;
         check_model(app, &mut fields)?;
         let delivery = delivery(app, &mut fields)?;
+        visit.name.given(fields.string("request_id")?)?;
         let token_ids = fields.flag("return_token_ids")?.unwrap_or(false);
         let tools = match api {
             Api::Chat => tools::read(&mut fields)?,
@@ -156,9 +157,12 @@ impl Job {
             Api::Chat => "chatcmpl",
             Api::Completions => "cmpl",
         };
+        let id = format!("{prefix}-{}", unique_name(app.next_id()));
+        visit.name.also(&id);
+        visit.name.runs(&app.service, generation.ids());
         Ok(Self {
             api,
-            id: format!("{prefix}-{}", unique_name(app.next_id())),
+            id,
             created_s: now_s(),
             model: app.model_name().to_owned(),
             prompts,
@@ -171,8 +175,19 @@ impl Job {
             generation,
             logprobs_mode: app.config.logprobs_mode,
             keep_alive: app.config.keep_alive,
-            _visit: visit,
+            visit,
         })
+    }
+
+    /// Gives the job an id that begins with `prefix`, beside the one it has had.
+    pub(crate) fn rename(&mut self, prefix: &str) {
+        self.id = format!("{prefix}{}", self.unique());
+        self.visit.name.also(&self.id);
+    }
+
+    /// The part of the id that no other job has.
+    pub(crate) fn unique(&self) -> &str {
+        self.id.rsplit(['-', '_']).next().unwrap_or_default()
     }
 
     /// How many choices the answer has.
@@ -193,7 +208,7 @@ impl Job {
     /// Finds the calls of a choice; `None` where no tools were offered.
     pub(crate) fn call_parser(&self, choice: usize) -> Option<CallParser> {
         let tools = self.tools.as_ref()?;
-        let id = self.id.rsplit('-').next().unwrap_or_default();
+        let id = self.unique();
         let most = if tools.parallel { usize::MAX } else { 1 };
         Some(CallParser::new(format!("{id}_{choice}"), most))
     }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::fields::{BadField, Fields};
 
 /// Fields that belong to the API, change nothing here and deserve no warning.
-const IGNORED: [&str; 8] = [
+pub(crate) const IGNORED: [&str; 8] = [
     "user",
     "metadata",
     "store",
@@ -53,6 +53,11 @@ fn refused() -> [(&'static str, Vec<Value>); 28] {
         ("mm_processor_kwargs", vec![json!({})]),
         ("kv_transfer_params", vec![json!({})]),
     ]
+}
+
+/// The names of the features.
+pub(crate) fn names() -> impl Iterator<Item = &'static str> {
+    refused().into_iter().map(|(name, _)| name)
 }
 
 /// Takes every refused and every ignored field.

@@ -23,9 +23,12 @@ use crate::api_error::ApiError;
 use crate::app::{App, LogEvent, ServerConfig, Visit};
 use crate::error::{Error, Result};
 use crate::job::{Api, Delivery, Job, transport};
-use crate::{page, stream};
+use crate::{openapi, page, stream};
 
+mod abort;
+mod responses;
 mod text;
+mod tokens;
 
 /// How long aborted requests may take to end, and written answers to leave.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -103,10 +106,13 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/models/{*name}", get(model))
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
+        .route("/v1/responses", post(responses::create))
         .route("/tokenize", post(text::tokenize))
         .route("/detokenize", post(text::detokenize))
         .route("/inference/v1/generate", post(text::generate))
+        .route("/inference/v1/abort_requests", post(abort::abort))
         .route("/version", get(text::version))
+        .route("/openapi.json", get(openapi::serve))
         .route("/metrics", get(metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
@@ -193,6 +199,7 @@ async fn read<T: Send + 'static>(
     make: impl FnOnce(&App, Visit, &[u8]) -> std::result::Result<T, ApiError> + Send + 'static,
 ) -> std::result::Result<T, ApiError> {
     let visit = app.live.enter()?;
+    visit.name.header(headers);
     let body = body.map_err(|rejection| too_large(&app, &rejection))?;
     check_content_type(headers)?;
     tokio::task::spawn_blocking(move || make(&app, visit, &body))

@@ -12,10 +12,14 @@ use tower::ServiceExt;
 
 use super::*;
 
+mod abort;
+mod openapi;
 mod panics;
 mod params;
+mod responses;
 mod structured;
 mod text;
+mod tokens;
 
 /// A directory that is removed again.
 struct Dir(PathBuf);

@@ -1,5 +1,5 @@
 //! `POST /tokenize` and `/detokenize` with vLLM's bodies, `GET /version`, and `POST /inference/v1/generate`:
-//! token ids in, token ids with log-probabilities and the weights that drew them out.
+//! token ids in, token ids with log-probabilities and the weights that drew them out, whole or (`tokens.rs`) streamed.
 //!
 //! The last keeps text out of the loop of whoever trains elsewhere: what is sampled is what is trained on.
 
@@ -13,15 +13,15 @@ use engine::text::{AddSpecial, SkipSpecial};
 use engine::{Event, Tokenizer};
 use serde_json::{Map, Value, json};
 
-use super::{Body, read};
+use super::{Body, read, tokens};
 use crate::answer::{Meter, stop_reason};
 use crate::api_error::ApiError;
 use crate::app::App;
 use crate::chat;
 use crate::echo::PromptLogprobs;
 use crate::fields::{BadField, Fields};
-use crate::job::{Api, Job, needs, unprocessable};
-use crate::refused::off_only;
+use crate::job::{Api, Delivery, Job, StreamUsage, needs, unprocessable};
+use crate::refused::{off_only, unsupported};
 
 /// `GET /version`.
 pub(super) async fn version() -> Json<Value> {
@@ -84,9 +84,14 @@ pub(super) async fn detokenize(app: State<Arc<App>>, headers: HeaderMap, body: B
 pub(super) async fn generate(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
     let start = |app: &App, visit, body: &[u8]| {
         let body = completion_body(Fields::parse(body)?)?;
-        Job::start(app, visit, Api::Completions, body.to_string().as_bytes())
+        let job = Job::start(app, visit, Api::Completions, body.to_string().as_bytes())?;
+        if job.delivery == (Delivery::Stream { usage: StreamUsage::Each }) {
+            return Err(unsupported("continuous_usage_stats").into());
+        }
+        Ok(job)
     };
     match read(app.0, &headers, body, start).await {
+        Ok(job) if job.delivery != Delivery::Whole => tokens::streamed(job),
         Ok(job) => answer(choices(job).await),
         Err(error) => error.into_response(),
     }
@@ -96,10 +101,6 @@ pub(super) async fn generate(app: State<Arc<App>>, headers: HeaderMap, body: Bod
 fn completion_body(mut fields: Fields) -> Result<Value, ApiError> {
     let tokens = fields.tokens("token_ids")?;
     let tokens = tokens.ok_or_else(|| BadField::new("token_ids", "token_ids is missing"))?;
-    if fields.flag("stream")?.unwrap_or(false) {
-        let message = "stream is true, limit is false: this route answers whole";
-        return Err(BadField::new("stream", message).with_code("unsupported_parameter").into());
-    }
     off_only(&mut fields, "echo", &[Value::from(false)])?;
     let mut body = match fields.take("sampling_params") {
         None => Map::new(),
@@ -115,7 +116,7 @@ fn completion_body(mut fields: Fields) -> Result<Value, ApiError> {
             return Err(BadField::new("sampling_params", message).into());
         }
     }
-    for name in ["model", "cache_salt", "priority"] {
+    for name in ["model", "stream", "stream_options", "request_id", "cache_salt", "priority"] {
         if let Some(value) = fields.take(name) {
             body.insert(name.to_owned(), value);
         }
