@@ -13,6 +13,7 @@ mod engine;
 pub mod error;
 mod grammar;
 mod guests;
+mod histogram;
 mod load;
 mod memory;
 pub mod model;
@@ -23,6 +24,7 @@ mod sampler;
 mod sequence;
 mod service;
 pub mod text;
+mod timings;
 mod update;
 
 pub use config::{EngineConfig, Quantization};
@@ -30,6 +32,7 @@ pub use engine::{Engine, Score};
 pub use error::{Error, ErrorKind, Result};
 pub use grammar::{Constraint, Grammar, GrammarCompiler, UnknownKeywords, json_schema};
 pub use guests::{Guests, Host};
+pub use histogram::Histogram;
 pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};
 pub use load::load_text;
 pub use memory::{LOGIT_ROWS, MemoryPlan, ResidentMemory, available_memory_bytes};
@@ -39,6 +42,7 @@ pub use request::{
     SamplingParams, StopReason, StopText, Token,
 };
 pub use scheduler::{PrefixCache, WeightsVersion};
-pub use service::{Sent, Service, Sink, Status};
+pub use service::{Phase, Sent, Service, Sink, Status};
 pub use text::{ChatTemplate, Message, Tokenizer};
+pub use timings::Timings;
 pub use update::WeightsUpdate;

@@ -18,17 +18,18 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use scheduler::{SeqId, Slice};
 
 use super::Engine;
-use crate::draw::{Drawn, SampleRow, draw};
+use crate::draw::{Drawn, SampleRow, Undrawn, draw};
 use crate::error::{Error, Result};
 use crate::grammar::GrammarState;
 use crate::memory::LOGIT_ROWS;
 use crate::request::Event;
+use crate::timings::Batch;
 
 /// What the owner of a failed sample is told.
 const PANICKED: &str = "a step panicked on this request";
 
 /// What was drawn for each sampling slice, in their order, or why nothing was.
-type Draws = Vec<(SeqId, std::result::Result<Drawn, String>)>;
+type Draws = Vec<(SeqId, std::result::Result<Drawn, Undrawn>)>;
 
 impl Engine {
     /// Runs one batch and returns what came of it, in the order of the batch.
@@ -39,7 +40,7 @@ impl Engine {
     /// # Errors
     /// Only for a fault of the engine itself.
     pub fn step(&mut self) -> Result<Vec<Event>> {
-        let mut events = std::mem::take(&mut self.pending);
+        let mut events = self.open_step();
         if self.plan_slices()? {
             let draws = self.compute(0..self.slices.len());
             self.accept(draws, &mut events)?;
@@ -54,7 +55,7 @@ impl Engine {
     /// When the engine itself is at fault: a step panics twice though none of its sequences does so
     /// alone, or each of several requests does so alone. The engine must not be used any more then.
     pub fn step_contained(&mut self) -> Result<Vec<Event>> {
-        let mut events = std::mem::take(&mut self.pending);
+        let mut events = self.open_step();
         let mut blameless = false;
         while self.plan_slices()? {
             let all = 0..self.slices.len();
@@ -76,6 +77,30 @@ impl Engine {
             }
         }
         Ok(events)
+    }
+
+    /// What the last step computed.
+    pub(crate) fn last_batch(&self) -> Batch<'_> {
+        Batch { begun: &self.begun, tokens: self.step_tokens }
+    }
+
+    /// Forgets what the step before computed; the events that have waited for this one.
+    fn open_step(&mut self) -> Vec<Event> {
+        self.begun.clear();
+        self.step_tokens = 0;
+        std::mem::take(&mut self.pending)
+    }
+
+    /// Notes what the planned slices compute.
+    fn note_batch(&mut self) {
+        self.step_tokens = self.slices.iter().map(|slice| slice.len).sum();
+        for slice in &self.slices {
+            if let Some(sample) = self.samples.get_mut(&slice.seq)
+                && !std::mem::replace(&mut sample.begun, true)
+            {
+                self.begun.push((sample.request, sample.index));
+            }
+        }
     }
 
     /// Has `fault` called before each batch, with the tokens of its sequences; it may panic. For tests
@@ -166,12 +191,14 @@ impl Engine {
     /// Hands the drawn tokens to their samples and commits the plan. A sample that cannot take its
     /// token, be it by a panic of the tokenizer, ends alone.
     fn accept(&mut self, draws: Draws, events: &mut Vec<Event>) -> Result<()> {
+        self.note_batch();
         let mut sampled = Vec::with_capacity(draws.len());
         for (seq, drawn) in draws {
             let drawn = match drawn {
                 Ok(drawn) => drawn,
                 Err(why) => {
-                    self.fail(seq, why, events);
+                    self.nan_logits += u64::from(why == Undrawn::NotFinite);
+                    self.fail(seq, why.to_string(), events);
                     continue;
                 }
             };
