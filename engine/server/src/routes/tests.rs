@@ -13,6 +13,7 @@ use tower::ServiceExt;
 use super::*;
 
 mod panics;
+mod signs;
 mod structured;
 mod text;
 
