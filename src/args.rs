@@ -254,6 +254,12 @@ pub(crate) struct ApiArgs {
     /// Names under /metrics: engine_... (own), or vllm:... too
     #[arg(long, value_enum, default_value_t = MetricsCompat::Own)]
     pub(crate) metrics_compat: MetricsCompat,
+    /// No line every 5 seconds of work about throughput, queue and cache
+    #[arg(long)]
+    pub(crate) disable_log_stats: bool,
+    /// Seconds without a step, while there is work, after which /health says 503; 0 for never
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub(crate) heartbeat_timeout: u64,
     /// Seconds for running requests to finish after SIGTERM
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) shutdown_timeout: u64,

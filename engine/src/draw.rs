@@ -5,6 +5,7 @@
 //! model's own. A row's draw depends on that row, its parameters and its random stream alone.
 
 use std::collections::HashMap;
+use std::fmt;
 
 use kernels::{Kernels, TokenStats};
 use scheduler::{Scheduler, SeqId};
@@ -31,13 +32,31 @@ pub(crate) struct Drawn {
     pub(crate) top: Vec<(u32, f32)>,
 }
 
+/// Why a row has no token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Undrawn {
+    /// The model's logits of that row are not all finite numbers.
+    NotFinite,
+    /// Parameters or a grammar leave nothing to draw, or the grammar's limits are reached.
+    Refused(String),
+}
+
+impl fmt::Display for Undrawn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotFinite => f.write_str("the model's logits are not finite numbers"),
+            Self::Refused(why) => f.write_str(why),
+        }
+    }
+}
+
 /// Draws a token for each row, or says why that row has none.
 pub(crate) fn draw(
     runner: &mut Runner,
     scheduler: &Scheduler,
     samples: &HashMap<SeqId, Sample>,
     rows: &[SampleRow],
-) -> Vec<Result<Drawn, String>> {
+) -> Vec<Result<Drawn, Undrawn>> {
     let vocab = runner.decoder.config.vocab_size;
     let row_indices: Vec<usize> = rows.iter().map(|row| row.row).collect();
     let samples: Vec<(&Sample, &[u32])> =
@@ -65,7 +84,7 @@ pub(crate) fn draw(
     };
     let mut drawn = |i: usize| {
         if !raw[i].log_sum_exp.is_finite() {
-            return Err("the model's logits are not finite numbers".to_owned());
+            return Err(Undrawn::NotFinite);
         }
         let row = &logits[i * vocab..(i + 1) * vocab];
         let sample = samples[i].0;
@@ -75,7 +94,7 @@ pub(crate) fn draw(
             k.map_or_else(Vec::new, top)
         };
         let drawn = match changed[i].take() {
-            Some(drawn) => drawn?,
+            Some(drawn) => drawn.map_err(Undrawn::Refused)?,
             None => Draw {
                 token: tokens[i],
                 logprob: scaled[i].log_prob,

@@ -57,6 +57,12 @@ pub struct Engine {
     /// Events that wait for the next step: ends of aborted samples.
     pending: Vec<Event>,
     slices: Vec<Slice>,
+    /// Samples that the last step computed something of for the first time.
+    begun: Vec<(RequestId, usize)>,
+    /// Tokens that the last step computed.
+    step_tokens: usize,
+    /// Samples that ended for logits that were no finite numbers.
+    nan_logits: u64,
     /// Only ever set by tests.
     fault: Option<Fault>,
 }
@@ -101,6 +107,9 @@ impl Engine {
             next_request: 0,
             pending: Vec::new(),
             slices: Vec::new(),
+            begun: Vec::new(),
+            step_tokens: 0,
+            nan_logits: 0,
             fault: None,
         })
     }
@@ -143,6 +152,16 @@ impl Engine {
     /// Blocks, cache hits and preemptions so far.
     pub fn stats(&self) -> scheduler::Stats {
         self.scheduler.stats()
+    }
+
+    /// Samples so far that ended with an error because their logits were not finite numbers.
+    pub fn nan_logits(&self) -> u64 {
+        self.nan_logits
+    }
+
+    /// How the engine was set up.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
     }
 
     /// Sequences that run and that wait.

@@ -13,6 +13,7 @@ mod engine;
 pub mod error;
 mod grammar;
 mod guests;
+mod histogram;
 mod load;
 mod memory;
 pub mod model;
@@ -24,6 +25,7 @@ mod sampler;
 mod sequence;
 mod service;
 pub mod text;
+mod timings;
 mod update;
 
 pub use config::{EngineConfig, Quantization};
@@ -31,6 +33,7 @@ pub use engine::{Engine, Score};
 pub use error::{Error, ErrorKind, Result};
 pub use grammar::{Constraint, Grammar, GrammarCompiler, UnknownKeywords, json_schema};
 pub use guests::{Guests, Host};
+pub use histogram::Histogram;
 pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};
 pub use load::load_text;
 pub use memory::{LOGIT_ROWS, MemoryPlan, ResidentMemory, available_memory_bytes};
@@ -41,6 +44,7 @@ pub use request::{
     Request, RequestId, SamplingParams, StopReason, StopText, Token,
 };
 pub use scheduler::{PrefixCache, WeightsVersion};
-pub use service::{Sent, Service, Sink, Status};
+pub use service::{Phase, Sent, Service, Sink, Status};
 pub use text::{ChatTemplate, Message, Tokenizer};
+pub use timings::Timings;
 pub use update::WeightsUpdate;

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use scheduler::{Scheduler, SeqId, Slice};
 
-use crate::draw::stats;
+use crate::draw::{Undrawn, stats};
 use crate::runner::Runner;
 use crate::sampler::top_logprobs;
 use crate::sequence::Sample;
@@ -56,7 +56,7 @@ impl PromptScore {
 
 /// What came of a slice: the position of its first row and what is known of the tokens after its rows, or
 /// why nothing is.
-pub(crate) type Scored = (SeqId, usize, Result<Vec<PromptToken>, String>);
+pub(crate) type Scored = (SeqId, usize, Result<Vec<PromptToken>, Undrawn>);
 
 /// Scores the prompt tokens of those of `slices` whose samples want it. The slices are all of the last
 /// pass, in their order; at most `max_rows` rows of logits are held at once.
@@ -98,7 +98,7 @@ fn score_rows(
     first: usize,
     targets: &[u32],
     top: usize,
-) -> Result<Vec<PromptToken>, String> {
+) -> Result<Vec<PromptToken>, Undrawn> {
     let vocab = runner.decoder.config.vocab_size;
     let rows: Vec<usize> = (first..first + targets.len()).collect();
     let (kernels, logits) = runner.logits(&rows);
@@ -106,7 +106,7 @@ fn score_rows(
     let rows = logits.chunks_exact(vocab).zip(targets).zip(stats);
     rows.map(|((row, token), stats)| {
         if !stats.log_sum_exp.is_finite() {
-            return Err("the model's logits are not finite numbers".to_owned());
+            return Err(Undrawn::NotFinite);
         }
         let chosen = (*token, stats.log_prob);
         Ok(PromptToken {

@@ -21,6 +21,8 @@ pub(crate) struct Sample {
     pub(crate) params: Arc<SamplingParams>,
     pub(crate) prompt_len: usize,
     pub(crate) seed: u64,
+    /// Whether a step has computed something of it.
+    pub(crate) begun: bool,
     /// Tokens that end it and may not come before `min_tokens`.
     ending: Vec<u32>,
     text: Option<SampleText>,
@@ -74,6 +76,7 @@ impl Sample {
             params: Arc::clone(params),
             prompt_len: request.prompt.len(),
             seed,
+            begun: false,
             ending,
             text,
             grammar: request.constraint.as_ref().map(crate::grammar::Constraint::start),

@@ -82,6 +82,12 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "engine_dead", message)
     }
 
+    /// The engine has not finished a step for longer than `limit`.
+    pub(crate) fn engine_stalled(limit: Duration) -> Self {
+        let message = format!("engine has finished no step for over {} s", limit.as_secs_f64());
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "engine_stalled", message)
+    }
+
     pub(crate) fn compilers_busy() -> Self {
         let message = "too many grammars are being compiled".to_owned();
         Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full", message)

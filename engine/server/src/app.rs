@@ -14,6 +14,7 @@ use crate::access::Keys;
 use crate::api_error::ApiError;
 use crate::error::{Error, Result};
 use crate::fields::{BadField, Fields};
+use crate::load_report::LoadReport;
 use crate::metrics::{Metrics, MetricsNames};
 use crate::named::{Name, Named};
 use crate::run_state::RunState;
@@ -53,6 +54,11 @@ pub struct ServerConfig {
     pub logprobs_mode: LogprobsMode,
     /// Receives what is worth a log line; must not block.
     pub log: Option<Log>,
+    /// How often a [`LogEvent::Load`] is reported while there is work; `None` for never.
+    pub log_stats: Option<Duration>,
+    /// Time without a step, while steps are to be expected, after which `/health` says 503; `None` for
+    /// never.
+    pub heartbeat_timeout: Option<Duration>,
     /// The curves of the run that trains the served weights, if one does.
     pub run: Option<RunState>,
 }
@@ -79,7 +85,7 @@ pub enum LogEvent {
         /// The field's name, cut to 64 characters.
         name: String,
     },
-    /// An answer begins.
+    /// An answer begins; or, with status 499, its client has left before it was whole.
     Answered {
         /// The request's method.
         method: String,
@@ -87,11 +93,13 @@ pub enum LogEvent {
         path: String,
         /// The answer's HTTP status.
         status: u16,
-        /// The request's id, as in the header `x-request-id`.
+        /// The request's id, as in the header `x-request-id`; `-` if the client left before the head.
         request_id: String,
         /// Time from the request's head to the answer's head.
         elapsed: Duration,
     },
+    /// How busy the server is.
+    Load(LoadReport),
     /// The shutdown began.
     Draining {
         /// Requests that still run.
@@ -120,6 +128,8 @@ impl ServerConfig {
             unknown_fields: UnknownFields::Report,
             logprobs_mode: LogprobsMode::Raw,
             log: None,
+            log_stats: Some(Duration::from_secs(5)),
+            heartbeat_timeout: Some(Duration::from_secs(300)),
             run: None,
         }
     }

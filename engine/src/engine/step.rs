@@ -18,12 +18,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use scheduler::{SeqId, Slice};
 
 use super::Engine;
-use crate::draw::{Drawn, SampleRow, draw};
+use crate::draw::{Drawn, SampleRow, Undrawn, draw};
 use crate::error::{Error, Result};
 use crate::grammar::GrammarState;
 use crate::memory::LOGIT_ROWS;
 use crate::prompt::{self, Scored};
 use crate::request::{Continuation, Event, FinishReason};
+use crate::timings::Batch;
 
 /// What the owner of a failed sample is told.
 const PANICKED: &str = "a step panicked on this request";
@@ -31,7 +32,7 @@ const PANICKED: &str = "a step panicked on this request";
 /// What a batch has computed.
 struct Computed {
     /// What was drawn for each sampling slice, in their order, or why nothing was.
-    draws: Vec<(SeqId, std::result::Result<Drawn, String>)>,
+    draws: Vec<(SeqId, std::result::Result<Drawn, Undrawn>)>,
     /// What is known of prompt tokens, for the slices whose samples want it.
     prompts: Vec<Scored>,
 }
@@ -45,7 +46,7 @@ impl Engine {
     /// # Errors
     /// Only for a fault of the engine itself.
     pub fn step(&mut self) -> Result<Vec<Event>> {
-        let mut events = std::mem::take(&mut self.pending);
+        let mut events = self.open_step();
         if self.plan_slices()? {
             let computed = self.compute(0..self.slices.len());
             self.accept(computed, &mut events)?;
@@ -60,7 +61,7 @@ impl Engine {
     /// When the engine itself is at fault: a step panics twice though none of its sequences does so
     /// alone, or each of several requests does so alone. The engine must not be used any more then.
     pub fn step_contained(&mut self) -> Result<Vec<Event>> {
-        let mut events = std::mem::take(&mut self.pending);
+        let mut events = self.open_step();
         let mut blameless = false;
         while self.plan_slices()? {
             let all = 0..self.slices.len();
@@ -82,6 +83,30 @@ impl Engine {
             }
         }
         Ok(events)
+    }
+
+    /// What the last step computed.
+    pub(crate) fn last_batch(&self) -> Batch<'_> {
+        Batch { begun: &self.begun, tokens: self.step_tokens }
+    }
+
+    /// Forgets what the step before computed; the events that have waited for this one.
+    fn open_step(&mut self) -> Vec<Event> {
+        self.begun.clear();
+        self.step_tokens = 0;
+        std::mem::take(&mut self.pending)
+    }
+
+    /// Notes what the planned slices compute.
+    fn note_batch(&mut self) {
+        self.step_tokens = self.slices.iter().map(|slice| slice.len).sum();
+        for slice in &self.slices {
+            if let Some(sample) = self.samples.get_mut(&slice.seq)
+                && !std::mem::replace(&mut sample.begun, true)
+            {
+                self.begun.push((sample.request, sample.index));
+            }
+        }
     }
 
     /// Has `fault` called before each batch, with the tokens of its sequences; it may panic. For tests
@@ -174,6 +199,7 @@ impl Engine {
     /// Hands the drawn tokens to their samples and commits the plan. A sample that cannot take its
     /// token, be it by a panic of the tokenizer, ends alone.
     fn accept(&mut self, computed: Computed, events: &mut Vec<Event>) -> Result<()> {
+        self.note_batch();
         self.accept_prompts(computed.prompts, events);
         let mut sampled = Vec::with_capacity(computed.draws.len());
         for (seq, drawn) in computed.draws {
@@ -183,7 +209,7 @@ impl Engine {
             let drawn = match drawn {
                 Ok(drawn) => drawn,
                 Err(why) => {
-                    self.fail(seq, why, events);
+                    self.fail_undrawn(seq, &why, events);
                     continue;
                 }
             };
@@ -206,11 +232,17 @@ impl Engine {
         Ok(())
     }
 
+    /// Ends a sample whose numbers allow no token.
+    fn fail_undrawn(&mut self, seq: SeqId, why: &Undrawn, events: &mut Vec<Event>) {
+        self.nan_logits += u64::from(*why == Undrawn::NotFinite);
+        self.fail(seq, why.to_string(), events);
+    }
+
     /// Hands what is known of prompts to their samples; a sample whose numbers are not finite ends.
     fn accept_prompts(&mut self, prompts: Vec<Scored>, events: &mut Vec<Event>) {
         for (seq, start, tokens) in prompts {
             match tokens {
-                Err(why) => self.fail(seq, why, events),
+                Err(why) => self.fail_undrawn(seq, &why, events),
                 Ok(tokens) => {
                     if let Some(sample) = self.samples.get_mut(&seq) {
                         sample.prompt.take(start, tokens);

@@ -17,6 +17,7 @@ mod openapi;
 mod panics;
 mod params;
 mod responses;
+mod signs;
 mod structured;
 mod text;
 mod tokens;
