@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Runs this engine and the peers one after the other and records what they did.
 
-    benches/run.py MODEL.gguf [MODEL.gguf ...] [--marks NAME,NAME] [--peers DIR] [--repeats N]
+    benches/run.py MODEL.gguf [MODEL.gguf ...] [--marks NAME,NAME] [--peers DIR] [--repeats N] [--peer-minutes M]
     benches/run.py --tiny            every mark of ours at a toy size: a test that the plumbing works
 
 Writes benches/record/MACHINE/DATE.csv, and beside it DATE.md (a table) and DATE.svg (a plot of the shares
-of the machine's limit). A peer that is not installed below DIR (see benches/peers/install.sh), or fails,
-is a row that says so. Needs Python 3.11 and nothing else; peers bring their own Python. Quote only what
+of the machine's limit). A peer that is not installed below DIR (see benches/peers/install.sh), fails, or
+is not done with a mark when its minutes are over, is a row that says so. Needs Python 3.11 and nothing else; peers bring their own Python. Quote only what
 was recorded with nothing else running.
 """
 
@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,8 @@ def arguments():
     parser.add_argument("--marks", help="names from marks.toml, by commas [default: all]")
     parser.add_argument("--peers", metavar="DIR", help="where benches/peers/install.sh has put them")
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
+    parser.add_argument("--peer-repeats", type=int, help="the same for peers [default: as ours]")
+    parser.add_argument("--peer-minutes", type=float, help="most minutes for each peer and model [default: no end]")
     parser.add_argument("--engine", default=str(ROOT / "target/release/engine"), help="our command")
     parser.add_argument("--output", default=str(HERE / "record"), metavar="DIR")
     parser.add_argument("--machine", metavar="NAME", help="name of this machine [default: by processor]")
@@ -155,17 +158,31 @@ def theirs(args, peer, model, marks):
     if not python.exists():
         print(f"{peer}: missing, {folder} has no bin/python", file=sys.stderr)
         return [{**row, "status": "missing"} for row in blank]
-    request = json.dumps({"model": os.path.abspath(model), "repeats": args.repeats, "marks": marks})
+    request = json.dumps({"model": os.path.abspath(model), "repeats": args.peer_repeats or args.repeats, "marks": marks})
     command = [str(python), str(script), request]
     print(f"{peer}: running", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as work:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=work)
+    output, ended = bounded(command, args.peer_minutes)
     found = {}
-    for line in done.stdout.splitlines():
+    for line in output.splitlines():
         if line.startswith('{"mark"'):
             result = json.loads(line)
             found[result["mark"]] = result
-    return [measured(row, mark, found.get(mark["name"])) for row, mark in zip(blank, marks)]
+    rows = [measured(row, mark, found.get(mark["name"])) for row, mark in zip(blank, marks)]
+    for row in rows:
+        if row["status"] == "failed" and not ended:
+            row["status"] = "out of time"
+    return rows
+
+
+def bounded(command, minutes):
+    """What a command printed, and whether it ended by itself rather than when its minutes were over."""
+    with tempfile.TemporaryDirectory() as work:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=work, start_new_session=True)
+        try:
+            return process.communicate(timeout=minutes and 60 * minutes)[0], True
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return process.communicate()[0], False
 
 
 def measured(row, mark, result):

@@ -254,9 +254,32 @@ pub(crate) struct ApiArgs {
     /// Names under /metrics: engine_... (own), or vllm:... too
     #[arg(long, value_enum, default_value_t = MetricsCompat::Own)]
     pub(crate) metrics_compat: MetricsCompat,
+    /// No line every 5 seconds of work about throughput, queue and cache
+    #[arg(long)]
+    pub(crate) disable_log_stats: bool,
+    /// Seconds without a step, while there is work, after which /health says 503; 0 for never
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub(crate) heartbeat_timeout: u64,
     /// Seconds for running requests to finish after SIGTERM
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) shutdown_timeout: u64,
+    /// Refuse requests with unknown fields, which else get one warning
+    #[arg(long)]
+    pub(crate) strict_params: bool,
+    /// Distribution that reported log-probabilities are of
+    #[arg(long, value_enum, default_value_t = LogprobsArg::Raw)]
+    pub(crate) logprobs_mode: LogprobsArg,
+}
+
+/// `--logprobs-mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogprobsArg {
+    /// The model's own, at temperature 1 with nothing cut off
+    #[value(name = "raw_logprobs")]
+    Raw,
+    /// The one that was sampled from
+    #[value(name = "processed_logprobs")]
+    Processed,
 }
 
 /// `--metrics-compat`.

@@ -5,10 +5,11 @@ use std::net::{TcpListener, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::{SamplingParams, Service};
-use server::{LogEvent, MetricsNames, ServerConfig};
+use engine::{LogprobsMode, SamplingParams, Service};
+use serde_json::json;
+use server::{LogEvent, MetricsNames, ServerConfig, UnknownFields};
 
-use crate::args::{ApiArgs, GenerationConfig, MetricsCompat, ServeArgs};
+use crate::args::{ApiArgs, GenerationConfig, LogprobsArg, MetricsCompat, ServeArgs};
 use crate::exit::{Failure, Result};
 use crate::model;
 use crate::signals::Signals;
@@ -76,9 +77,23 @@ pub(crate) fn server_config(
     config.shutdown_timeout = Duration::from_secs(args.shutdown_timeout);
     config.max_queued_requests = args.max_queued_requests;
     config.request_timeout = args.request_timeout.map(seconds).transpose()?;
+    if args.disable_log_stats {
+        config.log_stats = None;
+    }
+    config.heartbeat_timeout = match args.heartbeat_timeout {
+        0 => None,
+        seconds => Some(Duration::from_secs(seconds)),
+    };
     config.metrics = match args.metrics_compat {
         MetricsCompat::Own => MetricsNames::Own,
         MetricsCompat::Vllm => MetricsNames::Vllm,
+    };
+    if args.strict_params {
+        config.unknown_fields = UnknownFields::Refuse;
+    }
+    config.logprobs_mode = match args.logprobs_mode {
+        LogprobsArg::Raw => LogprobsMode::Raw,
+        LogprobsArg::Processed => LogprobsMode::Processed,
     };
     config.log = Some(Arc::new(move |event| log(&terminal, event)));
     Ok(config)
@@ -103,6 +118,17 @@ fn log(terminal: &Terminal, event: &LogEvent) {
             let ms = elapsed.as_secs_f64() * 1e3;
             terminal.info(&format!("{method} {path:?} {status} {ms:.1} ms {request_id}"));
         }
+        LogEvent::Load(report) => terminal.info_with(
+            &report.to_string(),
+            &json!({
+                "prompt_tokens_per_s": report.prompt_tokens_per_s,
+                "generation_tokens_per_s": report.generation_tokens_per_s,
+                "running": report.running,
+                "waiting": report.waiting,
+                "kv_cache_usage": report.kv_usage,
+                "prefix_cache_hit_rate": report.prefix_hit_rate,
+            }),
+        ),
         LogEvent::Draining { running } => {
             terminal.info(&format!("shutting down, {running} requests to finish"));
         }
@@ -119,9 +145,29 @@ mod tests {
     use std::net::TcpStream;
     use std::process::ExitCode;
 
+    use clap::Parser;
     use engine::{Engine, EngineConfig};
 
     use super::*;
+    use crate::args::{Cli, Command};
+
+    #[test]
+    fn signs_of_life_are_told_unless_they_are_turned_off() {
+        let config = |flags: &[&str]| {
+            let line = ["engine", "serve"].iter().chain(flags);
+            let Command::Serve(args) = Cli::try_parse_from(line).unwrap().command else {
+                panic!("another command");
+            };
+            server_config("m", &args.api, Terminal::plain()).unwrap()
+        };
+        let default = config(&[]);
+        assert_eq!(default.log_stats, Some(Duration::from_secs(5)));
+        assert_eq!(default.heartbeat_timeout, Some(Duration::from_secs(300)));
+        let off = config(&["--disable-log-stats", "--heartbeat-timeout", "0"]);
+        assert_eq!((off.log_stats, off.heartbeat_timeout), (None, None));
+        let short = config(&["--heartbeat-timeout", "9"]);
+        assert_eq!(short.heartbeat_timeout, Some(Duration::from_secs(9)));
+    }
 
     #[test]
     fn an_engine_that_has_failed_ends_the_command_with_code_1() {

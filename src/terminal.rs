@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write, stderr};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::args::{CommonArgs, LogFormat};
 
@@ -49,6 +49,13 @@ impl Terminal {
         }
     }
 
+    /// A line that is good to know; as JSON it has these `fields` (an object) too.
+    pub(crate) fn info_with(&self, message: &str, fields: &Value) {
+        if self.loudness == Loudness::Normal {
+            self.write(&rendered(self.format, "info", message, Some(fields)));
+        }
+    }
+
     /// A line about something that is probably not meant.
     pub(crate) fn warn(&self, message: &str) {
         if self.loudness == Loudness::Normal {
@@ -71,16 +78,49 @@ impl Terminal {
     }
 
     fn line(&self, level: &str, message: &str) {
-        let line = match self.format {
-            LogFormat::Json => {
-                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-                let time = (now.as_secs_f64() * 1e3).round() / 1e3;
-                json!({"time": time, "level": level, "message": message}).to_string()
-            }
-            LogFormat::Text if level == "info" => message.to_owned(),
-            LogFormat::Text => format!("{level}: {message}"),
-        };
+        self.write(&rendered(self.format, level, message, None));
+    }
+
+    fn write(&self, line: &str) {
         // Without a reader of standard error there is nobody left to tell.
         let _closed = writeln!(stderr().lock(), "{line}");
+    }
+}
+
+/// A line as it is written. `fields` stand in JSON only.
+fn rendered(format: LogFormat, level: &str, message: &str, fields: Option<&Value>) -> String {
+    match format {
+        LogFormat::Json => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let time = (now.as_secs_f64() * 1e3).round() / 1e3;
+            let mut line = json!({"time": time, "level": level, "message": message});
+            if let (Some(line), Some(fields)) =
+                (line.as_object_mut(), fields.and_then(Value::as_object))
+            {
+                line.extend(fields.clone());
+            }
+            line.to_string()
+        }
+        LogFormat::Text if level == "info" => message.to_owned(),
+        LogFormat::Text => format!("{level}: {message}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_stand_in_json_only() {
+        let fields = json!({"running": 3});
+        let text = rendered(LogFormat::Text, "info", "Running: 3 reqs", Some(&fields));
+        assert_eq!(text, "Running: 3 reqs");
+        let line = rendered(LogFormat::Json, "info", "Running: 3 reqs", Some(&fields));
+        let mut line: Value = serde_json::from_str(&line).unwrap();
+        assert!(line["time"].is_f64());
+        line["time"] = Value::Null;
+        let expected =
+            json!({"time": null, "level": "info", "message": "Running: 3 reqs", "running": 3});
+        assert_eq!(line, expected);
     }
 }

@@ -5,6 +5,7 @@
 //! model's own. A row's draw depends on that row, its parameters and its random stream alone.
 
 use std::collections::HashMap;
+use std::fmt;
 
 use kernels::{Kernels, TokenStats};
 use scheduler::{Scheduler, SeqId};
@@ -31,13 +32,31 @@ pub(crate) struct Drawn {
     pub(crate) top: Vec<(u32, f32)>,
 }
 
+/// Why a row has no token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Undrawn {
+    /// The model's logits of that row are not all finite numbers.
+    NotFinite,
+    /// Parameters or a grammar leave nothing to draw, or the grammar's limits are reached.
+    Refused(String),
+}
+
+impl fmt::Display for Undrawn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotFinite => f.write_str("the model's logits are not finite numbers"),
+            Self::Refused(why) => f.write_str(why),
+        }
+    }
+}
+
 /// Draws a token for each row, or says why that row has none.
 pub(crate) fn draw(
     runner: &mut Runner,
     scheduler: &Scheduler,
     samples: &HashMap<SeqId, Sample>,
     rows: &[SampleRow],
-) -> Vec<Result<Drawn, String>> {
+) -> Vec<Result<Drawn, Undrawn>> {
     let vocab = runner.decoder.config.vocab_size;
     let row_indices: Vec<usize> = rows.iter().map(|row| row.row).collect();
     let samples: Vec<(&Sample, &[u32])> =
@@ -45,7 +64,7 @@ pub(crate) fn draw(
     let (kernels, logits) = runner.logits(&row_indices);
     let mut tokens = draw_plain(kernels, logits, &samples);
     // What was drawn from a distribution that is not the model's own.
-    let mut changed: Vec<Option<Result<f32, String>>> = vec![None; rows.len()];
+    let mut changed: Vec<Option<Result<Draw, String>>> = rows.iter().map(|_| None).collect();
     let mut scratch = Vec::new();
     for (i, (sample, known)) in samples.iter().enumerate() {
         if sample.is_plain_at(known.len() - sample.prompt_len) {
@@ -54,10 +73,8 @@ pub(crate) fn draw(
         scratch.clear();
         scratch.extend_from_slice(&logits[i * vocab..(i + 1) * vocab]);
         let drawn = draw_changed(kernels, &mut scratch, sample, known);
-        changed[i] = Some(drawn.map(|draw| {
-            tokens[i] = draw.token;
-            draw.logprob
-        }));
+        tokens[i] = drawn.as_ref().map_or(tokens[i], |draw| draw.token);
+        changed[i] = Some(drawn);
     }
     let raw = stats(kernels, logits, &vec![1.0; rows.len()], &tokens);
     let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
@@ -67,17 +84,32 @@ pub(crate) fn draw(
     };
     let mut drawn = |i: usize| {
         if !raw[i].log_sum_exp.is_finite() {
-            return Err("the model's logits are not finite numbers".to_owned());
+            return Err(Undrawn::NotFinite);
         }
         let row = &logits[i * vocab..(i + 1) * vocab];
-        let chosen = (tokens[i], raw[i].log_prob);
-        let top = |k| sampler::top_logprobs(row, raw[i].log_sum_exp, chosen, k);
+        let sample = samples[i].0;
+        let top_of = |stats: &TokenStats, inv_t: f32, k: Option<usize>| {
+            let chosen = (tokens[i], stats.log_prob);
+            let top = |k| sampler::top_logprobs(row, (stats.log_sum_exp, inv_t), chosen, k);
+            k.map_or_else(Vec::new, top)
+        };
+        let drawn = match changed[i].take() {
+            Some(drawn) => drawn.map_err(Undrawn::Refused)?,
+            None => Draw {
+                token: tokens[i],
+                logprob: scaled[i].log_prob,
+                top: top_of(&scaled[i], inv_t[i], sample.processed_top()),
+            },
+        };
         Ok(Drawn {
-            token: tokens[i],
-            logprob: changed[i].take().unwrap_or(Ok(scaled[i].log_prob))?,
+            token: drawn.token,
+            logprob: drawn.logprob,
             raw_logprob: raw[i].log_prob,
             entropy: scaled[i].entropy,
-            top: samples[i].0.params.logprobs.map_or_else(Vec::new, top),
+            top: match sample.processed_top() {
+                Some(_) => drawn.top,
+                None => top_of(&raw[i], 1.0, sample.params.logprobs),
+            },
         })
     };
     (0..rows.len()).map(&mut drawn).collect()
@@ -100,8 +132,12 @@ fn draw_changed(
             // The kernels' exponential of a masked logit is tiny, not 0: what it may let slip is drawn
             // again below.
             if grammar::allows(allowed, token) {
-                let stats = stats(kernels, logits, &[inv_t], &[token]);
-                return Ok(Draw { token, logprob: stats[0].log_prob });
+                let stats = stats(kernels, logits, &[inv_t], &[token])[0];
+                let (chosen, k) = ((token, stats.log_prob), sample.processed_top().unwrap_or(0));
+                let at = (stats.log_sum_exp, inv_t);
+                let mut top = sampler::top_logprobs(logits, at, chosen, k);
+                top.retain(|(token, _)| grammar::allows(allowed, *token));
+                return Ok(Draw { token, logprob: stats.log_prob, top });
             }
         }
     }
@@ -111,6 +147,7 @@ fn draw_changed(
         prompt_len: sample.prompt_len,
         banned,
         uniform: uniform(sample, known.len()),
+        top: sample.processed_top().unwrap_or(0),
     };
     sampler::draw(logits, &context).ok_or_else(|| "no token may be drawn here".to_owned())
 }
@@ -126,7 +163,7 @@ fn uniform(sample: &Sample, position: usize) -> f64 {
 }
 
 /// Statistics of each row of logits, with `tokens` as targets.
-fn stats(
+pub(crate) fn stats(
     kernels: &Kernels,
     logits: &[f32],
     inv_temperature: &[f32],

@@ -18,7 +18,9 @@ use crate::load::load_text;
 use crate::memory::MemoryPlan;
 use crate::model::{GenerationDefaults, ModelConfig, ModelSource};
 use crate::random;
-use crate::request::{Event, FinishReason, Request, RequestId, Token, token_in_vocabulary};
+use crate::request::{
+    Continuation, Event, FinishReason, Request, RequestId, Token, token_in_vocabulary,
+};
 use crate::runner::Runner;
 use crate::sequence::Sample;
 use crate::text::{ChatTemplate, Tokenizer};
@@ -55,6 +57,12 @@ pub struct Engine {
     /// Events that wait for the next step: ends of aborted samples.
     pending: Vec<Event>,
     slices: Vec<Slice>,
+    /// Samples that the last step computed something of for the first time.
+    begun: Vec<(RequestId, usize)>,
+    /// Tokens that the last step computed.
+    step_tokens: usize,
+    /// Samples that ended for logits that were no finite numbers.
+    nan_logits: u64,
     /// Only ever set by tests.
     fault: Option<Fault>,
 }
@@ -99,6 +107,9 @@ impl Engine {
             next_request: 0,
             pending: Vec::new(),
             slices: Vec::new(),
+            begun: Vec::new(),
+            step_tokens: 0,
+            nan_logits: 0,
             fault: None,
         })
     }
@@ -143,6 +154,16 @@ impl Engine {
         self.scheduler.stats()
     }
 
+    /// Samples so far that ended with an error because their logits were not finite numbers.
+    pub fn nan_logits(&self) -> u64 {
+        self.nan_logits
+    }
+
+    /// How the engine was set up.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
     /// Sequences that run and that wait.
     pub fn load_counts(&self) -> (usize, usize) {
         (self.scheduler.running(), self.scheduler.waiting())
@@ -183,15 +204,20 @@ impl Engine {
         let seed =
             request.params.seed.unwrap_or_else(|| random::hash(&[self.config.seed, id.0, 1]));
         let room = self.plan.max_model_len - request.prompt.len();
-        let max_new = request.params.max_tokens.unwrap_or(room).min(room);
+        let max_new = match request.continuation {
+            Continuation::Sample => request.params.max_tokens.unwrap_or(room).min(room),
+            Continuation::Omit => 0,
+        };
         let params = Arc::new(request.params.clone());
         let mut sequences = Vec::with_capacity(params.n);
         for index in 0..params.n {
+            // Who wants to know of the prompt computes it; the other samples take it from there.
+            let scored = index == 0 && request.prompt_logprobs.is_some();
             let added = self.scheduler.add(NewSequence {
                 prompt: request.prompt.clone(),
                 max_total_tokens: request.prompt.len() + max_new,
                 salt: request.cache_salt,
-                prefix_cache: PrefixCache::On,
+                prefix_cache: if scored { PrefixCache::Off } else { PrefixCache::On },
             });
             let seq = match added {
                 Ok(seq) => seq,
@@ -219,11 +245,15 @@ impl Engine {
     fn validate(&self, request: &Request) -> Result<()> {
         let vocab_size = self.model().vocab_size;
         request.params.validate(vocab_size)?;
+        request.validate_prompt_logprobs()?;
         let (len, limit) = (request.prompt.len(), self.plan.max_model_len);
         if len == 0 {
             return Err(Error::request("prompt has 0 tokens, limit is at least 1"));
         }
-        if len >= limit {
+        if request.continuation == Continuation::Omit && len > limit {
+            return Err(Error::request(format!("prompt has {len} tokens, limit is {limit}")));
+        }
+        if request.continuation == Continuation::Sample && len >= limit {
             return Err(Error::request(format!(
                 "prompt has {len} tokens, limit is {} (context of {limit} less one to generate)",
                 limit - 1
@@ -298,6 +328,7 @@ impl Engine {
             entropy: drawn.entropy,
             top: drawn.top,
             version,
+            prompt: sample.prompt.give(),
         }));
         if let Some((reason, stop_reason)) = step.end {
             let mut finished = sample.finished(reason, cached_tokens);

@@ -18,7 +18,8 @@ use parking_lot::Mutex;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::request::{Event, Request, RequestId};
-use crate::service::{Sent, Sink, Status};
+use crate::service::{Phase, Sent, Sink, Status};
+use crate::timings::{Stopwatch, Timings};
 use crate::update::WeightsUpdate;
 
 /// How long an idle engine waits for a request before it shows that it is alive.
@@ -26,7 +27,7 @@ const IDLE: Duration = Duration::from_millis(500);
 
 /// What a service asks for.
 pub(crate) enum Command {
-    Submit { request: Box<Request>, sink: Sink, reply: Sender<Result<RequestId>> },
+    Submit { request: Box<Request>, sink: Sink, reply: Sender<Result<RequestId>>, asked: Instant },
     Abort(RequestId),
     Stop,
 }
@@ -44,11 +45,16 @@ pub struct Guests {
     /// Where the events of each request go, and how many of its samples have not ended.
     sinks: HashMap<RequestId, (Sink, usize)>,
     status: Arc<Mutex<Status>>,
+    watch: Stopwatch,
 }
 
 impl Guests {
-    pub(crate) fn new(commands: Receiver<Command>, status: Arc<Mutex<Status>>) -> Self {
-        Self { commands, sinks: HashMap::new(), status }
+    pub(crate) fn new(
+        commands: Receiver<Command>,
+        status: Arc<Mutex<Status>>,
+        timings: Arc<Mutex<Timings>>,
+    ) -> Self {
+        Self { commands, sinks: HashMap::new(), status, watch: Stopwatch::new(timings) }
     }
 
     /// Takes in what was asked, runs one batch if there is one, and hands the guests their events; returns
@@ -96,9 +102,12 @@ impl Guests {
     }
 
     fn run_batch(&mut self, engine: &mut Engine) -> Result<Vec<Event>> {
+        self.arrive();
         let others = match engine.has_work() {
             true => {
+                let begun = Instant::now();
                 let events = engine.step_contained().inspect_err(|error| self.fail(error))?;
+                self.watch.step(begun, &engine.last_batch());
                 self.deliver(engine, events)
             }
             false => Vec::new(),
@@ -135,11 +144,12 @@ impl Guests {
 
     fn carry_out(&mut self, engine: &mut Engine, command: Command) -> Door {
         match command {
-            Command::Submit { request, sink, reply } => {
+            Command::Submit { request, sink, reply, asked } => {
                 let samples = request.params.n;
                 let added = engine.add(*request);
                 if let Ok(id) = added {
                     self.sinks.insert(id, (sink, samples));
+                    self.watch.asked(id, samples, asked);
                 }
                 // A caller that has left no longer waits for the answer; its sink will say so.
                 let _left = reply.send(added);
@@ -157,8 +167,9 @@ impl Guests {
 
     /// Hands the guests their events and returns the others.
     fn deliver(&mut self, engine: &mut Engine, events: Vec<Event>) -> Vec<Event> {
-        let (mut others, mut generated) = (Vec::new(), 0);
+        let (mut others, mut generated, now) = (Vec::new(), 0, Instant::now());
         for event in events {
+            self.watch.event(&event, now);
             let id = event.request();
             let over = matches!(event, Event::Finished(_));
             generated += u64::from(!over);
@@ -186,7 +197,22 @@ impl Guests {
         status.waiting = waiting;
         status.stats = engine.stats();
         status.version = engine.version();
+        status.nan_logits = engine.nan_logits();
         status.heartbeat = Instant::now();
+    }
+
+    /// Steps begin: from here on they are expected to end.
+    fn arrive(&self) {
+        let mut status = self.status.lock();
+        if status.phase == Phase::Away {
+            status.phase = Phase::Serving;
+            status.heartbeat = Instant::now();
+        }
+    }
+
+    /// Whoever drives the engine turns to other work.
+    fn leave(&self) {
+        self.status.lock().phase = Phase::Away;
     }
 
     /// Says why nobody is served any more.
@@ -195,7 +221,19 @@ impl Guests {
     }
 }
 
+/// Guests of an engine that is being driven; without it they are told that its driver is away.
+struct Present<'a>(&'a mut Guests);
+
+impl Drop for Present<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}
+
 /// An engine with its driver's own requests and, where a service is attached, with guests.
+///
+/// While it exists and steps, a step that does not end is a stall ([`Status::heartbeat`]); once it is
+/// dropped or gone into an update, its driver is [`Phase::Away`], however long.
 ///
 /// ```no_run
 /// # fn example(mut engine: engine::Engine) -> engine::Result<()> {
@@ -211,7 +249,7 @@ impl Guests {
 pub struct Host<'a> {
     /// The engine, to add requests of one's own.
     pub engine: &'a mut Engine,
-    guests: Option<&'a mut Guests>,
+    guests: Option<Present<'a>>,
 }
 
 impl<'a> From<&'a mut Engine> for Host<'a> {
@@ -223,12 +261,13 @@ impl<'a> From<&'a mut Engine> for Host<'a> {
 impl<'a> Host<'a> {
     /// An engine that may have guests.
     pub fn new(engine: &'a mut Engine, guests: Option<&'a mut Guests>) -> Self {
-        Self { engine, guests }
+        Self { engine, guests: guests.map(Present) }
     }
 
     /// The same for a shorter time.
     pub fn reborrow(&mut self) -> Host<'_> {
-        Host { engine: self.engine, guests: self.guests.as_deref_mut() }
+        let guests = self.guests.as_mut().map(|guests| Present(guests.0));
+        Host { engine: self.engine, guests }
     }
 
     /// Whether a service is attached.
@@ -242,7 +281,7 @@ impl<'a> Host<'a> {
     /// As [`Engine::step`]; with guests as [`Engine::step_contained`].
     pub fn step(&mut self) -> Result<Vec<Event>> {
         match &mut self.guests {
-            Some(guests) => guests.step(self.engine),
+            Some(guests) => guests.0.step(self.engine),
             None => self.engine.step(),
         }
     }
@@ -254,7 +293,7 @@ impl<'a> Host<'a> {
     /// As [`Engine::step_contained`].
     pub fn serve_for(&mut self, time: Duration) -> Result<()> {
         match &mut self.guests {
-            Some(guests) => guests.serve_for(self.engine, time),
+            Some(guests) => guests.0.serve_for(self.engine, time),
             None => {
                 std::thread::sleep(time);
                 Ok(())

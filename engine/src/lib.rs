@@ -13,9 +13,11 @@ mod engine;
 pub mod error;
 mod grammar;
 mod guests;
+mod histogram;
 mod load;
 mod memory;
 pub mod model;
+mod prompt;
 pub mod random;
 mod request;
 mod runner;
@@ -23,6 +25,7 @@ mod sampler;
 mod sequence;
 mod service;
 pub mod text;
+mod timings;
 mod update;
 
 pub use config::{EngineConfig, Quantization};
@@ -30,15 +33,18 @@ pub use engine::{Engine, Score};
 pub use error::{Error, ErrorKind, Result};
 pub use grammar::{Constraint, Grammar, GrammarCompiler, UnknownKeywords, json_schema};
 pub use guests::{Guests, Host};
+pub use histogram::Histogram;
 pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};
 pub use load::load_text;
 pub use memory::{LOGIT_ROWS, MemoryPlan, ResidentMemory, available_memory_bytes};
 pub use model::{GenerationDefaults, ModelConfig, ModelSource};
+pub use prompt::PromptToken;
 pub use request::{
-    EosRule, Event, FinishReason, Finished, MAX_LOGPROBS, MAX_SAMPLES, Request, RequestId,
-    SamplingParams, StopReason, StopText, Token,
+    Continuation, EosRule, Event, FinishReason, Finished, LogprobsMode, MAX_LOGPROBS, MAX_SAMPLES,
+    Request, RequestId, SamplingParams, StopReason, StopText, Token,
 };
 pub use scheduler::{PrefixCache, WeightsVersion};
-pub use service::{Sent, Service, Sink, Status};
+pub use service::{Phase, Sent, Service, Sink, Status};
 pub use text::{ChatTemplate, Message, Tokenizer};
+pub use timings::Timings;
 pub use update::WeightsUpdate;

@@ -7,6 +7,7 @@ use scheduler::WeightsVersion;
 
 use crate::error::{Error, Result};
 use crate::grammar::Constraint;
+use crate::prompt::PromptToken;
 use crate::text::check_stop_strings;
 
 /// Most samples one request may ask for.
@@ -36,6 +37,27 @@ pub enum StopText {
     Exclude,
     /// The stop string is kept.
     Include,
+}
+
+/// Which distribution the alternatives beside a token are of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogprobsMode {
+    /// The model's own, at temperature 1 with nothing cut off.
+    #[default]
+    Raw,
+    /// The one that the token was drawn from: after bias, penalties, temperature, truncation and
+    /// grammar. At temperature 0 as at 1, nothing truncated.
+    Processed,
+}
+
+/// Whether tokens are drawn after the prompt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Continuation {
+    /// As the parameters say.
+    #[default]
+    Sample,
+    /// None are: the prompt is computed, and its samples end. `max_tokens` does not count.
+    Omit,
 }
 
 /// How tokens are chosen. The default draws from the model's own distribution.
@@ -180,12 +202,41 @@ pub struct Request {
     pub cache_salt: u64,
     /// What the answer must spell. A sample ends where nothing can follow, whatever `min_tokens` says.
     pub constraint: Option<Constraint>,
+    /// Report the log-probabilities of the prompt's tokens, each with this many most likely alternatives,
+    /// at most [`MAX_LOGPROBS`]. The prompt is then computed whole, whatever the prefix cache has.
+    pub prompt_logprobs: Option<usize>,
+    /// Which distribution [`Token::top`] is of.
+    pub logprobs_mode: LogprobsMode,
+    /// Whether tokens are drawn after the prompt.
+    pub continuation: Continuation,
 }
 
 impl Request {
-    /// A request for `prompt` with these parameters, the shared prefix cache and no constraint.
+    /// A request for `prompt` with these parameters, the shared prefix cache and no constraint, which
+    /// wants to know nothing of its prompt.
     pub fn new(prompt: Vec<u32>, params: SamplingParams) -> Self {
-        Self { prompt, params, cache_salt: 0, constraint: None }
+        Self {
+            prompt,
+            params,
+            cache_salt: 0,
+            constraint: None,
+            prompt_logprobs: None,
+            logprobs_mode: LogprobsMode::Raw,
+            continuation: Continuation::Sample,
+        }
+    }
+
+    /// Checks the number of alternatives beside prompt tokens.
+    ///
+    /// # Errors
+    /// `ErrorKind::Request`, naming the parameter, its value and its limit.
+    pub(crate) fn validate_prompt_logprobs(&self) -> Result<()> {
+        match self.prompt_logprobs {
+            Some(k) if k > MAX_LOGPROBS => {
+                Err(Error::request(format!("prompt_logprobs is {k}, limit is {MAX_LOGPROBS}")))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -238,10 +289,14 @@ pub struct Token {
     pub raw_logprob: f32,
     /// Entropy in nats of the whole distribution at the request's temperature, nothing cut off.
     pub entropy: f32,
-    /// The most likely tokens at temperature 1 with their log-probabilities, most likely first.
+    /// The most likely tokens with their log-probabilities under the distribution that
+    /// [`Request::logprobs_mode`] names, most likely first. Fewer than asked for where fewer can be drawn.
     pub top: Vec<(u32, f32)>,
     /// The weights that produced it.
     pub version: WeightsVersion,
+    /// What was asked about the prompt: all its tokens but the first. Comes with the first event of the
+    /// request's sample 0.
+    pub prompt: Option<Vec<PromptToken>>,
 }
 
 /// The end of one sample.
@@ -261,6 +316,8 @@ pub struct Finished {
     pub cached_tokens: usize,
     /// Set when a failure ended it: what went wrong.
     pub error: Option<String>,
+    /// As [`Token::prompt`], where no token was drawn.
+    pub prompt: Option<Vec<PromptToken>>,
 }
 
 /// What happened in a step.
@@ -278,6 +335,14 @@ impl Event {
         match self {
             Self::Token(token) => token.request,
             Self::Finished(finished) => finished.request,
+        }
+    }
+
+    /// Takes out what it says of its prompt's tokens.
+    pub fn take_prompt(&mut self) -> Option<Vec<PromptToken>> {
+        match self {
+            Self::Token(token) => token.prompt.take(),
+            Self::Finished(finished) => finished.prompt.take(),
         }
     }
 }

@@ -18,12 +18,16 @@ pub(crate) struct RowContext<'a> {
     pub(crate) banned: &'a [u32],
     /// Uniform number in [0, 1).
     pub(crate) uniform: f64,
+    /// Alternatives to report.
+    pub(crate) top: usize,
 }
 
-/// A drawn token and its log-probability under the distribution it was drawn from.
+/// A drawn token and its log-probability under the distribution it was drawn from, with the most likely
+/// tokens of that distribution.
 pub(crate) struct Draw {
     pub(crate) token: u32,
     pub(crate) logprob: f32,
+    pub(crate) top: Vec<(u32, f32)>,
 }
 
 /// Draws from `logits`, which are changed on the way. `None` when no token has a finite logit.
@@ -34,12 +38,15 @@ pub(crate) fn draw(logits: &mut [f32], row: &RowContext<'_>) -> Option<Draw> {
     if params.temperature == 0.0 {
         let (token, max) = argmax(logits)?;
         let sum: f64 = logits.iter().map(|z| f64::from(z - max).exp()).sum();
-        return Some(Draw { token, logprob: -sum.ln() as f32 });
+        let (logprob, log_sum_exp) = (-sum.ln() as f32, (f64::from(max) + sum.ln()) as f32);
+        let mut top = top_logprobs(logits, (log_sum_exp, 1.0), (token, logprob), row.top);
+        top.retain(|(_, logprob)| *logprob > f32::NEG_INFINITY);
+        return Some(Draw { token, logprob, top });
     }
     let inv_temperature = 1.0 / params.temperature;
     logits.iter_mut().for_each(|z| *z *= inv_temperature);
     let candidates = truncate(logits, params)?;
-    Some(pick(&candidates, row.uniform))
+    Some(pick(&candidates, row.uniform, row.top))
 }
 
 fn apply_bias(logits: &mut [f32], row: &RowContext<'_>) {
@@ -137,8 +144,9 @@ fn keep_top_p(
     }
 }
 
-/// Inverse of the cumulative distribution at `uniform`, over candidates in their order.
-fn pick(candidates: &[(u32, f32)], uniform: f64) -> Draw {
+/// Inverse of the cumulative distribution at `uniform`, over candidates in their order; `top` of them are
+/// reported.
+fn pick(candidates: &[(u32, f32)], uniform: f64, top: usize) -> Draw {
     let max = candidates[0].1;
     let total: f64 = candidates.iter().map(|(_, z)| f64::from(z - max).exp()).sum();
     let mut below = 0.0;
@@ -150,15 +158,17 @@ fn pick(candidates: &[(u32, f32)], uniform: f64) -> Draw {
             break;
         }
     }
-    Draw { token: chosen.0, logprob: (f64::from(chosen.1 - max) - total.ln()) as f32 }
+    let logprob = |z: f32| (f64::from(z - max) - total.ln()) as f32;
+    let top = candidates.iter().take(top).map(|(token, z)| (*token, logprob(*z))).collect();
+    Draw { token: chosen.0, logprob: logprob(chosen.1), top }
 }
 
-/// The `k` largest logits as (token, log-probability), largest first, given the log of the sum of
-/// exponentials.
+/// The `k` largest logits as (token, log-probability at that inverse temperature), largest first, given
+/// the log of the sum of exponentials at it.
 /// The chosen token keeps the log-probability it is reported with, which is rounded once only.
 pub(crate) fn top_logprobs(
     logits: &[f32],
-    log_sum_exp: f32,
+    (log_sum_exp, inv_temperature): (f32, f32),
     (chosen, log_prob): (u32, f32),
     k: usize,
 ) -> Vec<(u32, f32)> {
@@ -172,7 +182,7 @@ pub(crate) fn top_logprobs(
         top.truncate(k);
     }
     for (token, z) in &mut top {
-        *z = if *token == chosen { log_prob } else { *z - log_sum_exp };
+        *z = if *token == chosen { log_prob } else { *z * inv_temperature - log_sum_exp };
     }
     top
 }
@@ -182,7 +192,7 @@ mod tests {
     use super::*;
 
     fn context(params: &SamplingParams, uniform: f64) -> RowContext<'_> {
-        RowContext { params, tokens: &[0, 1, 1], prompt_len: 1, banned: &[], uniform }
+        RowContext { params, tokens: &[0, 1, 1], prompt_len: 1, banned: &[], uniform, top: 2 }
     }
 
     fn drawn(logits: &[f32], params: &SamplingParams, uniform: f64) -> Draw {
@@ -198,6 +208,7 @@ mod tests {
         assert_eq!((first.token, last.token), (1, 2));
         let total = first.logprob.exp() + last.logprob.exp();
         assert!((total - 1.0).abs() < 1e-6, "probabilities sum to {total}");
+        assert_eq!(first.top, [(1, first.logprob), (2, last.logprob)]);
     }
 
     #[test]
@@ -227,7 +238,9 @@ mod tests {
     fn penalties_act_on_the_tokens_they_name() {
         let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         let logits = [1.0, 1.5, 0.9];
-        assert_eq!(drawn(&logits, &greedy, 0.0).token, 1);
+        let plain = drawn(&logits, &greedy, 0.0);
+        assert_eq!((plain.token, plain.top.len()), (1, 2));
+        assert_eq!(plain.top[0], (1, plain.logprob));
         let frequency = SamplingParams { frequency_penalty: 0.3, ..greedy.clone() };
         assert_eq!(drawn(&logits, &frequency, 0.0).token, 0, "token 1 was generated twice");
         let repetition = SamplingParams { repetition_penalty: 2.0, ..greedy.clone() };
@@ -266,7 +279,7 @@ mod tests {
 
     #[test]
     fn top_logprobs_are_sorted_and_complete() {
-        let top = top_logprobs(&[0.0, 3.0, 1.0, 3.0, 2.0], 1.0, (3, 1.5), 3);
+        let top = top_logprobs(&[0.0, 3.0, 1.0, 3.0, 2.0], (1.0, 1.0), (3, 1.5), 3);
         assert_eq!(top, vec![(1, 2.0), (3, 1.5), (4, 1.0)]);
     }
 }

@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::grammar::GrammarState;
+use crate::prompt::PromptScore;
 use crate::request::{
-    EosRule, FinishReason, Finished, Request, RequestId, SamplingParams, StopReason, StopText,
+    Continuation, EosRule, FinishReason, Finished, LogprobsMode, Request, RequestId,
+    SamplingParams, StopReason, StopText,
 };
 use crate::text::{Detokenizer, SkipSpecial, StopMatcher, StopScan, Tokenizer};
 
@@ -19,11 +21,17 @@ pub(crate) struct Sample {
     pub(crate) params: Arc<SamplingParams>,
     pub(crate) prompt_len: usize,
     pub(crate) seed: u64,
+    /// Whether a step has computed something of it.
+    pub(crate) begun: bool,
     /// Tokens that end it and may not come before `min_tokens`.
     ending: Vec<u32>,
     text: Option<SampleText>,
     /// What its tokens must spell.
     pub(crate) grammar: Option<GrammarState>,
+    /// The log-probabilities of its prompt. Only the first sample of a request gathers them.
+    pub(crate) prompt: PromptScore,
+    pub(crate) continuation: Continuation,
+    logprobs_mode: LogprobsMode,
 }
 
 struct SampleText {
@@ -68,9 +76,16 @@ impl Sample {
             params: Arc::clone(params),
             prompt_len: request.prompt.len(),
             seed,
+            begun: false,
             ending,
             text,
             grammar: request.constraint.as_ref().map(crate::grammar::Constraint::start),
+            prompt: match request.prompt_logprobs.filter(|_| index == 0) {
+                Some(top) => PromptScore::Gathering { top, tokens: Vec::new() },
+                None => PromptScore::Unwanted,
+            },
+            continuation: request.continuation,
+            logprobs_mode: request.logprobs_mode,
         })
     }
 
@@ -83,6 +98,12 @@ impl Sample {
     /// temperature.
     pub(crate) fn is_plain_at(&self, generated: usize) -> bool {
         self.grammar.is_none() && self.params.is_plain() && self.banned(generated).is_empty()
+    }
+
+    /// How many alternatives of the distribution that is drawn from are reported; the others are of the
+    /// model's own.
+    pub(crate) fn processed_top(&self) -> Option<usize> {
+        self.params.logprobs.filter(|_| self.logprobs_mode == LogprobsMode::Processed)
     }
 
     /// Takes in `token`, the sample's `generated`-th (from 1), after which `room` more may follow.
@@ -157,6 +178,7 @@ impl Sample {
             text: String::new(),
             cached_tokens,
             error: None,
+            prompt: None,
         }
     }
 }

@@ -14,12 +14,15 @@ use kernels::Dtype;
 use parking_lot::Mutex;
 use scheduler::WeightsVersion;
 
+use crate::config::EngineConfig;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::guests::{Command, Guests};
+use crate::memory::MemoryPlan;
 use crate::model::{GenerationDefaults, ModelConfig};
 use crate::request::{Event, Request, RequestId};
 use crate::text::{ChatTemplate, Tokenizer};
+use crate::timings::Timings;
 
 /// Whether a sink's owner still listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +35,16 @@ pub enum Sent {
 
 /// Takes the events of one request.
 pub type Sink = Box<dyn FnMut(Event) -> Sent + Send>;
+
+/// What whoever drives the engine is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// It runs steps, or waits for requests.
+    Serving,
+    /// It drives an [attached](Service::attach) engine and is at other work, a weights update for
+    /// example: requests wait, however long it takes.
+    Away,
+}
 
 /// What the engine's thread is doing.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,8 +59,12 @@ pub struct Status {
     pub generated_tokens: u64,
     /// The weights in use.
     pub version: WeightsVersion,
-    /// When the last step, or look for work, ended. Who drives an attached engine may be away for as long
-    /// as an update takes, so that of an attached service is always now.
+    /// Samples that ended with an error because their logits were not finite numbers.
+    pub nan_logits: u64,
+    /// Whether steps are to be expected.
+    pub phase: Phase,
+    /// When the last step, or look for work, ended; or when steps began again after the driver was
+    /// [away](Phase::Away).
     pub heartbeat: Instant,
     /// Set when the engine has failed and its thread ended: why.
     pub failure: Option<String>,
@@ -57,6 +74,7 @@ pub struct Status {
 pub struct Service {
     commands: Sender<Command>,
     status: Arc<Mutex<Status>>,
+    timings: Arc<Mutex<Timings>>,
     thread: Option<JoinHandle<Engine>>,
     facts: Facts,
 }
@@ -68,7 +86,8 @@ struct Facts {
     chat_template: Option<Arc<ChatTemplate>>,
     defaults: GenerationDefaults,
     eos: Vec<u32>,
-    max_model_len: usize,
+    plan: MemoryPlan,
+    config: EngineConfig,
     dtype: Dtype,
 }
 
@@ -79,6 +98,7 @@ impl Service {
     /// When the system refuses a thread.
     pub fn start(engine: Engine) -> Result<Self> {
         let (mut service, guests) = Self::attach(&engine);
+        service.status.lock().phase = Phase::Serving;
         let worker = Worker { engine, guests };
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
@@ -97,7 +117,8 @@ impl Service {
             chat_template: engine.chat_template().cloned(),
             defaults: engine.generation_defaults().clone(),
             eos: engine.eos().to_vec(),
-            max_model_len: engine.max_model_len(),
+            plan: engine.memory_plan().clone(),
+            config: engine.config().clone(),
             dtype: engine.dtype(),
         };
         let status = Arc::new(Mutex::new(Status {
@@ -106,12 +127,15 @@ impl Service {
             stats: engine.stats(),
             generated_tokens: 0,
             version: engine.version(),
+            nan_logits: engine.nan_logits(),
+            phase: Phase::Away,
             heartbeat: Instant::now(),
             failure: None,
         }));
         let (commands, receiver) = unbounded();
-        let guests = Guests::new(receiver, Arc::clone(&status));
-        (Self { commands, status, thread: None, facts }, guests)
+        let timings = Arc::new(Mutex::new(Timings::new()));
+        let guests = Guests::new(receiver, Arc::clone(&status), Arc::clone(&timings));
+        (Self { commands, status, timings, thread: None, facts }, guests)
     }
 
     /// Takes in a request; `sink` gets all its events.
@@ -120,9 +144,10 @@ impl Service {
     /// What [`Engine::add`] says of the request, or that the engine has stopped.
     pub fn submit(&self, request: Request, sink: Sink) -> Result<RequestId> {
         let (reply, answer) = bounded(1);
+        let asked = Instant::now();
         let gone = |_| Error::internal("the engine has stopped");
         self.commands
-            .send(Command::Submit { request: Box::new(request), sink, reply })
+            .send(Command::Submit { request: Box::new(request), sink, reply, asked })
             .map_err(|_| gone(()))?;
         answer.recv().map_err(|_| gone(()))?
     }
@@ -135,11 +160,12 @@ impl Service {
 
     /// What the thread is doing.
     pub fn status(&self) -> Status {
-        let mut status = self.status.lock().clone();
-        if self.thread.is_none() {
-            status.heartbeat = Instant::now();
-        }
-        status
+        self.status.lock().clone()
+    }
+
+    /// How long samples waited and ran, and how large steps were, since the start.
+    pub fn timings(&self) -> Timings {
+        self.timings.lock().clone()
     }
 
     /// Aborts what runs, ends the thread and gives the engine back.
@@ -186,7 +212,17 @@ impl Service {
 
     /// Longest sequence, prompt and output together, in tokens.
     pub fn max_model_len(&self) -> usize {
-        self.facts.max_model_len
+        self.facts.plan.max_model_len
+    }
+
+    /// What was reserved.
+    pub fn memory_plan(&self) -> &MemoryPlan {
+        &self.facts.plan
+    }
+
+    /// How the engine was set up.
+    pub fn config(&self) -> &EngineConfig {
+        &self.facts.config
     }
 
     /// Format of weights, products and KV cache.

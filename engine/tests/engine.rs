@@ -1,19 +1,24 @@
 //! Behaviour at the engine's doors, on the golden tiny models with random weights.
 //!
 //! Here: the phase lock around the weights, blocks, aborts, failures, scoring. `engine/sampling.rs` has
-//! what parameters do to an answer, `engine/service.rs` the thread, `engine/guests.rs` an engine that serves
-//! beside its owner, `engine/panics.rs` panics in a step. Leaves out that bits do not depend on the batch,
-//! which the trainer's tests compare with training at the same time.
+//! what parameters do to an answer, `engine/prompts.rs` what is told of a prompt, `engine/service.rs` the
+//! thread, `engine/guests.rs` an engine that serves beside its owner, `engine/panics.rs` panics in a step,
+//! `engine/signs.rs` what a service says of itself. Leaves out that bits do not depend on the batch, which
+//! the trainer's tests compare with training at the same time.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[path = "engine/guests.rs"]
 mod guests;
 #[path = "engine/panics.rs"]
 mod panics;
+#[path = "engine/prompts.rs"]
+mod prompts;
 #[path = "engine/sampling.rs"]
 mod sampling;
 #[path = "engine/service.rs"]
 mod service;
+#[path = "engine/signs.rs"]
+mod signs;
 #[path = "engine/support.rs"]
 mod support;
 
@@ -194,6 +199,7 @@ fn numbers_that_are_not_end_a_request_and_the_engine_lives_on() {
         let before = run(&mut engine);
         let row = spoil(&mut engine, 77, f32::NAN);
         let spoilt = run(&mut engine);
+        assert_eq!(engine.nan_logits(), 2);
         for (a, b) in spoilt[..2].iter().zip(&before) {
             assert_eq!((a.tokens(), a.finished.error.as_ref()), (b.tokens(), None));
         }

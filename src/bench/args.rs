@@ -213,7 +213,7 @@ pub(crate) struct RlBenchArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 128)]
     pub(crate) response_len: usize,
     /// Tokens that a training pass holds at once
-    #[arg(long, value_name = "TOKENS", default_value_t = 4096)]
+    #[arg(long, value_name = "TOKENS", default_value_t = trainer::memory::MAX_PLANNED_TOKENS)]
     pub(crate) max_tokens_per_microbatch: usize,
     /// Run layers again in the backward pass instead of keeping their activations
     #[arg(long)]

@@ -23,7 +23,7 @@ fn a_dry_run_prints_what_was_resolved() {
     assert_eq!(text["model"]["path"].as_str(), model.to_str());
     assert!(ran.stdout.contains("# kv cache"), "{}", ran.stdout);
     // Left open, planned from memory that tests have.
-    assert_eq!(text["trainer"]["max_tokens_per_microbatch"].as_integer(), Some(4096));
+    assert_eq!(text["trainer"]["max_tokens_per_microbatch"].as_integer(), Some(1536));
 }
 
 #[test]
@@ -36,7 +36,7 @@ fn the_tokens_of_a_pass_are_recorded_and_kept_by_whoever_goes_on() {
         let config: toml::Table = text.parse().unwrap();
         config["trainer"]["max_tokens_per_microbatch"].as_integer().unwrap()
     };
-    assert_eq!(tokens("open", &["trainer.total_steps=1"]), 4096);
+    assert_eq!(tokens("open", &["trainer.total_steps=1"]), 1536);
     let cut = ["trainer.total_steps=1", "trainer.max_tokens_per_microbatch=16"];
     assert_eq!(tokens("cut", &cut), 16);
     assert_eq!(tokens("cut", &["trainer.total_steps=2"]), 16);

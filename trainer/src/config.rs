@@ -184,7 +184,7 @@ pub struct TrainerConfig {
     /// Whether to validate before the first step; default true.
     pub val_before_train: bool,
     /// Tokens a forward and backward pass holds at once, a prompt counted once for its samples; a longer
-    /// sequence passes alone. 0 (default): 4096, or less where memory is short
+    /// sequence passes alone. 0 (default): 1536, or less where memory is short
     /// ([`planned_tokens`](crate::memory::planned_tokens)). How gradients are summed depends on it, so
     /// the number in use is written to the run's `config.toml`, and a resumed run goes on with that.
     pub max_tokens_per_microbatch: usize,

@@ -20,8 +20,9 @@ use kernels::{ROW_BLOCK, VOCAB_CHUNK};
 
 use crate::config::{RlConfig, SftConfig, kept_for_backward};
 
-/// Tokens of a training pass where memory allows it and nothing else is asked for.
-pub const MAX_PLANNED_TOKENS: usize = 4096;
+/// Tokens of a training pass where memory allows it and nothing else is asked for: enough that reading and
+/// writing the sums of the gradients once a pass is small beside its multiplications.
+pub const MAX_PLANNED_TOKENS: usize = 1536;
 /// Fewest tokens that are planned.
 const MIN_PLANNED_TOKENS: usize = 256;
 /// Share of the free memory that a plan may fill.
@@ -196,7 +197,7 @@ fn fitting(demand: &Demand, free: Option<u64>, planned: &dyn Fn(&Demand) -> u64)
     let room = free.map_or(u64::MAX, |free| (free as f64 * FILL) as u64);
     let mut tokens = MAX_PLANNED_TOKENS;
     while tokens > MIN_PLANNED_TOKENS && planned(&demand.with_budget(tokens)) > room {
-        tokens /= 2;
+        tokens = (tokens / 2).max(MIN_PLANNED_TOKENS);
     }
     tokens
 }
@@ -280,10 +281,9 @@ mod tests {
     fn the_budget_is_halved_until_it_fits() {
         let planned = |demand: &Demand| 1000 * demand.pass_rows as u64;
         let tokens = |free| fitting(&DEMAND, free, &planned);
-        assert_eq!(tokens(None), 4096);
-        assert_eq!(tokens(Some(4_000_000)), 4096);
-        assert_eq!(tokens(Some(3_000_000)), 2048);
-        assert_eq!(tokens(Some(1_200_000)), 1024);
+        assert_eq!(tokens(None), 1536);
+        assert_eq!(tokens(Some(2_000_000)), 1536);
+        assert_eq!(tokens(Some(1_500_000)), 768);
         // Nothing fits: the least is tried.
         assert_eq!(tokens(Some(0)), 256);
     }

@@ -15,9 +15,9 @@ use crate::app::{App, LogEvent};
 use crate::error::{Error, Result};
 
 /// The header that carries a request's id.
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest id taken from a client, in bytes.
-const MAX_ID_BYTES: usize = 128;
+pub(crate) const MAX_ID_BYTES: usize = 128;
 /// Longest API key, in bytes; comparisons always look at this many.
 const MAX_KEY_BYTES: usize = 256;
 
@@ -72,18 +72,26 @@ impl Keys {
 }
 
 /// Names the request, asks for its key, and logs its answer.
-pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+pub(crate) async fn guard(
+    State(app): State<Arc<App>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let begun = Instant::now();
     let method = request.method().to_string();
     let path = request.uri().path().to_owned();
     let name = request_name(request.headers(), app.next_id());
+    let value = HeaderValue::from_str(&name).ok();
+    if let Some(value) = &value {
+        request.headers_mut().insert(REQUEST_ID, value.clone());
+    }
     let mut response =
         if matches!(path.as_str(), "/" | "/health") || app.keys.admit(request.headers()) {
             next.run(request).await
         } else {
             ApiError::unauthorized().into_response()
         };
-    if let Ok(value) = HeaderValue::from_str(&name) {
+    if let Some(value) = value {
         response.headers_mut().insert(REQUEST_ID, value);
     }
     let status = response.status().as_u16();
@@ -95,10 +103,13 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
 /// The id the client gave, when it is short and plain; else a new one.
 fn request_name(headers: &HeaderMap, number: u64) -> String {
     let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
-    let plain = |id: &&str| {
-        !id.is_empty() && id.len() <= MAX_ID_BYTES && id.bytes().all(|byte| byte.is_ascii_graphic())
-    };
-    given.filter(plain).map_or_else(|| unique_name(number), str::to_owned)
+    let id = given.filter(|id| is_plain_name(id));
+    id.map_or_else(|| unique_name(number), str::to_owned)
+}
+
+/// Whether a client's name for a request is short, without white space and of ASCII.
+pub(crate) fn is_plain_name(id: &str) -> bool {
+    !id.is_empty() && id.len() <= MAX_ID_BYTES && id.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 /// 32 hexadecimal digits that no other request has, here or on another server.

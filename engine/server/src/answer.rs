@@ -1,8 +1,10 @@
 //! A whole answer: events gathered until every sample has ended.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::response::{IntoResponse, Response};
-use engine::{Event, StopReason, Token};
+use engine::{Event, PromptToken, StopReason, Token};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -16,7 +18,9 @@ pub(crate) struct Usage {
     pub(crate) prompt_tokens: usize,
     pub(crate) completion_tokens: usize,
     pub(crate) total_tokens: usize,
-    pub(crate) prompt_tokens_details: PromptDetails,
+    /// Absent as long as it is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_tokens_details: Option<PromptDetails>,
 }
 
 /// Where a prompt's tokens came from.
@@ -47,8 +51,13 @@ impl Meter {
             prompt_tokens,
             completion_tokens: self.completion_tokens,
             total_tokens: prompt_tokens + self.completion_tokens,
-            prompt_tokens_details: PromptDetails { cached_tokens: self.cached_tokens },
+            prompt_tokens_details: Some(PromptDetails { cached_tokens: self.cached_tokens }),
         }
+    }
+
+    /// The usage while samples run, which says nothing of the cache.
+    pub(crate) fn usage_so_far(&self, prompt_tokens: usize) -> Usage {
+        Usage { prompt_tokens_details: None, ..self.usage(prompt_tokens) }
     }
 }
 
@@ -63,6 +72,8 @@ pub(crate) struct Choice {
     pub(crate) tokens: Vec<Token>,
     pub(crate) finish_reason: Option<&'static str>,
     pub(crate) stop_reason: Option<Value>,
+    /// What the engine told of the prompt, where it was asked.
+    pub(crate) prompt: Option<Arc<[PromptToken]>>,
 }
 
 /// What stopped a sample, as vLLM reports it: a token id or a string.
@@ -80,8 +91,13 @@ pub(crate) fn stop_reason(reason: StopReason) -> Value {
 pub(crate) async fn whole(mut job: Job) -> Result<Response, ApiError> {
     let mut choices = vec![Choice::default(); job.choices()];
     let mut meter = Meter::default();
-    while let Some((index, event)) = job.generation.next().await? {
+    while let Some((index, mut event)) = job.generation.next().await? {
         meter.count(&event);
+        if let Some(prompt) = event.take_prompt().map(Arc::from) {
+            let first = index - index % job.samples;
+            let group = &mut choices[first..first + job.samples];
+            group.iter_mut().for_each(|choice| choice.prompt = Some(Arc::clone(&prompt)));
+        }
         let choice = &mut choices[index];
         match event {
             Event::Token(token) => {

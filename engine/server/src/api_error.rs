@@ -82,6 +82,12 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "engine_dead", message)
     }
 
+    /// The engine has not finished a step for longer than `limit`.
+    pub(crate) fn engine_stalled(limit: Duration) -> Self {
+        let message = format!("engine has finished no step for over {} s", limit.as_secs_f64());
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "engine_stalled", message)
+    }
+
     pub(crate) fn compilers_busy() -> Self {
         let message = "too many grammars are being compiled".to_owned();
         Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full", message)
@@ -91,6 +97,24 @@ impl ApiError {
     pub(crate) fn internal(message: &str) -> Self {
         let message = message.to_owned();
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "internal_error", message)
+    }
+
+    /// The same error where fields have other names: of each pair the first becomes the second, in
+    /// `param` and at the beginning of the message.
+    pub(crate) fn renamed(mut self, names: &[(&str, &str)]) -> Self {
+        let param = self.body.param.as_deref();
+        if let Some((old, new)) = names.iter().find(|(old, _)| param == Some(*old)) {
+            if let Some(rest) = self.body.message.strip_prefix(old) {
+                self.body.message = format!("{new}{rest}");
+            }
+            self.body.param = Some((*new).to_owned());
+        }
+        self
+    }
+
+    /// The body as JSON.
+    pub(crate) fn to_value(&self) -> serde_json::Value {
+        serde_json::json!(Wrapped { error: &self.body })
     }
 
     /// The body, as it also stands in an event of a stream.

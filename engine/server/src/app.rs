@@ -2,19 +2,22 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::hash::RandomState;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use engine::{RequestId, SamplingParams, Service};
+use engine::{LogprobsMode, RequestId, SamplingParams, Service};
 use tokio::sync::watch;
 
 use crate::access::Keys;
 use crate::api_error::ApiError;
 use crate::controls::Controls;
 use crate::error::{Error, Result};
-use crate::fields::Fields;
+use crate::fields::{BadField, Fields};
+use crate::load_report::LoadReport;
 use crate::metrics::{Metrics, MetricsNames};
+use crate::named::{Name, Named};
 use crate::run_state::RunState;
 use crate::structured::Grammars;
 
@@ -46,10 +49,29 @@ pub struct ServerConfig {
     pub keep_alive: Duration,
     /// Names of the series under `/metrics`.
     pub metrics: MetricsNames,
+    /// What becomes of a request with a field that nothing here knows.
+    pub unknown_fields: UnknownFields,
+    /// Which distribution reported log-probabilities are of; those of prompts are always raw.
+    pub logprobs_mode: LogprobsMode,
     /// Receives what is worth a log line; must not block.
     pub log: Option<Log>,
+    /// How often a [`LogEvent::Load`] is reported while there is work; `None` for never.
+    pub log_stats: Option<Duration>,
+    /// Time without a step, while steps are to be expected, after which `/health` says 503; `None` for
+    /// never.
+    pub heartbeat_timeout: Option<Duration>,
     /// The curves of the run that trains the served weights, if one does.
     pub run: Option<RunState>,
+}
+
+/// What becomes of a request with a field that nothing here knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UnknownFields {
+    /// It is answered as if the field were not there; the name is reported once.
+    #[default]
+    Report,
+    /// It is a 400 that names the field.
+    Refuse,
 }
 
 /// Receives what is worth a log line.
@@ -64,7 +86,7 @@ pub enum LogEvent {
         /// The field's name, cut to 64 characters.
         name: String,
     },
-    /// An answer begins.
+    /// An answer begins; or, with status 499, its client has left before it was whole.
     Answered {
         /// The request's method.
         method: String,
@@ -72,11 +94,13 @@ pub enum LogEvent {
         path: String,
         /// The answer's HTTP status.
         status: u16,
-        /// The request's id, as in the header `x-request-id`.
+        /// The request's id, as in the header `x-request-id`; `-` if the client left before the head.
         request_id: String,
         /// Time from the request's head to the answer's head.
         elapsed: Duration,
     },
+    /// How busy the server is.
+    Load(LoadReport),
     /// The shutdown began.
     Draining {
         /// Requests that still run.
@@ -102,7 +126,11 @@ impl ServerConfig {
             request_timeout: None,
             keep_alive: Duration::from_secs(15),
             metrics: MetricsNames::Own,
+            unknown_fields: UnknownFields::Report,
+            logprobs_mode: LogprobsMode::Raw,
             log: None,
+            log_stats: Some(Duration::from_secs(5)),
+            heartbeat_timeout: Some(Duration::from_secs(300)),
             run: None,
         }
     }
@@ -130,6 +158,8 @@ pub(crate) struct App {
     pub(crate) grammars: Grammars,
     /// Looked for by the first chat.
     pub(crate) controls: OnceLock<Controls>,
+    /// Turns cache salts into numbers, by keys that nobody knows.
+    pub(crate) salts: RandomState,
     started_s: u64,
     ids: AtomicU64,
     unknown: Mutex<HashSet<String>>,
@@ -150,6 +180,7 @@ impl App {
             metrics: Arc::new(Metrics::new()),
             grammars: Grammars::default(),
             controls: OnceLock::new(),
+            salts: RandomState::new(),
             started_s: now_s(),
             ids: AtomicU64::new(0),
             unknown: Mutex::new(HashSet::new()),
@@ -180,15 +211,32 @@ impl App {
     }
 
     /// Reports the names that are left in `fields`, each once in the server's life.
-    pub(crate) fn report_unknown(&self, fields: &Fields) {
+    ///
+    /// # Errors
+    /// When there is one and unknown fields are refused.
+    pub(crate) fn report_unknown(&self, fields: &Fields) -> std::result::Result<(), BadField> {
+        self.report_unknown_in("", fields)
+    }
+
+    /// The same for the fields of an object whose own name, with a dot, is `outer`.
+    pub(crate) fn report_unknown_in(
+        &self,
+        outer: &str,
+        fields: &Fields,
+    ) -> std::result::Result<(), BadField> {
         for name in fields.names() {
-            let name: String = name.chars().take(MAX_NAME_CHARS).collect();
+            let name: String = outer.chars().chain(name.chars()).take(MAX_NAME_CHARS).collect();
+            if self.config.unknown_fields == UnknownFields::Refuse {
+                let message = format!("{name:?} is no field of this request");
+                return Err(BadField::new(&name, message).with_code("unsupported_parameter"));
+            }
             let mut unknown = self.unknown.lock().unwrap_or_else(PoisonError::into_inner);
             if unknown.len() < MAX_UNKNOWN && unknown.insert(name.clone()) {
                 drop(unknown);
                 self.log(&LogEvent::UnknownField { name });
             }
         }
+        Ok(())
     }
 }
 
@@ -202,12 +250,18 @@ pub(crate) struct Live {
     draining: AtomicBool,
     visits: watch::Sender<usize>,
     requests: Mutex<HashSet<RequestId>>,
+    pub(crate) named: Arc<Named>,
 }
 
 impl Live {
     fn new() -> Self {
         let visits = watch::Sender::new(0);
-        Self { draining: AtomicBool::new(false), visits, requests: Mutex::new(HashSet::new()) }
+        Self {
+            draining: AtomicBool::new(false),
+            visits,
+            requests: Mutex::new(HashSet::new()),
+            named: Arc::new(Named::default()),
+        }
     }
 
     /// Counts one visitor in until the guard is dropped.
@@ -217,7 +271,7 @@ impl Live {
     pub(crate) fn enter(self: &Arc<Self>) -> std::result::Result<Visit, ApiError> {
         // Counted first: a visitor is either seen by the drain or sees it.
         self.visits.send_modify(|visits| *visits += 1);
-        let visit = Visit { live: Arc::clone(self) };
+        let visit = Visit { live: Arc::clone(self), name: self.named.enter() };
         if self.is_draining() { Err(ApiError::draining()) } else { Ok(visit) }
     }
 
@@ -264,6 +318,8 @@ impl Live {
 #[must_use]
 pub(crate) struct Visit {
     live: Arc<Live>,
+    /// The names by which clients can end it.
+    pub(crate) name: Name,
 }
 
 impl Drop for Visit {

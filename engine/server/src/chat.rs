@@ -5,15 +5,19 @@ use std::time::SystemTime;
 use engine::Event;
 use engine::text::RenderOptions;
 use serde::Serialize;
+use serde_json::{Map, Value, json};
 
 use crate::answer::{Choice, Usage};
 use crate::api_error::ApiError;
 use crate::app::App;
 use crate::controls::Controls;
+use crate::echo::PromptLogprobs;
 use crate::fields::{BadField, Fields};
 use crate::job::{Asked, Job, needs, unprocessable};
 use crate::logprobs::{ChatLogprobs, chat_token};
 use crate::params::{messages, sampling_params};
+use crate::prompt_params::template_variables;
+use crate::refused::off_only;
 use crate::tool_calls::{self, Call, CallDelta, CallParser};
 use crate::tools::Tools;
 
@@ -23,8 +27,9 @@ pub(crate) fn read(
     fields: &mut Fields,
     tools: Option<&Tools>,
 ) -> Result<Asked, ApiError> {
+    off_only(fields, "echo", &[json!(false)])?;
     let mut params = sampling_params(fields, &app.defaults)?;
-    // The newer name wins, as in OpenAI's API.
+    // The newer name wins where both are given, as in vLLM.
     params.max_tokens = fields.count("max_completion_tokens")?.or(params.max_tokens);
     let logprobs = fields.flag("logprobs")?.unwrap_or(false);
     let top = fields.count("top_logprobs")?;
@@ -36,23 +41,35 @@ pub(crate) fn read(
     let Some(list) = fields.take("messages") else {
         return Err(BadField::new("messages", "messages is missing").into());
     };
-    let prompt = prompt(app, &messages(&list)?, tools)?;
-    Ok(Asked { prompts: vec![prompt], params, logprobs })
+    let extra = variables(app, fields)?;
+    let prompt = prompt(app, &messages(&list)?, tools, extra)?;
+    Ok(Asked::new(vec![prompt], params, logprobs))
 }
 
-/// The tokens of a conversation.
+/// Takes the variables that a request gives to the chat template.
+pub(crate) fn variables(app: &App, fields: &mut Fields) -> Result<Map<String, Value>, ApiError> {
+    let template =
+        app.service.chat_template().ok_or_else(|| needs("messages", "a chat template"))?;
+    Ok(template_variables(fields, template)?)
+}
+
+/// The tokens of a conversation; `extra` are further variables of the template.
 pub(crate) fn prompt(
     app: &App,
     messages: &[engine::Message],
     tools: Option<&Tools>,
+    extra: Map<String, Value>,
 ) -> Result<Vec<u32>, ApiError> {
     let tokenizer = app.service.tokenizer().ok_or_else(|| needs("messages", "a tokenizer"))?;
     let template =
         app.service.chat_template().ok_or_else(|| needs("messages", "a chat template"))?;
     let controls = app.controls.get_or_init(|| Controls::of(tokenizer));
     let spoken = controls.mark(messages, tools.map(|tools| &tools.list))?;
-    let options =
-        RenderOptions { tools: spoken.tools.as_ref(), ..RenderOptions::new(SystemTime::now()) };
+    let options = RenderOptions {
+        tools: spoken.tools.as_ref(),
+        extra,
+        ..RenderOptions::new(SystemTime::now())
+    };
     let text = template
         .render(&spoken.messages, &options)
         .map_err(|error| unprocessable("messages", &error))?;
@@ -70,6 +87,8 @@ pub(crate) struct Completion<'a> {
     usage: Usage,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [u32]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs>,
 }
 
 #[derive(Serialize)]
@@ -78,7 +97,7 @@ struct WholeChoice {
     message: Message,
     logprobs: Option<ChatLogprobs>,
     finish_reason: Option<&'static str>,
-    stop_reason: Option<serde_json::Value>,
+    stop_reason: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -117,6 +136,7 @@ fn finish_reason(reason: &'static str, calls: bool) -> &'static str {
 
 /// The whole answer made of finished choices.
 pub(crate) fn completion<'a>(job: &'a Job, choices: Vec<Choice>, usage: Usage) -> Completion<'a> {
+    let prompt_logprobs = choices.first().and_then(|choice| job.prompt_logprobs(choice));
     let choices = choices.into_iter().enumerate().map(|(index, choice)| {
         let (message, finish_reason) = message(job, index, (choice.text, choice.finish_reason));
         WholeChoice {
@@ -144,6 +164,7 @@ pub(crate) fn completion<'a>(job: &'a Job, choices: Vec<Choice>, usage: Usage) -
         choices: choices.collect(),
         usage,
         prompt_token_ids: job.report.token_ids.then(|| job.prompt(0)),
+        prompt_logprobs,
     }
 }
 
@@ -155,7 +176,7 @@ pub(crate) struct ChunkChoice {
     logprobs: Option<ChatLogprobs>,
     finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    stop_reason: Option<serde_json::Value>,
+    stop_reason: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<[u32; 1]>,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,17 +1,19 @@
 //! `POST /v1/completions`: prompts as text or token ids, from events to OpenAI's objects.
 
-use engine::Event;
 use engine::text::AddSpecial;
+use engine::{Continuation, Event, PromptToken};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::answer::{Choice, Usage};
 use crate::api_error::ApiError;
 use crate::app::App;
+use crate::echo::PromptLogprobs;
 use crate::fields::{BadField, Fields, kind, tokens};
 use crate::job::{Asked, Job, needs, unprocessable};
 use crate::logprobs::TextLogprobs;
 use crate::params::{at_most, sampling_params};
+use crate::refused::off_only;
 
 /// Tokens generated when a request does not say, as in OpenAI's API.
 const DEFAULT_MAX_TOKENS: usize = 16;
@@ -20,14 +22,25 @@ const MAX_PROMPTS: usize = 1024;
 
 /// Reads what a body asks for.
 pub(crate) fn read(app: &App, fields: &mut Fields) -> Result<Asked, ApiError> {
+    off_only(fields, "chat_template_kwargs", &[json!({})])?;
     let mut params = sampling_params(fields, &app.defaults)?;
     params.max_tokens = params.max_tokens.or(Some(DEFAULT_MAX_TOKENS));
     params.logprobs = fields.count("logprobs")?;
+    let echo = fields.flag("echo")?.unwrap_or(false);
+    let mut continuation = Continuation::Sample;
+    if echo && params.max_tokens == Some(0) {
+        if params.min_tokens > 0 {
+            let message = format!("min_tokens is {}, limit is max_tokens 0", params.min_tokens);
+            return Err(BadField::new("min_tokens", message).into());
+        }
+        (params.max_tokens, continuation) = (None, Continuation::Omit);
+    }
     let Some(prompt) = fields.take("prompt") else {
         return Err(BadField::new("prompt", "prompt is missing").into());
     };
     let prompts = prompts(app, &prompt)?;
-    Ok(Asked { prompts, logprobs: params.logprobs.is_some(), params })
+    let logprobs = params.logprobs.is_some();
+    Ok(Asked { echo, continuation, ..Asked::new(prompts, params, logprobs) })
 }
 
 /// A prompt is a string, token ids, or an array of either.
@@ -81,6 +94,8 @@ pub(crate) struct TextChoice {
     finish_reason: Option<&'static str>,
     stop_reason: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<Vec<u32>>,
@@ -92,12 +107,12 @@ pub(crate) struct TextChoice {
 pub(crate) fn completion<'a>(job: &'a Job, choices: Vec<Choice>, usage: Usage) -> Completion<'a> {
     let choices = choices.into_iter().enumerate().map(|(index, choice)| TextChoice {
         index,
-        text: choice.text,
-        logprobs: job.report.logprobs.then(|| {
-            let mut logprobs = TextLogprobs::default();
-            choice.tokens.iter().fold(0, |at, token| logprobs.push(token, at, job.speller()));
-            logprobs
-        }),
+        logprobs: job.report.logprobs.then(|| whole_logprobs(job, index, &choice)),
+        prompt_logprobs: job.prompt_logprobs(&choice),
+        text: match job.echo.get(index / job.samples) {
+            Some(echoed) => echoed.text.clone() + &choice.text,
+            None => choice.text,
+        },
         finish_reason: choice.finish_reason,
         stop_reason: choice.stop_reason,
         prompt_token_ids: job.report.token_ids.then(|| job.prompt(index).to_vec()),
@@ -112,6 +127,32 @@ pub(crate) fn completion<'a>(job: &'a Job, choices: Vec<Choice>, usage: Usage) -
         choices: choices.collect(),
         usage,
     }
+}
+
+/// The log-probabilities of a finished choice, behind those of its prompt where that is echoed.
+fn whole_logprobs(job: &Job, index: usize, choice: &Choice) -> TextLogprobs {
+    let mut logprobs = TextLogprobs::default();
+    let mut begin = 0;
+    if let Some(echoed) = job.echo.get(index / job.samples) {
+        let told = choice.prompt.as_deref().unwrap_or_default();
+        let shape = (echoed, job.speller());
+        logprobs.push_prompt(job.prompt(index), (told, job.report.top), shape);
+        begin = echoed.chars;
+    }
+    choice.tokens.iter().fold(begin, |at, token| logprobs.push(token, at, job.speller()));
+    logprobs
+}
+
+/// The piece that is the prompt of choice `index`, of which the engine `told`.
+pub(crate) fn opening(job: &Job, index: usize, told: &[PromptToken]) -> TextChoice {
+    let echoed = &job.echo[index / job.samples];
+    let logprobs = job.report.logprobs.then(|| {
+        let mut logprobs = TextLogprobs::default();
+        let shape = (echoed, job.speller());
+        logprobs.push_prompt(job.prompt(index), (told, job.report.top), shape);
+        logprobs
+    });
+    TextChoice { logprobs, ..with_text(index, echoed.text.clone()) }
 }
 
 /// The piece for an event, whose token begins at `offset` characters; `None` when there is nothing to
@@ -154,6 +195,7 @@ fn with_text(index: usize, text: String) -> TextChoice {
         logprobs: None,
         finish_reason: None,
         stop_reason: None,
+        prompt_logprobs: None,
         prompt_token_ids: None,
         token_ids: None,
         weights_versions: None,

@@ -66,7 +66,14 @@ impl Fields {
 
     /// Takes a field of any type.
     pub fn take(&mut self, name: &str) -> Option<Value> {
+        #[cfg(test)]
+        asked::ASKED.with_borrow_mut(|asked| asked.insert(name.to_owned()));
         self.map.shift_remove(name).filter(|value| !value.is_null())
+    }
+
+    /// A field of any type, which stays; `null` counts as absent.
+    pub(crate) fn peek(&self, name: &str) -> Option<&Value> {
+        self.map.get(name).filter(|value| !value.is_null())
     }
 
     /// Takes a number.
@@ -171,6 +178,24 @@ fn show(value: &Value) -> String {
     match value {
         Value::Number(number) => number.to_string(),
         other => kind(other).to_owned(),
+    }
+}
+
+/// Which fields this thread has looked for, so that tests can hold documentation against it.
+#[cfg(test)]
+pub(crate) mod asked {
+    use std::cell::RefCell;
+    use std::collections::BTreeSet;
+
+    thread_local! {
+        pub(crate) static ASKED: RefCell<BTreeSet<String>> = RefCell::default();
+    }
+
+    /// The names that `read` looks for.
+    pub(crate) fn by(read: impl FnOnce()) -> BTreeSet<String> {
+        ASKED.take();
+        read();
+        ASKED.take()
     }
 }
 

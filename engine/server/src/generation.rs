@@ -51,7 +51,7 @@ impl Generation {
             service: Arc::clone(&app.service),
             live: Arc::clone(&app.live),
             metrics: Arc::clone(&app.metrics),
-            timer: Timer::new(open),
+            timer: Timer::new(requests.len(), samples),
             deadline: app.config.request_timeout.map(|limit| (Instant::now() + limit, limit)),
             events,
             ids: Vec::new(),
@@ -59,6 +59,7 @@ impl Generation {
         };
         for (prompt, request) in requests.into_iter().enumerate() {
             let (sender, tokens) = (sender.clone(), request.prompt.len());
+            let max_tokens = request.params.max_tokens;
             let sink = move |event: Event| {
                 let choice = prompt * samples + sample(&event);
                 match sender.try_send((choice, event)) {
@@ -68,10 +69,15 @@ impl Generation {
             };
             let id = generation.service.submit(request, Box::new(sink)).map_err(|e| failed(&e))?;
             generation.live.begin(id);
-            generation.metrics.begun(tokens, samples);
+            generation.metrics.begun(tokens, samples, max_tokens);
             generation.ids.push(id);
         }
         Ok(generation)
+    }
+
+    /// The engine's names for what runs.
+    pub(crate) fn ids(&self) -> &[RequestId] {
+        &self.ids
     }
 
     /// The next event and the choice it belongs to; `None` when every sample has ended.

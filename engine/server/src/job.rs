@@ -4,15 +4,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::StatusCode;
-use engine::{Request, SamplingParams, Service, Tokenizer};
+use engine::{Continuation, LogprobsMode, Request, SamplingParams, Service, Tokenizer};
 
 use crate::access::unique_name;
+use crate::answer::Choice;
 use crate::api_error::ApiError;
 use crate::app::{App, Visit, now_s};
+use crate::echo::{Echoed, PromptLogprobs};
 use crate::fields::{BadField, Fields};
 use crate::generation::Generation;
 use crate::logprobs::Speller;
 use crate::params::{at_most, refusal};
+use crate::prompt_params::PromptParams;
 use crate::structured::Structured;
 use crate::tool_calls::CallParser;
 use crate::tools::{self, Tools};
@@ -20,6 +23,8 @@ use crate::{chat, completions, refused, structured};
 
 /// Most choices (prompts times samples) one request may ask for.
 const MAX_CHOICES: usize = 1024;
+/// Most log-probabilities of prompt tokens one answer may have.
+const MAX_PROMPT_LOGPROBS: usize = 1 << 20;
 
 /// The two generating APIs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,13 +44,20 @@ pub(crate) enum Delivery {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StreamUsage {
     Omit,
+    /// In a piece of its own.
     Last,
+    /// And in each other piece as of then.
+    Each,
 }
 
 /// What is reported beside the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Report {
     pub(crate) logprobs: bool,
+    /// Alternatives beside each token.
+    pub(crate) top: usize,
+    /// Alternatives beside each token of the prompt, where those are reported on their own.
+    pub(crate) prompt_top: Option<usize>,
     pub(crate) token_ids: bool,
 }
 
@@ -54,6 +66,24 @@ pub(crate) struct Asked {
     pub(crate) prompts: Vec<Vec<u32>>,
     pub(crate) params: SamplingParams,
     pub(crate) logprobs: bool,
+    /// Whether the answer begins with its prompt.
+    pub(crate) echo: bool,
+    pub(crate) continuation: Continuation,
+}
+
+impl Asked {
+    /// An answer to each prompt, without the prompts.
+    pub(crate) fn new(prompts: Vec<Vec<u32>>, params: SamplingParams, logprobs: bool) -> Self {
+        Self { prompts, params, logprobs, echo: false, continuation: Continuation::Sample }
+    }
+
+    /// Tokens of room that an answer has to have.
+    fn answer_tokens(&self) -> usize {
+        match self.continuation {
+            Continuation::Sample => self.params.max_tokens.unwrap_or(1),
+            Continuation::Omit => 0,
+        }
+    }
 }
 
 /// A request that runs.
@@ -66,15 +96,19 @@ pub(crate) struct Job {
     /// Samples of each prompt.
     pub(crate) samples: usize,
     pub(crate) report: Report,
+    /// The text of each prompt, where the answer begins with it; else empty.
+    pub(crate) echo: Vec<Echoed>,
     pub(crate) delivery: Delivery,
     pub(crate) tokenizer: Option<Arc<Tokenizer>>,
     /// The tools that were offered, whose calls are looked for in the answer.
     pub(crate) tools: Option<Tools>,
     pub(crate) generation: Generation,
+    /// Which distribution reported log-probabilities are of.
+    logprobs_mode: LogprobsMode,
     /// Time without an event after which a stream gets a comment.
     pub(crate) keep_alive: Duration,
-    /// Keeps the drain waiting until the answer is out.
-    _visit: Visit,
+    /// Keeps the drain waiting until the answer is out, and the names of the job.
+    visit: Visit,
 }
 
 impl Job {
@@ -83,49 +117,77 @@ impl Job {
     pub(crate) fn start(app: &App, visit: Visit, api: Api, body: &[u8]) -> Result<Self, ApiError> {
         let mut fields = Fields::parse(body)?;
         check_model(app, &mut fields)?;
-        let delivery = delivery(&mut fields)?;
+        let delivery = delivery(app, &mut fields)?;
+        visit.name.given(fields.string("request_id")?)?;
         let token_ids = fields.flag("return_token_ids")?.unwrap_or(false);
         let tools = match api {
             Api::Chat => tools::read(&mut fields)?,
             Api::Completions => None,
         };
         let grammar = grammar(&mut fields, tools.as_ref())?;
+        let limit = app.service.max_model_len();
+        let about = PromptParams::read(&mut fields, &app.salts, limit)?;
         refused::refuse(&mut fields)?;
-        let asked = match api {
+        let mut asked = match api {
             Api::Chat => chat::read(app, &mut fields, tools.as_ref())?,
             Api::Completions => completions::read(app, &mut fields)?,
         };
-        app.report_unknown(&fields);
+        app.report_unknown(&fields)?;
+        let room = asked.answer_tokens();
+        about.cut(&mut asked.prompts, room, limit);
         check(&app.service, &asked)?;
+        let scored = scored_prompts(&asked, about.logprobs, delivery)?;
         check_queue(app)?;
-        let Asked { prompts, params, logprobs } = asked;
-        let samples = params.n;
+        let echo = echoes(app, &asked)?;
         let compile = |asked| app.grammars.compile(&app.service, asked);
         let constraint = grammar.as_ref().map(compile).transpose()?;
+        let Asked { prompts, params, logprobs, continuation, .. } = asked;
+        let samples = params.n;
         let requests = prompts.iter().map(|prompt| Request {
             constraint: constraint.clone(),
+            cache_salt: about.salt,
+            prompt_logprobs: scored,
+            logprobs_mode: app.config.logprobs_mode,
+            continuation,
             ..Request::new(prompt.clone(), params.clone())
         });
         let generation = Generation::submit(app, requests.collect(), samples)?;
+        let (top, prompt_top) = (params.logprobs.unwrap_or(0), about.logprobs);
         let prefix = match api {
             Api::Chat => "chatcmpl",
             Api::Completions => "cmpl",
         };
+        let id = format!("{prefix}-{}", unique_name(app.next_id()));
+        visit.name.also(&id);
+        visit.name.runs(&app.service, generation.ids());
         Ok(Self {
             api,
-            id: format!("{prefix}-{}", unique_name(app.next_id())),
+            id,
             created_s: now_s(),
             model: app.model_name().to_owned(),
             prompts,
             samples,
-            report: Report { logprobs, token_ids },
+            report: Report { logprobs, top, prompt_top, token_ids },
+            echo,
             delivery,
             tokenizer: app.service.tokenizer().cloned(),
             tools,
             generation,
+            logprobs_mode: app.config.logprobs_mode,
             keep_alive: app.config.keep_alive,
-            _visit: visit,
+            visit,
         })
+    }
+
+    /// Gives the job an id that begins with `prefix`, beside the one it has had.
+    pub(crate) fn rename(&mut self, prefix: &str) {
+        self.id = format!("{prefix}{}", self.unique());
+        self.visit.name.also(&self.id);
+    }
+
+    /// The part of the id that no other job has.
+    pub(crate) fn unique(&self) -> &str {
+        self.id.rsplit(['-', '_']).next().unwrap_or_default()
     }
 
     /// How many choices the answer has.
@@ -146,14 +208,20 @@ impl Job {
     /// Finds the calls of a choice; `None` where no tools were offered.
     pub(crate) fn call_parser(&self, choice: usize) -> Option<CallParser> {
         let tools = self.tools.as_ref()?;
-        let id = self.id.rsplit('-').next().unwrap_or_default();
+        let id = self.unique();
         let most = if tools.parallel { usize::MAX } else { 1 };
         Some(CallParser::new(format!("{id}_{choice}"), most))
     }
 
     /// Spells this model's tokens.
     pub(crate) fn speller(&self) -> Speller<'_> {
-        Speller { tokenizer: self.tokenizer.as_deref() }
+        Speller { tokenizer: self.tokenizer.as_deref(), mode: self.logprobs_mode }
+    }
+
+    /// The log-probabilities of the prompt of `choice`, where they were asked for.
+    pub(crate) fn prompt_logprobs(&self, choice: &Choice) -> Option<PromptLogprobs> {
+        let (top, told) = (self.report.prompt_top?, choice.prompt.as_deref()?);
+        Some(PromptLogprobs::new(told, top, self.speller()))
     }
 }
 
@@ -185,7 +253,7 @@ fn grammar(fields: &mut Fields, tools: Option<&Tools>) -> Result<Option<Structur
     }
 }
 
-fn delivery(fields: &mut Fields) -> Result<Delivery, BadField> {
+fn delivery(app: &App, fields: &mut Fields) -> Result<Delivery, BadField> {
     let stream = fields.flag("stream")?.unwrap_or(false);
     let options = fields.object("stream_options")?;
     if !stream {
@@ -202,8 +270,13 @@ fn delivery(fields: &mut Fields) -> Result<Delivery, BadField> {
             usage = StreamUsage::Last;
         }
         if options.flag("continuous_usage_stats")?.unwrap_or(false) {
-            return Err(refused::unsupported("continuous_usage_stats"));
+            if usage == StreamUsage::Omit {
+                let message = "continuous_usage_stats needs include_usage to be true";
+                return Err(BadField::new("stream_options", message));
+            }
+            usage = StreamUsage::Each;
         }
+        app.report_unknown_in("stream_options.", &options)?;
     }
     Ok(Delivery::Stream { usage })
 }
@@ -211,22 +284,53 @@ fn delivery(fields: &mut Fields) -> Result<Delivery, BadField> {
 /// Checks parameters and lengths before anything is handed to the engine.
 fn check(service: &Service, asked: &Asked) -> Result<(), BadField> {
     let Asked { prompts, params, .. } = asked;
+    let room = asked.answer_tokens();
     params.validate(service.model().vocab_size).map_err(|error| refusal(&error))?;
     at_most("n", prompts.len() * params.n, MAX_CHOICES)?;
     let limit = service.max_model_len();
     for prompt in prompts {
-        let (len, asked) = (prompt.len(), params.max_tokens.unwrap_or(1));
+        let len = prompt.len();
         if len == 0 {
             return Err(BadField::new("prompt", "prompt has 0 tokens, limit is at least 1"));
         }
-        if len.saturating_add(asked) > limit {
+        if len.saturating_add(room) > limit {
             let message = format!(
-                "prompt has {len} tokens and {asked} are asked for, limit is {limit} together"
+                "prompt has {len} tokens and {room} are asked for, limit is {limit} together"
             );
             return Err(BadField::new("prompt", message).with_code("context_length_exceeded"));
         }
     }
     Ok(())
+}
+
+/// Alternatives that the engine is asked for beside prompt tokens, for `prompt_logprobs` and for `echo`.
+fn scored_prompts(
+    asked: &Asked,
+    prompt_logprobs: Option<usize>,
+    delivery: Delivery,
+) -> Result<Option<usize>, BadField> {
+    if prompt_logprobs.is_some() && delivery != Delivery::Whole {
+        let message = "prompt_logprobs needs stream to be false";
+        return Err(BadField::new("prompt_logprobs", message));
+    }
+    let echoed = asked.params.logprobs.filter(|_| asked.echo);
+    let Some(top) = prompt_logprobs.max(echoed) else { return Ok(None) };
+    let tokens: usize = asked.prompts.iter().map(Vec::len).sum();
+    let all = tokens * asked.params.n * (top + 1);
+    if all > MAX_PROMPT_LOGPROBS {
+        let name = if prompt_logprobs.is_some() { "prompt_logprobs" } else { "echo" };
+        let message = format!(
+            "{name} asks for {all} log-probabilities of prompts, limit is {MAX_PROMPT_LOGPROBS}"
+        );
+        return Err(BadField::new(name, message));
+    }
+    Ok(Some(top))
+}
+
+/// The texts that the answers begin with.
+fn echoes(app: &App, asked: &Asked) -> Result<Vec<Echoed>, ApiError> {
+    let echoed = asked.prompts.iter().filter(|_| asked.echo);
+    echoed.map(|prompt| Echoed::new(app.service.tokenizer(), prompt)).collect()
 }
 
 /// The error for text where the model has no tokenizer.

@@ -1,8 +1,8 @@
 //! OpenAI-compatible HTTP over an [`engine::Service`].
 //!
-//! A web page at `/`, `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions`,
-//! `/tokenize`, `/detokenize`, `/inference/v1/generate`, `/version`, `/metrics` and `/health`; answers whole or as server-sent
-//! events. Parameters are spelled as vLLM spells them, errors have OpenAI's form on every path. Answers
+//! A web page at `/`, `GET /v1/models`, `POST /v1/chat/completions`, `POST /v1/completions`, `POST /v1/responses`,
+//! `/tokenize`, `/detokenize`, `/inference/v1/generate`, `/inference/v1/abort_requests`, `/version`, `/metrics`, `/health`,
+//! and `/openapi.json`, which describes them; answers whole or as server-sent events. Parameters are spelled as vLLM spells them, errors have OpenAI's form on every path. Answers
 //! follow grammars, and call tools in the form of Hermes and Qwen. Leaves out administration; a feature
 //! that is not offered is a 400 that names it. Nothing here prints, reads the environment or handles signals:
 //! what is worth a log line goes to the callback of [`ServerConfig`].
@@ -23,26 +23,34 @@ mod app;
 mod chat;
 mod completions;
 mod controls;
+mod echo;
 mod error;
 mod fields;
 mod generation;
 mod job;
 mod json;
+mod load_report;
 mod logprobs;
 mod metrics;
+mod named;
+mod openapi;
 mod page;
 mod params;
+mod prompt_params;
 mod refused;
+mod responses;
 mod routes;
 mod run_state;
+mod sse;
 mod stream;
 mod structured;
 mod tool_calls;
 mod tools;
 
-pub use app::{Log, LogEvent, ServerConfig};
+pub use app::{Log, LogEvent, ServerConfig, UnknownFields};
 pub use error::{Error, ErrorKind, Result};
 pub use fields::{BadField, Fields};
+pub use load_report::LoadReport;
 pub use metrics::MetricsNames;
 pub use params::{default_params, messages, sampling_params};
 pub use routes::serve;

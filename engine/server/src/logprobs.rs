@@ -1,13 +1,16 @@
 //! Log-probabilities in the shapes of both APIs.
 //!
-//! Reported at temperature 1 with nothing cut off, as vLLM does by default, so that a token and its
-//! alternatives are comparable.
+//! By default those of the model's own distribution, at temperature 1 with nothing cut off, as vLLM
+//! reports; else those of the distribution that was drawn from. A token and its alternatives are
+//! comparable in both.
 
-use engine::{Token, Tokenizer};
+use engine::{LogprobsMode, PromptToken, Token, Tokenizer};
 use serde::{Serialize, Serializer};
 
+use crate::echo::Echoed;
+
 /// Stands for minus infinity, which JSON cannot say.
-const LEAST: f32 = -9999.0;
+pub(crate) const LEAST: f32 = -9999.0;
 
 /// A chat answer's log-probabilities.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -35,7 +38,8 @@ struct Alternative {
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct TextLogprobs {
     text_offset: Vec<usize>,
-    token_logprobs: Vec<f32>,
+    /// Nothing is known of the first token of a prompt.
+    token_logprobs: Vec<Option<f32>>,
     tokens: Vec<String>,
     top_logprobs: Vec<Option<Alternatives>>,
 }
@@ -50,10 +54,11 @@ impl Serialize for Alternatives {
     }
 }
 
-/// Spells tokens.
+/// Spells tokens, and picks the log-probability that is reported.
 #[derive(Clone, Copy)]
 pub(crate) struct Speller<'a> {
     pub(crate) tokenizer: Option<&'a Tokenizer>,
+    pub(crate) mode: LogprobsMode,
 }
 
 impl Speller<'_> {
@@ -61,7 +66,26 @@ impl Speller<'_> {
         self.tokenizer.map(|tokenizer| tokenizer.token_bytes(token).to_vec()).unwrap_or_default()
     }
 
-    fn text(self, token: u32) -> String {
+    /// Characters that the token begins in the text.
+    fn chars(self, token: u32) -> usize {
+        match self.tokenizer {
+            // A character that several tokens share counts for the one with its first byte.
+            Some(tokenizer) => {
+                let bytes = tokenizer.token_bytes(token).iter();
+                bytes.filter(|byte| **byte & 0xc0 != 0x80).count()
+            }
+            None => self.text(token).chars().count(),
+        }
+    }
+
+    fn logprob(self, token: &Token) -> f32 {
+        match self.mode {
+            LogprobsMode::Raw => token.raw_logprob,
+            LogprobsMode::Processed => token.logprob,
+        }
+    }
+
+    pub(crate) fn text(self, token: u32) -> String {
         match self.tokenizer {
             Some(_) => String::from_utf8_lossy(&self.bytes(token)).into_owned(),
             None => format!("token_id:{token}"),
@@ -78,7 +102,7 @@ impl Speller<'_> {
 pub(crate) fn chat_token(token: &Token, speller: Speller<'_>) -> ChatToken {
     let top = token.top.iter().map(|(id, logprob)| speller.alternative(*id, *logprob));
     ChatToken {
-        chosen: speller.alternative(token.token, token.raw_logprob),
+        chosen: speller.alternative(token.token, speller.logprob(token)),
         top_logprobs: top.collect(),
     }
 }
@@ -86,19 +110,50 @@ pub(crate) fn chat_token(token: &Token, speller: Speller<'_>) -> ChatToken {
 impl TextLogprobs {
     /// Appends `token`, whose text begins at `offset` characters; returns where the next one begins.
     pub(crate) fn push(&mut self, token: &Token, offset: usize, speller: Speller<'_>) -> usize {
-        let text = speller.text(token.token);
-        let chars = text.chars().count();
-        let logprob = token.raw_logprob.max(LEAST);
-        let top = token.top.iter().map(|(id, logprob)| (speller.text(*id), logprob.max(LEAST)));
-        let mut top: Vec<(String, f32)> = top.collect();
-        // The sampled token is always among them, even when it is not one of the most likely.
-        if token.top.iter().all(|(id, _)| *id != token.token) {
-            top.push((text.clone(), logprob));
+        let own = (token.token, speller.logprob(token));
+        self.push_one(own, &token.top, (offset, speller));
+        offset + speller.chars(token.token)
+    }
+
+    /// Appends `prompt`, of whose tokens but the first `told` tells, with `top` alternatives each.
+    pub(crate) fn push_prompt(
+        &mut self,
+        prompt: &[u32],
+        (told, top): (&[PromptToken], usize),
+        (echoed, speller): (&Echoed, Speller<'_>),
+    ) {
+        for (place, (token, offset)) in prompt.iter().zip(&echoed.offsets).enumerate() {
+            match place.checked_sub(1).and_then(|before| told.get(before)) {
+                Some(told) => {
+                    let alternatives = &told.top[..top.min(told.top.len())];
+                    self.push_one((told.token, told.logprob), alternatives, (*offset, speller));
+                }
+                None => {
+                    self.text_offset.push(*offset);
+                    self.token_logprobs.push(None);
+                    self.tokens.push(speller.text(*token));
+                    self.top_logprobs.push(None);
+                }
+            }
+        }
+    }
+
+    fn push_one(
+        &mut self,
+        (id, logprob): (u32, f32),
+        top: &[(u32, f32)],
+        (offset, speller): (usize, Speller<'_>),
+    ) {
+        let (text, logprob) = (speller.text(id), logprob.max(LEAST));
+        let named = top.iter().map(|(id, logprob)| (speller.text(*id), logprob.max(LEAST)));
+        let mut named: Vec<(String, f32)> = named.collect();
+        // The token itself is always among them, even when it is not one of the most likely.
+        if top.iter().all(|(other, _)| *other != id) {
+            named.push((text.clone(), logprob));
         }
         self.text_offset.push(offset);
-        self.token_logprobs.push(logprob);
+        self.token_logprobs.push(Some(logprob));
         self.tokens.push(text);
-        self.top_logprobs.push((!token.top.is_empty()).then_some(Alternatives(top)));
-        offset + chars
+        self.top_logprobs.push((!top.is_empty()).then_some(Alternatives(named)));
     }
 }

@@ -1,14 +1,21 @@
 //! `GET /metrics`: what the server and its engine did, as Prometheus reads it (text format 0.0.4).
 //!
 //! Names are vLLM's under the prefix `engine_`, with its buckets and its label `model_name`, so that boards
-//! need another prefix only; [`MetricsNames::Vllm`] adds the same series under `vllm:`. Times are in
-//! seconds. Leaves out sizes of HTTP messages and the series of features that do not exist here.
+//! need another prefix only; [`MetricsNames::Vllm`] adds the same series under `vllm:`, and those of HTTP
+//! without a prefix, as they are there. Times are in seconds. Here: what is counted of requests;
+//! `metrics/text.rs` writes the series, `metrics/http.rs` measures HTTP. Leaves out the series of features
+//! that do not exist here.
 
-use std::fmt::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use engine::{Event, FinishReason, Status};
+use engine::{Event, Finished, Histogram, Service};
+
+pub(crate) mod http;
+mod text;
+
+use http::HttpCounts;
+use text::{Names, Sources};
 
 /// Upper bounds of time to first token, in seconds.
 const FIRST_TOKEN: &[f64] = &[
@@ -33,6 +40,9 @@ const TOKENS: &[f64] = &[
 /// Upper bounds of samples of a request.
 const SAMPLES: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
 
+/// Why a sample ended, as the label `finished_reason` says it: the engine's reasons, and failures.
+const REASONS: [&str; 4] = ["stop", "length", "abort", "error"];
+
 /// Under which names the series are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MetricsNames {
@@ -43,49 +53,29 @@ pub enum MetricsNames {
     Vllm,
 }
 
-/// A count of values by upper bound, and their sum.
-#[derive(Clone, Debug)]
-struct Histogram {
-    bounds: &'static [f64],
-    counts: Vec<u64>,
-    count: u64,
-    sum: f64,
-}
-
-impl Histogram {
-    fn new(bounds: &'static [f64]) -> Self {
-        Self { bounds, counts: vec![0; bounds.len()], count: 0, sum: 0.0 }
-    }
-
-    fn add(&mut self, value: f64) {
-        if let Some(count) = self.counts.get_mut(self.bounds.partition_point(|b| *b < value)) {
-            *count += 1;
-        }
-        self.count += 1;
-        self.sum += value;
-    }
-}
-
 /// What has been counted since the start.
 #[derive(Clone, Debug)]
 struct Counts {
     prompt_tokens: u64,
     generated_tokens: u64,
-    finished: [u64; 3],
+    /// Samples, in the order of [`REASONS`].
+    finished: [u64; 4],
     first_token: Histogram,
     between: Histogram,
     whole: Histogram,
     prompt_lengths: Histogram,
     generated_lengths: Histogram,
+    /// Tokens of the longest sample of each request.
+    longest: Histogram,
     samples: Histogram,
+    /// Most tokens a sample may have, where a request or its API says so.
+    max_tokens: Histogram,
 }
-
-/// The reasons in the order of [`Counts::finished`].
-const REASONS: [FinishReason; 3] = [FinishReason::Stop, FinishReason::Length, FinishReason::Abort];
 
 /// The server's own counts.
 pub(crate) struct Metrics {
     counts: Mutex<Counts>,
+    http: Mutex<HttpCounts>,
 }
 
 impl Metrics {
@@ -94,23 +84,30 @@ impl Metrics {
             counts: Mutex::new(Counts {
                 prompt_tokens: 0,
                 generated_tokens: 0,
-                finished: [0; 3],
+                finished: [0; 4],
                 first_token: Histogram::new(FIRST_TOKEN),
                 between: Histogram::new(BETWEEN),
                 whole: Histogram::new(WHOLE),
                 prompt_lengths: Histogram::new(TOKENS),
                 generated_lengths: Histogram::new(TOKENS),
+                longest: Histogram::new(TOKENS),
                 samples: Histogram::new(SAMPLES),
+                max_tokens: Histogram::new(TOKENS),
             }),
+            http: Mutex::default(),
         }
     }
 
-    /// A request with a prompt of so many tokens was taken in.
-    pub(crate) fn begun(&self, prompt_tokens: usize, samples: usize) {
+    /// A prompt of so many tokens was taken in, of which `samples` samples of at most `max_tokens` are asked
+    /// for.
+    pub(crate) fn begun(&self, prompt_tokens: usize, samples: usize, max_tokens: Option<usize>) {
         let mut counts = self.locked();
         counts.prompt_tokens += prompt_tokens as u64;
         counts.prompt_lengths.add(prompt_tokens as f64);
         counts.samples.add(samples as f64);
+        if let Some(max_tokens) = max_tokens {
+            counts.max_tokens.add(max_tokens as f64);
+        }
     }
 
     /// So many samples were given up because their client left, or their time was over.
@@ -118,14 +115,27 @@ impl Metrics {
         self.locked().finished[2] += samples as u64;
     }
 
-    /// All series. `model` is the label of each.
-    pub(crate) fn text(&self, status: &Status, model: &str, names: MetricsNames) -> String {
+    /// Tokens of prompts taken in, and tokens generated, since the start.
+    pub(crate) fn tokens(&self) -> (u64, u64) {
+        let counts = self.locked();
+        (counts.prompt_tokens, counts.generated_tokens)
+    }
+
+    /// All series. `model` is the label of each but those of HTTP.
+    pub(crate) fn text(&self, service: &Service, model: &str, names: MetricsNames) -> String {
         let counts = self.locked().clone();
-        let label = format!("model_name=\"{}\"", escaped(model));
+        let http = self.http().clone();
+        let (status, timings) = (service.status(), service.timings());
+        let cache = text::cache_labels(service.memory_plan(), service.config());
+        let all = Sources { counts: &counts, status: &status, timings: &timings, cache: &cache };
+        let label = format!("model_name=\"{}\"", text::escaped(model));
         let mut out = String::new();
-        write_all(&mut out, "engine_", &label, (&counts, status));
+        text::write(&mut out, &Names { prefix: "engine_", label: &label }, &all);
+        http.write(&mut out, "engine_", MetricsNames::Own);
         if names == MetricsNames::Vllm {
-            write_all(&mut out, "vllm:", &format!("{label},engine=\"0\""), (&counts, status));
+            let label = format!("{label},engine=\"0\"");
+            text::write(&mut out, &Names { prefix: "vllm:", label: &label }, &all);
+            http.write(&mut out, "", MetricsNames::Vllm);
         }
         out
     }
@@ -133,129 +143,70 @@ impl Metrics {
     fn locked(&self) -> MutexGuard<'_, Counts> {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn http(&self) -> MutexGuard<'_, HttpCounts> {
+        self.http.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Times one request's samples as their events come.
 pub(crate) struct Timer {
     begun: Instant,
-    /// When the last token of each sample came, and how many have.
-    samples: Vec<(Option<Instant>, u64)>,
+    samples: Vec<Progress>,
+    /// Samples of each prompt.
+    of_prompt: usize,
+}
+
+/// How far a sample is.
+#[derive(Clone, Copy, Debug, Default)]
+struct Progress {
+    /// When its last token came.
+    last: Option<Instant>,
+    tokens: u64,
+    over: bool,
 }
 
 impl Timer {
-    pub(crate) fn new(samples: usize) -> Self {
-        Self { begun: Instant::now(), samples: vec![(None, 0); samples] }
+    /// Of `prompts` prompts with `of_prompt` samples each, from now on.
+    pub(crate) fn new(prompts: usize, of_prompt: usize) -> Self {
+        let samples = vec![Progress::default(); prompts * of_prompt];
+        Self { begun: Instant::now(), samples, of_prompt }
     }
 
     /// Counts an event of a sample.
     pub(crate) fn count(&mut self, sample: usize, event: &Event, metrics: &Metrics) {
         let now = Instant::now();
         let since = |then: Instant| now.saturating_duration_since(then);
-        let Some((last, tokens)) = self.samples.get_mut(sample) else { return };
+        let Some(progress) = self.samples.get_mut(sample) else { return };
         let mut counts = metrics.locked();
         match event {
             Event::Token(_) => {
-                match last {
+                match progress.last.replace(now) {
                     None => counts.first_token.add(since(self.begun).as_secs_f64()),
-                    Some(then) => counts.between.add(since(*then).as_secs_f64()),
+                    Some(then) => counts.between.add(since(then).as_secs_f64()),
                 }
                 counts.generated_tokens += 1;
-                (*last, *tokens) = (Some(now), *tokens + 1);
+                progress.tokens += 1;
             }
             Event::Finished(end) => {
+                progress.over = true;
                 let whole: Duration = since(self.begun);
                 counts.whole.add(whole.as_secs_f64());
-                counts.generated_lengths.add(*tokens as f64);
-                if let Some(place) = REASONS.iter().position(|reason| *reason == end.reason) {
-                    counts.finished[place] += 1;
+                counts.generated_lengths.add(progress.tokens as f64);
+                counts.finished[reason(end)] += 1;
+                let first = sample - sample % self.of_prompt;
+                let request = &self.samples[first..first + self.of_prompt];
+                if request.iter().all(|sample| sample.over) {
+                    let longest = request.iter().map(|sample| sample.tokens).max().unwrap_or(0);
+                    counts.longest.add(longest as f64);
                 }
             }
         }
     }
 }
 
-/// Label values escape backslashes, quotes and line ends.
-fn escaped(value: &str) -> String {
-    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
-}
-
-fn write_all(out: &mut String, prefix: &str, label: &str, (counts, status): (&Counts, &Status)) {
-    let stats = &status.stats;
-    let usage = stats.used_blocks as f64 / stats.total_blocks.max(1) as f64;
-    let gauges = [
-        ("num_requests_running", "Sequences that run.", status.running as f64),
-        ("num_requests_waiting", "Sequences that wait.", status.waiting as f64),
-        ("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.", usage),
-        ("weights_version", "How often the weights have changed.", status.version.0 as f64),
-    ];
-    for (name, help, value) in gauges {
-        head(out, (prefix, name), "gauge", help);
-        line(out, (prefix, name, ""), label, value);
-    }
-    let totals = [
-        ("prompt_tokens_total", "Tokens of prompts taken in.", counts.prompt_tokens),
-        ("generation_tokens_total", "Tokens generated for requests.", counts.generated_tokens),
-        ("num_preemptions_total", "Sequences that gave up their blocks.", stats.preemptions),
-        ("prefix_cache_queries_total", "Tokens looked up in the prefix cache.", stats.query_tokens),
-        ("prefix_cache_hits_total", "Tokens taken from the prefix cache.", stats.hit_tokens),
-    ];
-    for (name, help, value) in totals {
-        head(out, (prefix, name), "counter", help);
-        line(out, (prefix, name, ""), label, value as f64);
-    }
-    head(out, (prefix, "request_success_total"), "counter", "Samples ended, by reason.");
-    for (reason, count) in REASONS.iter().zip(counts.finished) {
-        let label = format!("{label},finished_reason=\"{}\"", reason.name());
-        line(out, (prefix, "request_success_total", ""), &label, count as f64);
-    }
-    let histograms = [
-        ("time_to_first_token_seconds", "Until a sample's first token.", &counts.first_token),
-        ("inter_token_latency_seconds", "Between two tokens of a sample.", &counts.between),
-        ("e2e_request_latency_seconds", "Until a sample's end.", &counts.whole),
-        ("request_prompt_tokens", "Tokens of a prompt.", &counts.prompt_lengths),
-        ("request_generation_tokens", "Tokens of a sample.", &counts.generated_lengths),
-        ("request_params_n", "Samples asked for.", &counts.samples),
-    ];
-    for (name, help, histogram) in histograms {
-        head(out, (prefix, name), "histogram", help);
-        let mut below = 0;
-        for (bound, count) in histogram.bounds.iter().zip(&histogram.counts) {
-            below += count;
-            line(out, (prefix, name, "_bucket"), &format!("{label},le=\"{bound}\""), below as f64);
-        }
-        let all = format!("{label},le=\"+Inf\"");
-        line(out, (prefix, name, "_bucket"), &all, histogram.count as f64);
-        line(out, (prefix, name, "_sum"), label, histogram.sum);
-        line(out, (prefix, name, "_count"), label, histogram.count as f64);
-    }
-}
-
-fn head(out: &mut String, (prefix, name): (&str, &str), kind: &str, help: &str) {
-    // Writing to a string cannot fail.
-    let _ = writeln!(out, "# HELP {prefix}{name} {help}\n# TYPE {prefix}{name} {kind}");
-}
-
-fn line(out: &mut String, (prefix, name, suffix): (&str, &str, &str), label: &str, value: f64) {
-    // As above.
-    let _ = writeln!(out, "{prefix}{name}{suffix}{{{label}}} {value}");
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_histogram_counts_up_to_and_including_its_bounds() {
-        let mut histogram = Histogram::new(SAMPLES);
-        for value in [1.0, 1.5, 2.0, 20.0, 21.0] {
-            histogram.add(value);
-        }
-        assert_eq!(histogram.counts, [1, 2, 0, 0, 1]);
-        assert_eq!((histogram.count, histogram.sum), (5, 45.5));
-    }
-
-    #[test]
-    fn labels_are_escaped() {
-        assert_eq!(escaped("a\"b\\c\nd"), "a\\\"b\\\\c\\nd");
-    }
+/// The place in [`REASONS`] of an end.
+fn reason(end: &Finished) -> usize {
+    let name = if end.error.is_some() { "error" } else { end.reason.name() };
+    REASONS.iter().position(|reason| *reason == name).unwrap_or(REASONS.len() - 1)
 }

@@ -226,7 +226,7 @@ pub(crate) fn refusal(error: &engine::Error) -> BadField {
 }
 
 /// Parameters that an engine's refusal may name.
-const KNOWN: [&str; 14] = [
+const KNOWN: [&str; 15] = [
     "temperature",
     "top_k",
     "top_p",
@@ -238,6 +238,7 @@ const KNOWN: [&str; 14] = [
     "max_tokens",
     "min_tokens",
     "logprobs",
+    "prompt_logprobs",
     "logit_bias",
     "stop_token_ids",
     "prompt",

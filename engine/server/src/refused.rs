@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::fields::{BadField, Fields};
 
 /// Fields that belong to the API, change nothing here and deserve no warning.
-const IGNORED: [&str; 8] = [
+pub(crate) const IGNORED: [&str; 8] = [
     "user",
     "metadata",
     "store",
@@ -20,7 +20,7 @@ const IGNORED: [&str; 8] = [
 ];
 
 /// Features with the values that leave them off.
-fn refused() -> [(&'static str, Vec<Value>); 35] {
+fn refused() -> [(&'static str, Vec<Value>); 28] {
     let off = || vec![json!(false)];
     let none = Vec::new;
     [
@@ -28,21 +28,16 @@ fn refused() -> [(&'static str, Vec<Value>); 35] {
         ("tool_choice", vec![json!("none"), json!("auto")]),
         ("functions", vec![json!([])]),
         ("function_call", vec![json!("none"), json!("auto")]),
-        ("best_of", vec![json!(1)]),
         ("suffix", vec![json!("")]),
-        ("prompt_logprobs", off()),
-        ("echo", off()),
         ("guided_decoding_backend", none()),
         ("guided_whitespace_pattern", none()),
         ("grammar", vec![json!("")]),
         ("allowed_token_ids", vec![json!([])]),
         ("bad_words", vec![json!([])]),
-        ("truncate_prompt_tokens", none()),
         ("use_beam_search", off()),
         ("length_penalty", vec![json!(1), json!(1.0)]),
         ("prompt_embeds", none()),
         ("chat_template", none()),
-        ("chat_template_kwargs", vec![json!({})]),
         ("documents", vec![json!([])]),
         ("add_generation_prompt", vec![json!(true)]),
         ("continue_final_message", off()),
@@ -50,8 +45,6 @@ fn refused() -> [(&'static str, Vec<Value>); 35] {
         ("skip_special_tokens", vec![json!(true)]),
         ("spaces_between_special_tokens", vec![json!(true)]),
         ("return_tokens_as_token_ids", off()),
-        ("priority", vec![json!(0)]),
-        ("cache_salt", vec![json!("")]),
         ("modalities", vec![json!(["text"])]),
         ("audio", none()),
         ("prediction", none()),
@@ -62,20 +55,37 @@ fn refused() -> [(&'static str, Vec<Value>); 35] {
     ]
 }
 
+/// The names of the features.
+pub(crate) fn names() -> impl Iterator<Item = &'static str> {
+    refused().into_iter().map(|(name, _)| name)
+}
+
 /// Takes every refused and every ignored field.
 ///
 /// # Errors
 /// The first feature that is asked for.
 pub(crate) fn refuse(fields: &mut Fields) -> Result<(), BadField> {
+    // As many as are answered with is what is sampled anyway.
+    let n = fields.peek("n").cloned().unwrap_or_else(|| json!(1));
+    off_only(fields, "best_of", &[n])?;
     for (name, off) in refused() {
-        if fields.take(name).is_some_and(|value| !off.contains(&value)) {
-            return Err(unsupported(name));
-        }
+        off_only(fields, name, &off)?;
     }
     for name in IGNORED {
         fields.take(name);
     }
     Ok(())
+}
+
+/// Takes a field whose feature is not offered.
+///
+/// # Errors
+/// When its value is not one of those that leave it off.
+pub(crate) fn off_only(fields: &mut Fields, name: &str, off: &[Value]) -> Result<(), BadField> {
+    match fields.take(name) {
+        Some(value) if !off.contains(&value) => Err(unsupported(name)),
+        _ => Ok(()),
+    }
 }
 
 /// The error for a feature that is not offered.
@@ -101,6 +111,17 @@ mod tests {
                 assert_eq!(refuse(&mut fields), Ok(()), "{name}");
                 assert_eq!(fields.names().count(), 0);
             }
+        }
+    }
+
+    #[test]
+    fn best_of_may_only_say_what_n_says() {
+        let read = |body: Value| refuse(&mut Fields::new(body.as_object().unwrap().clone()));
+        assert_eq!(read(json!({"best_of": 1})), Ok(()));
+        assert_eq!(read(json!({"best_of": 3, "n": 3})), Ok(()));
+        for body in [json!({"best_of": 2}), json!({"best_of": 1, "n": 3}), json!({"best_of": "1"})]
+        {
+            assert_eq!(read(body).unwrap_err().param.as_deref(), Some("best_of"));
         }
     }
 }

@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::ListenerExt;
 use axum::{Json, Router, middleware};
-use engine::Service;
+use engine::{Phase, Service, Status};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -23,9 +23,13 @@ use crate::api_error::ApiError;
 use crate::app::{App, LogEvent, ServerConfig, Visit};
 use crate::error::{Error, Result};
 use crate::job::{Api, Delivery, Job, transport};
-use crate::{page, stream};
+use crate::metrics::http::measure;
+use crate::{load_report, openapi, page, stream};
 
+mod abort;
+mod responses;
 mod text;
+mod tokens;
 
 /// How long aborted requests may take to end, and written answers to leave.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -61,6 +65,7 @@ pub async fn serve(
     tokio::select! {
         result = server => result,
         () = drain(&app, shutdown, stop) => Ok(()),
+        never = load_report::reports(&app) => match never {},
         failure = engine_failure(&app) => Err(Error::engine(format!("engine: {failure}"))),
     }
 }
@@ -103,21 +108,29 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/models/{*name}", get(model))
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
+        .route("/v1/responses", post(responses::create))
         .route("/tokenize", post(text::tokenize))
         .route("/detokenize", post(text::detokenize))
         .route("/inference/v1/generate", post(text::generate))
+        .route("/inference/v1/abort_requests", post(abort::abort))
         .route("/version", get(text::version))
+        .route("/openapi.json", get(openapi::serve))
         .route("/metrics", get(metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(app.config.max_body_bytes))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), guard))
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), measure))
         .with_state(app)
 }
 
 async fn health(State(app): State<Arc<App>>) -> Response {
-    if app.service.status().failure.is_some() {
+    let status = app.service.status();
+    if status.failure.is_some() {
         return ApiError::engine_dead().into_response();
+    }
+    if let Some(limit) = app.config.heartbeat_timeout.filter(|limit| is_stalled(&status, *limit)) {
+        return ApiError::engine_stalled(limit).into_response();
     }
     if app.live.is_draining() {
         return ApiError::draining().into_response();
@@ -125,10 +138,15 @@ async fn health(State(app): State<Arc<App>>) -> Response {
     Json(json!({"status": "ok"})).into_response()
 }
 
+/// Whether steps are expected and none has ended for longer than `limit`. An idle engine looks for work
+/// more often than that, so its heart beats too.
+fn is_stalled(status: &Status, limit: Duration) -> bool {
+    status.phase == Phase::Serving && status.heartbeat.elapsed() > limit
+}
+
 /// Prometheus' text format.
 async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let (status, names) = (app.service.status(), app.config.metrics);
-    let text = app.metrics.text(&status, app.model_name(), names);
+    let text = app.metrics.text(&app.service, app.model_name(), app.config.metrics);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
@@ -193,6 +211,7 @@ async fn read<T: Send + 'static>(
     make: impl FnOnce(&App, Visit, &[u8]) -> std::result::Result<T, ApiError> + Send + 'static,
 ) -> std::result::Result<T, ApiError> {
     let visit = app.live.enter()?;
+    visit.name.header(headers);
     let body = body.map_err(|rejection| too_large(&app, &rejection))?;
     check_content_type(headers)?;
     tokio::task::spawn_blocking(move || make(&app, visit, &body))

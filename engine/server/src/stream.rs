@@ -1,47 +1,23 @@
-//! An answer in pieces: server-sent events, one `data: {...}` each, ending with `data: [DONE]`.
-//!
-//! The status line is out before the first token, so a later failure becomes an event with the same
-//! body as an error answer. Dropping the stream, as happens when the client leaves, drops the job and
-//! so aborts it.
+//! An answer of the chat or the completions API in pieces: one `data: {...}` each, ending with
+//! `data: [DONE]`. A failure is an event with the same body as an error answer.
 
-use std::collections::VecDeque;
-use std::convert::Infallible;
-
-use axum::body::{Body, Bytes};
-use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use engine::Event;
-use futures_util::stream;
 use serde::Serialize;
-use tokio::time::timeout;
 
 use crate::answer::{Meter, Usage};
-use crate::api_error::ApiError;
 use crate::chat::{self, ChunkChoice};
 use crate::completions::{self, TextChoice};
+use crate::echo::Opener;
 use crate::job::{Api, Delivery, Job, StreamUsage};
+use crate::sse::{self, DONE, Wording};
 use crate::tool_calls::CallParser;
-
-/// Ends every stream.
-const DONE: &str = "data: [DONE]\n\n";
-
-/// A comment that keeps a stream open while there is nothing to say.
-const KEEP_ALIVE: &str = ": keep-alive\n\n";
 
 /// The answer to `job` as a stream.
 pub(crate) fn response(job: Job) -> Response {
-    let streamer = Streamer::new(job);
-    let body = stream::unfold(streamer, async |mut streamer| {
-        let bytes = streamer.next().await?;
-        Some((Ok::<_, Infallible>(bytes), streamer))
-    });
-    let mut response = Response::new(Body::from_stream(body));
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    // Tells nginx not to hold the pieces back.
-    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    response
+    let mut opening = String::new();
+    let streamer = Streamer::new(job, &mut opening);
+    sse::response(streamer, opening)
 }
 
 /// One piece, as both APIs frame it.
@@ -52,7 +28,7 @@ struct Chunk<'a> {
     created: u64,
     model: &'a str,
     choices: Choices,
-    /// Absent unless asked for; then `null` in all pieces but the last.
+    /// Absent unless asked for; then `null` in all pieces but the last, or in none.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<Usage>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -72,72 +48,69 @@ struct Streamer {
     meter: Meter,
     /// Characters of each choice so far, where log-probabilities report offsets.
     offsets: Vec<usize>,
+    /// Puts the prompt before each choice, where it is echoed.
+    opener: Opener,
     /// Finds the calls of each choice, where tools were offered.
     calls: Vec<Option<CallParser>>,
-    ready: VecDeque<Bytes>,
-    over: bool,
 }
 
 impl Streamer {
-    fn new(job: Job) -> Self {
+    /// Appends what opens the stream to `text`.
+    fn new(job: Job, text: &mut String) -> Self {
         let offsets = vec![0; job.choices()];
         let calls = (0..job.choices()).map(|choice| job.call_parser(choice)).collect();
-        let ready = VecDeque::new();
-        let mut streamer =
-            Self { job, meter: Meter::default(), offsets, calls, ready, over: false };
+        let opener = Opener::new(&job);
+        let streamer = Self { job, meter: Meter::default(), offsets, opener, calls };
         if streamer.job.api == Api::Chat {
-            let mut text = String::new();
             for index in 0..streamer.job.choices() {
                 let prompt = streamer.job.report.token_ids.then(|| streamer.job.prompt(index));
                 let chunk = Chunk {
                     prompt_token_ids: prompt,
                     ..streamer.chunk(Choices::Chat([chat::opening(index)]))
                 };
-                push(&mut text, &chunk);
+                push(text, &chunk);
             }
-            streamer.ready.push_back(Bytes::from(text));
         }
         streamer
     }
 
-    /// The next bytes; `None` after the last.
-    async fn next(&mut self) -> Option<Bytes> {
-        while self.ready.is_empty() {
-            if self.over {
-                return None;
-            }
-            let mut text = String::new();
-            // Cut short before the next event only, so nothing is lost.
-            let gathered = timeout(self.job.keep_alive, self.gather(&mut text)).await;
-            let Ok(gathered) = gathered else {
-                self.ready.push_back(Bytes::from_static(KEEP_ALIVE.as_bytes()));
-                continue;
-            };
-            if let Err(error) = gathered {
-                text.push_str(&format!("data: {}\n\n{DONE}", error.to_json()));
-                self.over = true;
-            }
-            if !text.is_empty() {
-                self.ready.push_back(Bytes::from(text));
-            }
+    fn usage(&self) -> StreamUsage {
+        match self.job.delivery {
+            Delivery::Stream { usage } => usage,
+            Delivery::Whole => StreamUsage::Omit,
         }
-        self.ready.pop_front()
     }
 
-    /// Appends the next event, and those that have come with it, to `text`.
-    async fn gather(&mut self, text: &mut String) -> Result<(), ApiError> {
-        let mut next = self.job.generation.next().await?;
-        if next.is_none() {
-            self.finish(text);
+    fn chunk(&self, choices: Choices) -> Chunk<'_> {
+        Chunk {
+            id: &self.job.id,
+            object: match self.job.api {
+                Api::Chat => "chat.completion.chunk",
+                Api::Completions => "text_completion",
+            },
+            created: self.job.created_s,
+            model: &self.job.model,
+            choices,
+            usage: match self.usage() {
+                StreamUsage::Omit => None,
+                StreamUsage::Last => Some(None),
+                StreamUsage::Each => Some(Some(self.meter.usage_so_far(self.job.prompt_tokens()))),
+            },
+            prompt_token_ids: None,
         }
-        while let Some((index, event)) = next {
-            self.piece(index, event, text);
-            next = self.job.generation.try_next()?;
-        }
-        Ok(())
+    }
+}
+
+impl Wording for Streamer {
+    fn job(&mut self) -> &mut Job {
+        &mut self.job
     }
 
-    fn piece(&mut self, index: usize, event: Event, text: &mut String) {
+    fn piece(&mut self, index: usize, mut event: Event, text: &mut String) {
+        let begin = &mut self.offsets[index];
+        if let Some(prompt) = self.opener.open(&self.job, (index, &mut event), begin) {
+            push(text, &self.chunk(Choices::Text([prompt])));
+        }
         self.meter.count(&event);
         let choice = match self.job.api {
             Api::Chat => {
@@ -156,29 +129,12 @@ impl Streamer {
     }
 
     fn finish(&mut self, text: &mut String) {
-        if self.job.delivery == (Delivery::Stream { usage: StreamUsage::Last }) {
+        if self.usage() != StreamUsage::Omit {
             let usage = self.meter.usage(self.job.prompt_tokens());
             let chunk = Chunk { usage: Some(Some(usage)), ..self.chunk(Choices::None([])) };
             push(text, &chunk);
         }
         text.push_str(DONE);
-        self.over = true;
-    }
-
-    fn chunk(&self, choices: Choices) -> Chunk<'_> {
-        let with_usage = self.job.delivery == (Delivery::Stream { usage: StreamUsage::Last });
-        Chunk {
-            id: &self.job.id,
-            object: match self.job.api {
-                Api::Chat => "chat.completion.chunk",
-                Api::Completions => "text_completion",
-            },
-            created: self.job.created_s,
-            model: &self.job.model,
-            choices,
-            usage: with_usage.then_some(None),
-            prompt_token_ids: None,
-        }
     }
 }
 

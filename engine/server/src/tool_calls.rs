@@ -14,18 +14,20 @@ const CLOSE: &str = "</tool_call>";
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct CallDelta {
     index: usize,
+    /// Given by the first piece of a call.
     #[serde(skip_serializing_if = "Option::is_none")]
-    id: Option<String>,
+    pub(crate) id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     r#type: Option<&'static str>,
-    function: FunctionDelta,
+    pub(crate) function: FunctionDelta,
 }
 
+/// What a piece says of the function.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-struct FunctionDelta {
+pub(crate) struct FunctionDelta {
     #[serde(skip_serializing_if = "Option::is_none")]
-    name: Option<String>,
-    arguments: String,
+    pub(crate) name: Option<String>,
+    pub(crate) arguments: String,
 }
 
 /// What a piece of text amounts to.

@@ -18,17 +18,24 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use scheduler::{SeqId, Slice};
 
 use super::Engine;
-use crate::draw::{Drawn, SampleRow, draw};
+use crate::draw::{Drawn, SampleRow, Undrawn, draw};
 use crate::error::{Error, Result};
 use crate::grammar::GrammarState;
 use crate::memory::LOGIT_ROWS;
-use crate::request::Event;
+use crate::prompt::{self, Scored};
+use crate::request::{Continuation, Event, FinishReason};
+use crate::timings::Batch;
 
 /// What the owner of a failed sample is told.
 const PANICKED: &str = "a step panicked on this request";
 
-/// What was drawn for each sampling slice, in their order, or why nothing was.
-type Draws = Vec<(SeqId, std::result::Result<Drawn, String>)>;
+/// What a batch has computed.
+struct Computed {
+    /// What was drawn for each sampling slice, in their order, or why nothing was.
+    draws: Vec<(SeqId, std::result::Result<Drawn, Undrawn>)>,
+    /// What is known of prompt tokens, for the slices whose samples want it.
+    prompts: Vec<Scored>,
+}
 
 impl Engine {
     /// Runs one batch and returns what came of it, in the order of the batch.
@@ -39,10 +46,10 @@ impl Engine {
     /// # Errors
     /// Only for a fault of the engine itself.
     pub fn step(&mut self) -> Result<Vec<Event>> {
-        let mut events = std::mem::take(&mut self.pending);
+        let mut events = self.open_step();
         if self.plan_slices()? {
-            let draws = self.compute(0..self.slices.len());
-            self.accept(draws, &mut events)?;
+            let computed = self.compute(0..self.slices.len());
+            self.accept(computed, &mut events)?;
         }
         Ok(events)
     }
@@ -54,12 +61,12 @@ impl Engine {
     /// When the engine itself is at fault: a step panics twice though none of its sequences does so
     /// alone, or each of several requests does so alone. The engine must not be used any more then.
     pub fn step_contained(&mut self) -> Result<Vec<Event>> {
-        let mut events = std::mem::take(&mut self.pending);
+        let mut events = self.open_step();
         let mut blameless = false;
         while self.plan_slices()? {
             let all = 0..self.slices.len();
-            if let Ok(draws) = self.attempt(all.clone()) {
-                self.accept(draws, &mut events)?;
+            if let Ok(computed) = self.attempt(all.clone()) {
+                self.accept(computed, &mut events)?;
                 break;
             }
             let mut guilty = Vec::new();
@@ -78,6 +85,30 @@ impl Engine {
         Ok(events)
     }
 
+    /// What the last step computed.
+    pub(crate) fn last_batch(&self) -> Batch<'_> {
+        Batch { begun: &self.begun, tokens: self.step_tokens }
+    }
+
+    /// Forgets what the step before computed; the events that have waited for this one.
+    fn open_step(&mut self) -> Vec<Event> {
+        self.begun.clear();
+        self.step_tokens = 0;
+        std::mem::take(&mut self.pending)
+    }
+
+    /// Notes what the planned slices compute.
+    fn note_batch(&mut self) {
+        self.step_tokens = self.slices.iter().map(|slice| slice.len).sum();
+        for slice in &self.slices {
+            if let Some(sample) = self.samples.get_mut(&slice.seq)
+                && !std::mem::replace(&mut sample.begun, true)
+            {
+                self.begun.push((sample.request, sample.index));
+            }
+        }
+    }
+
     /// Has `fault` called before each batch, with the tokens of its sequences; it may panic. For tests
     /// of what a panic leaves behind.
     #[doc(hidden)]
@@ -85,8 +116,8 @@ impl Engine {
         self.fault = Some(Box::new(fault));
     }
 
-    /// Runs these of the planned slices, and draws for those that sample.
-    fn compute(&mut self, range: std::ops::Range<usize>) -> Draws {
+    /// Runs these of the planned slices, scores their prompts, and draws for those that sample.
+    fn compute(&mut self, range: std::ops::Range<usize>) -> Computed {
         if let Some(fault) = &mut self.fault {
             let tokens = |slice: &Slice| self.scheduler.tokens(slice.seq);
             fault(&self.slices[range.clone()].iter().map(tokens).collect::<Vec<_>>());
@@ -101,12 +132,14 @@ impl Engine {
                 rows.push(SampleRow { seq: slice.seq, row: end - 1 });
             }
         }
+        let held = (slices, LOGIT_ROWS.min(self.config.max_num_seqs));
+        let prompts = prompt::score(&mut self.runner, &self.scheduler, &self.samples, held);
         let mut draws = Vec::with_capacity(rows.len());
         for rows in rows.chunks(LOGIT_ROWS) {
             let drawn = draw(&mut self.runner, &self.scheduler, &self.samples, rows);
             draws.extend(rows.iter().map(|row| row.seq).zip(drawn));
         }
-        draws
+        Computed { draws, prompts }
     }
 
     /// Runs these slices; meanwhile a thread finds what the grammars of their samples allow next.
@@ -133,7 +166,7 @@ impl Engine {
     }
 
     /// [`compute`](Self::compute), with a panic as a value.
-    fn attempt(&mut self, range: std::ops::Range<usize>) -> std::thread::Result<Draws> {
+    fn attempt(&mut self, range: std::ops::Range<usize>) -> std::thread::Result<Computed> {
         // Buffers are filled anew by each run, see the head of the file.
         catch_unwind(AssertUnwindSafe(|| self.compute(range)))
     }
@@ -165,13 +198,18 @@ impl Engine {
 
     /// Hands the drawn tokens to their samples and commits the plan. A sample that cannot take its
     /// token, be it by a panic of the tokenizer, ends alone.
-    fn accept(&mut self, draws: Draws, events: &mut Vec<Event>) -> Result<()> {
-        let mut sampled = Vec::with_capacity(draws.len());
-        for (seq, drawn) in draws {
+    fn accept(&mut self, computed: Computed, events: &mut Vec<Event>) -> Result<()> {
+        self.note_batch();
+        self.accept_prompts(computed.prompts, events);
+        let mut sampled = Vec::with_capacity(computed.draws.len());
+        for (seq, drawn) in computed.draws {
+            if !self.samples.contains_key(&seq) {
+                continue;
+            }
             let drawn = match drawn {
                 Ok(drawn) => drawn,
                 Err(why) => {
-                    self.fail(seq, why, events);
+                    self.fail_undrawn(seq, &why, events);
                     continue;
                 }
             };
@@ -190,6 +228,44 @@ impl Engine {
                 self.scheduler.finish(*seq);
             }
         }
+        self.end_read_prompts(events);
         Ok(())
+    }
+
+    /// Ends a sample whose numbers allow no token.
+    fn fail_undrawn(&mut self, seq: SeqId, why: &Undrawn, events: &mut Vec<Event>) {
+        self.nan_logits += u64::from(*why == Undrawn::NotFinite);
+        self.fail(seq, why.to_string(), events);
+    }
+
+    /// Hands what is known of prompts to their samples; a sample whose numbers are not finite ends.
+    fn accept_prompts(&mut self, prompts: Vec<Scored>, events: &mut Vec<Event>) {
+        for (seq, start, tokens) in prompts {
+            match tokens {
+                Err(why) => self.fail_undrawn(seq, &why, events),
+                Ok(tokens) => {
+                    if let Some(sample) = self.samples.get_mut(&seq) {
+                        sample.prompt.take(start, tokens);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Ends the samples of this batch that draw no token and have read their prompt.
+    fn end_read_prompts(&mut self, events: &mut Vec<Event>) {
+        for at in 0..self.slices.len() {
+            let Slice { seq, start, len, .. } = self.slices[at];
+            let Some(sample) = self.samples.get_mut(&seq) else { continue };
+            if sample.continuation == Continuation::Sample || start + len < sample.prompt_len {
+                continue;
+            }
+            let cached = self.scheduler.cached_tokens(seq);
+            let mut finished = sample.finished(FinishReason::Length, cached);
+            finished.prompt = sample.prompt.give();
+            events.push(Event::Finished(finished));
+            self.forget(seq);
+            self.scheduler.finish(seq);
+        }
     }
 }

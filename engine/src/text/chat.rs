@@ -153,6 +153,11 @@ impl ChatTemplate {
         Ok(this)
     }
 
+    /// Whether a template has a variable of that name in any case: one of its own, or a special token.
+    pub fn is_given(&self, name: &str) -> bool {
+        RESERVED.contains(&name) || name == "documents" || self.special_tokens.contains_key(name)
+    }
+
     fn add(&mut self, name: &'static str, source: &str) -> Result<()> {
         if source.len() > MAX_TEMPLATE_BYTES {
             let bytes = source.len();

@@ -10,6 +10,7 @@ mod attention;
 mod head;
 mod products;
 mod rows;
+mod schedule;
 mod table;
 
 use std::time::Instant;
@@ -175,7 +176,7 @@ pub(crate) fn run(args: &KernelsArgs, terminal: &Terminal) -> Result<()> {
         config.resolved_dtype().name(),
         peaks.describe()
     ))?;
-    let figures = measure(args, (&kernels, config.resolved_dtype()), &shapes, terminal);
+    let figures = measure(args, (&kernels, config.resolved_dtype()), &shapes, terminal)?;
     if figures.is_empty() {
         let only = args.only.as_deref().unwrap_or_default();
         return Err(Failure::usage(format!("--only {only} names no operation")));
@@ -184,7 +185,7 @@ pub(crate) fn run(args: &KernelsArgs, terminal: &Terminal) -> Result<()> {
         true => {
             let one = EngineConfig { threads: Some(1), ..config.clone() };
             let kernels = kernels_of(&one)?;
-            Some(measure(args, (&kernels, config.resolved_dtype()), &shapes, terminal))
+            Some(measure(args, (&kernels, config.resolved_dtype()), &shapes, terminal)?)
         }
         false => None,
     };
@@ -227,7 +228,7 @@ fn measure(
     (kernels, dtype): (&Kernels, Dtype),
     shapes: &[&Shape],
     terminal: &Terminal,
-) -> Vec<Figure> {
+) -> Result<Vec<Figure>> {
     let rows = if args.rows.is_empty() { &ROWS[..] } else { &args.rows };
     let (only, budget) = (args.only.as_deref(), args.seconds);
     let mut ctx = Ctx { kernels, dtype, rows, only, budget, figures: Vec::new() };
@@ -239,7 +240,10 @@ fn measure(
         head::measure(&mut ctx, shape);
         rows::measure(&mut ctx, shape);
     }
-    ctx.figures
+    if let [shape, ..] = shapes {
+        schedule::measure(&mut ctx, &Shape { name: "any", ..**shape })?;
+    }
+    Ok(ctx.figures)
 }
 
 /// Values between -1 and 1 without a pattern that matters.

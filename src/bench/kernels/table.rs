@@ -18,7 +18,7 @@ pub(super) fn markdown(figures: &[Figure], single: Option<&[Figure]>, peaks: &Pe
         let (limit, median) = (figure.limit(peaks), figure.seconds.median());
         let speedup = single.map(|single| single[i].seconds.median() / median);
         lines.push(format!(
-            "| {} | {} | {} | {:.2} | {:.3} | {:.3} | {:.3} | {:.0} % |{}",
+            "| {} | {} | {} | {:.2} | {:.3} | {:.3} | {:.3} | {} |{}",
             figure.operation,
             figure.model,
             figure.shape,
@@ -26,7 +26,7 @@ pub(super) fn markdown(figures: &[Figure], single: Option<&[Figure]>, peaks: &Pe
             figure.flop / 1e9,
             1e3 * limit,
             1e3 * median,
-            100.0 * limit / median,
+            if limit > 0.0 { format!("{:.0} %", 100.0 * limit / median) } else { "-".to_owned() },
             speedup.map(|speedup| format!(" {speedup:.2} x |")).unwrap_or_default()
         ));
     }

@@ -64,7 +64,7 @@ pub struct SftTrainerConfig {
     /// Steps between validations; 0: none; default 100.
     pub test_freq: u64,
     /// Tokens a forward and backward pass holds at once; a longer sequence passes alone. 0
-    /// (default): 4096, or less where memory is short; the number in use is written to `config.toml`.
+    /// (default): 1536, or less where memory is short; the number in use is written to `config.toml`.
     pub max_tokens_per_microbatch: usize,
     /// Whether layers run again in the backward pass, to save memory; default false.
     pub recompute: bool,

@@ -1,19 +1,19 @@
 //! The product with AVX2: lanes are 16 outputs, one line of the weights is two registers.
 //!
 //! ```text
-//! for each group of R rows, for each panel of C blocks:
-//!     sum[r][c] = 0                                    2 R C registers, independent chains
-//!     for i in 0..depth:                               ascending: the only order there is
-//!         for each half of a word (f32: the whole word):
-//!             weight[c] = that half of line i of block c, as f32
-//!             for r: sum[r][c] += the same element of row r, in all lanes, * weight[c]
-//!     out = sum + bias (+ out)
+//! for as many groups of R rows as fit the second-level cache, for each chunk of blocks that does:
+//!     for each group, for each panel of C blocks of the chunk:
+//!         sum[r][c] = 0                                    2 R C registers, independent chains
+//!         for i in 0..depth:                               ascending: the only order there is
+//!             for each half of a word (f32: the whole word):
+//!                 weight[c] = that half of line i of block c, as f32
+//!                 for r: sum[r][c] += the same element of row r, in all lanes, * weight[c]
+//!         out = sum + bias (+ out)
 //! ```
 //!
 //! A chain is the same for every R and C, and that of the AVX-512 kernels without bf16 dot products;
-//! R and C are chosen so that sums, weights and one element of x fit into 16 registers. The rows of a
-//! group, widened to f32 once for all blocks of the rectangle, stay in the first-level cache while those
-//! pass by.
+//! R and C are chosen so that sums, weights and one element of x fit into 16 registers. A chunk comes from
+//! memory for the first group and from the cache for the others; the rows are widened to f32 once.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::rectangle;
@@ -33,6 +33,7 @@ pub(super) fn rectangle(
 mod x86 {
     use std::arch::x86_64::*;
     use std::cell::RefCell;
+    use std::ops::Range;
 
     use crate::Dtype;
     use crate::cpu::Avx2;
@@ -43,6 +44,10 @@ mod x86 {
 
     /// Most rows of a group: 6 x 2 sums, 2 weights and an element of x fit into 16 registers.
     const GROUP_ROWS: usize = 6;
+    /// Widened elements that stay in the second-level cache while blocks pass by (128 KB).
+    const WIDE_VALUES: usize = 32 << 10;
+    /// Lines of weights that stay there while groups of rows pass by (128 KB).
+    const CHUNK_LINES: usize = 2 << 10;
     /// Lines that each stream of weights is asked for ahead of its use (2 KB).
     const AHEAD_LINES: usize = 32;
 
@@ -74,49 +79,79 @@ mod x86 {
         part: &Rectangle,
         out: &Disjoint<'_, f32>,
     ) {
-        let rows = part.rows.len();
-        let groups = rows.div_ceil(GROUP_ROWS);
-        let (base, longer) = (rows / groups, rows % groups);
+        let groups = groups(&part.rows);
+        let per_wide = (WIDE_VALUES / (GROUP_ROWS * wide_stride(p)).max(1)).max(1);
         WIDE.with_borrow_mut(|wide| {
-            let mut row = part.rows.start;
-            for group in 0..groups {
-                let count = base + usize::from(group < longer);
+            for groups in groups.chunks(per_wide) {
                 // SAFETY: the token proves the features.
-                unsafe { panels(p, row..row + count, part, wide, out) };
-                row += count;
+                unsafe { chunks(p, groups, part, wide, out) };
             }
         });
     }
 
-    /// All blocks of a rectangle for one group of rows.
+    /// `rows` in groups of nearly the same size.
+    fn groups(rows: &Range<usize>) -> Vec<Range<usize>> {
+        let count = rows.len().div_ceil(GROUP_ROWS);
+        let start = |group: usize| rows.start + group * rows.len() / count;
+        (0..count).map(|group| start(group)..start(group + 1)).collect()
+    }
+
+    /// Elements of a widened row.
+    fn wide_stride(p: &Product<'_>) -> usize {
+        p.stride * WORDS * if p.dtype == Dtype::Bf16 { 2 } else { 1 }
+    }
+
+    /// All blocks of a rectangle for some groups of rows.
     #[target_feature(enable = "avx2,fma")]
-    fn panels(
+    fn chunks(
         p: &Product<'_>,
-        group: std::ops::Range<usize>,
+        groups: &[Range<usize>],
         part: &Rectangle,
         wide: &mut Vec<f32>,
         out: &Disjoint<'_, f32>,
     ) {
-        let count = group.len();
-        let lines = &p.x[group.start * p.stride..group.end * p.stride];
-        let bf16 = p.dtype == Dtype::Bf16;
-        let stride = p.stride * WORDS * if bf16 { 2 } else { 1 };
-        wide.resize(wide.len().max(count * stride), 0.0);
-        for (row, to) in lines.chunks_exact(p.stride).zip(wide.chunks_exact_mut(stride)) {
+        let (first, last) = (groups[0].start, groups[groups.len() - 1].end);
+        let stride = wide_stride(p);
+        wide.resize(wide.len().max((last - first) * stride), 0.0);
+        let lines = p.x[first * p.stride..last * p.stride].chunks_exact(p.stride);
+        for (row, to) in lines.zip(wide.chunks_exact_mut(stride)) {
             widen(p.dtype, &row[..p.depth.div_ceil(WORDS)], to);
         }
-        let rows = Rows { values: wide, stride };
-        let mut block = part.blocks.start;
-        while block < part.blocks.end {
-            let blocks = widest(count).min(1 << (part.blocks.end - block).ilog2());
-            let kernel = if bf16 { halves(count, blocks) } else { single(count, blocks) };
-            // SAFETY: the caller's features are those of the kernels.
-            unsafe { kernel(p, rows, Corner { row: group.start, block }, out) };
-            block += blocks;
+        let chunk = match groups.len() {
+            1 => part.blocks.len(),
+            _ => (CHUNK_LINES / p.block_lines.max(1)).max(1),
+        };
+        for start in part.blocks.clone().step_by(chunk.max(1)) {
+            let blocks = start..part.blocks.end.min(start + chunk);
+            for group in groups {
+                let values = &wide[(group.start - first) * stride..(group.end - first) * stride];
+                panels(p, group, &blocks, Rows { values, stride }, out);
+            }
         }
     }
 
-    /// The elements of a row as f32.
+    /// A chunk of blocks for one group of rows.
+    #[target_feature(enable = "avx2,fma")]
+    fn panels(
+        p: &Product<'_>,
+        group: &Range<usize>,
+        blocks: &Range<usize>,
+        rows: Rows<'_>,
+        out: &Disjoint<'_, f32>,
+    ) {
+        let (count, mut block) = (group.len(), blocks.start);
+        while block < blocks.end {
+            let width = widest(count).min(1 << (blocks.end - block).ilog2());
+            let bf16 = p.dtype == Dtype::Bf16;
+            let kernel = if bf16 { halves(count, width) } else { single(count, width) };
+            // SAFETY: the caller's features are those of the kernels.
+            unsafe { kernel(p, rows, Corner { row: group.start, block }, out) };
+            block += width;
+        }
+    }
+
+    /// The elements of a row as f32: those of whole words in their order, of bf16 the first of each word in
+    /// the first half of `to` and the second in the other.
     #[inline]
     #[target_feature(enable = "avx2,fma")]
     fn widen(dtype: Dtype, row: &[Line], to: &mut [f32]) {
@@ -127,10 +162,11 @@ mod x86 {
                 }
             }
             Dtype::Bf16 => {
-                for (line, to) in row.iter().zip(to.as_chunks_mut::<{ 2 * WORDS }>().0) {
-                    for (&word, to) in line.0.iter().zip(to.as_chunks_mut::<2>().0) {
-                        *to = [low(word), high(word)];
-                    }
+                let (first, second) = to.split_at_mut(to.len() / 2);
+                let (first, second) = (first.as_chunks_mut::<WORDS>().0, second.as_chunks_mut().0);
+                for (line, (first, second)) in row.iter().zip(first.iter_mut().zip(second)) {
+                    *first = line.0.map(low);
+                    *second = line.0.map(high);
                 }
             }
         }
@@ -214,7 +250,8 @@ mod x86 {
         assert!(rows.values.len() >= R * rows.stride, "{R} rows of {}", rows.stride);
         let x = std::array::from_fn(|r| rows.values[r * rows.stride..].as_ptr());
         // SAFETY: by the assertions, the depth is within R rows and C blocks.
-        let sums = unsafe { chains::<R, C, BF16>(p.depth, x, (w.as_ptr(), lines)) };
+        let sums =
+            unsafe { chains::<R, C, BF16>(p.depth, (x, rows.stride / 2), (w.as_ptr(), lines)) };
         for (r, sums) in sums.iter().enumerate() {
             let place = p.place(at.row + r, at.block, C);
             // SAFETY: no other task has outputs of this row and these blocks.
@@ -229,13 +266,13 @@ mod x86 {
     /// keeps all of them in registers.
     ///
     /// # Safety
-    /// Each of the rows `x` has `depth` words' elements, each of the C blocks, `lines` apart, as many
-    /// lines.
+    /// Each of the rows `x` has `depth` words' elements, the second of each word `half` behind the first;
+    /// each of the C blocks, `lines` apart, has as many lines.
     #[inline(never)]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn chains<const R: usize, const C: usize, const BF16: bool>(
         depth: usize,
-        x: [*const f32; R],
+        (x, half): ([*const f32; R], usize),
         (w, lines): (*const Line, usize),
     ) -> [Sums<C>; R] {
         let mut sums = [[[_mm256_setzero_ps(); 2]; C]; R];
@@ -246,12 +283,12 @@ mod x86 {
                 _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(c * lines + ahead).cast());
             }
             let w = (w.wrapping_add(i), lines);
-            let element = |e| x.map(|x| x.wrapping_add(if BF16 { 2 * i + e } else { i }));
+            let element = |at: usize| x.map(|x| x.wrapping_add(at + i));
             if BF16 {
                 // SAFETY: by the contract, as `i < depth`.
                 sums = unsafe { step(Part::Low, element(0), w, sums) };
                 // SAFETY: as above.
-                sums = unsafe { step(Part::High, element(1), w, sums) };
+                sums = unsafe { step(Part::High, element(half), w, sums) };
             } else {
                 // SAFETY: as above.
                 sums = unsafe { step(Part::Whole, element(0), w, sums) };

@@ -16,8 +16,12 @@ use crate::{Dtype, Kernels, Matrix};
 const ROW_CHUNK_BYTES: usize = 512 << 10;
 /// Rows of a chunk are a multiple of this, which the row groups of all kernels divide.
 const ROW_CHUNK: usize = 96;
-/// Blocks of a rectangle are a multiple of this, the widest kernel's.
+/// Blocks of a rectangle are a multiple of this, the widest kernel's, where few rows meet them.
 const BLOCK_CHUNK: usize = 8;
+/// Rows from which kernels are at most [`ROWS_BLOCK_CHUNK`] blocks wide.
+const MANY_ROWS: usize = 16;
+/// Blocks of a rectangle with many rows are a multiple of this.
+const ROWS_BLOCK_CHUNK: usize = 2;
 /// Multiplications of words below which a task is not worth its hand-over (a few microseconds).
 const TASK_PRODUCTS: usize = 1 << 18;
 /// Reading a word of the weights from memory takes as long as this many multiplications.
@@ -109,11 +113,18 @@ impl<'a> Product<'a> {
         let row_chunks = self.rows.div_ceil(fit);
         let row_chunk = self.rows.div_ceil(row_chunks).next_multiple_of(ROW_CHUNK);
         let blocks = self.outputs.div_ceil(WORDS);
-        let tasks = (threads * TASKS_PER_THREAD).div_ceil(row_chunks);
         let products = row_chunk.min(self.rows).max(READ_PRODUCTS) * self.depth.max(1) * WORDS;
         let smallest = TASK_PRODUCTS.div_ceil(products);
-        let block_chunk = blocks.div_ceil(tasks).max(smallest).next_multiple_of(BLOCK_CHUNK);
-        (row_chunk, block_chunk)
+        let unit = if self.rows < MANY_ROWS { BLOCK_CHUNK } else { ROWS_BLOCK_CHUNK };
+        let of_tasks = |per_thread: usize| {
+            let tasks = (threads * per_thread).div_ceil(row_chunks);
+            blocks.div_ceil(tasks).max(smallest).next_multiple_of(unit)
+        };
+        // What the busiest thread has to do decides; of equals, the smallest tasks.
+        let busiest =
+            |chunk: &usize| (row_chunks * blocks.div_ceil(*chunk)).div_ceil(threads) * chunk;
+        let chunks = (1..=TASKS_PER_THREAD).rev().map(of_tasks);
+        (row_chunk, chunks.min_by_key(busiest).unwrap_or(BLOCK_CHUNK))
     }
 
     /// Where the outputs of `row` in the blocks from `block` on lie, and how many there are.

@@ -12,9 +12,15 @@ use tower::ServiceExt;
 
 use super::*;
 
+mod abort;
+mod openapi;
 mod panics;
+mod params;
+mod responses;
+mod signs;
 mod structured;
 mod text;
+mod tokens;
 
 /// A directory that is removed again.
 struct Dir(PathBuf);
@@ -287,7 +293,6 @@ async fn faults_are_answered_in_one_form_and_the_next_request_is_served() {
             "context_length_exceeded",
         ),
         (json!({"stream_options": {}}), 400, "stream_options", "invalid_value"),
-        (json!({"echo": true}), 400, "echo", "unsupported_parameter"),
         (json!({"best_of": 4}), 400, "best_of", "unsupported_parameter"),
         (json!({"model": "gpt-4"}), 404, "model", "model_not_found"),
     ];

@@ -1,5 +1,5 @@
 //! `POST /tokenize` and `/detokenize` with vLLM's bodies, `GET /version`, and `POST /inference/v1/generate`:
-//! token ids in, token ids with log-probabilities and the weights that drew them out.
+//! token ids in, token ids with log-probabilities and the weights that drew them out, whole or (`tokens.rs`) streamed.
 //!
 //! The last keeps text out of the loop of whoever trains elsewhere: what is sampled is what is trained on.
 
@@ -13,13 +13,15 @@ use engine::text::{AddSpecial, SkipSpecial};
 use engine::{Event, Tokenizer};
 use serde_json::{Map, Value, json};
 
-use super::{Body, read};
+use super::{Body, read, tokens};
 use crate::answer::{Meter, stop_reason};
 use crate::api_error::ApiError;
 use crate::app::App;
 use crate::chat;
+use crate::echo::PromptLogprobs;
 use crate::fields::{BadField, Fields};
-use crate::job::{Api, Job, needs, unprocessable};
+use crate::job::{Api, Delivery, Job, StreamUsage, needs, unprocessable};
+use crate::refused::{off_only, unsupported};
 
 /// `GET /version`.
 pub(super) async fn version() -> Json<Value> {
@@ -38,10 +40,13 @@ pub(super) async fn tokenize(app: State<Arc<App>>, headers: HeaderMap, body: Bod
                 let add = if special { AddSpecial::Yes } else { AddSpecial::No };
                 tokenizer.encode(&text, add).map_err(|error| unprocessable("prompt", &error))?
             }
-            (None, Some(list)) => chat::prompt(app, &crate::params::messages(&list)?, None)?,
+            (None, Some(list)) => {
+                let extra = chat::variables(app, fields)?;
+                chat::prompt(app, &crate::params::messages(&list)?, None, extra)?
+            }
             _ => return Err(BadField::new("prompt", "either prompt or messages is needed").into()),
         };
-        app.report_unknown(fields);
+        app.report_unknown(fields)?;
         let spelled: Option<Vec<String>> = strings.then(|| {
             let one = |id: &u32| tokenizer.id_to_token(*id).unwrap_or_default();
             tokens.iter().map(one).collect()
@@ -68,7 +73,7 @@ pub(super) async fn detokenize(app: State<Arc<App>>, headers: HeaderMap, body: B
             let message = format!("token id is {id}, limit is {}", size - 1);
             return Err(BadField::new("tokens", message).into());
         }
-        app.report_unknown(fields);
+        app.report_unknown(fields)?;
         let text = tokenizer.decode(&tokens, SkipSpecial::No);
         Ok(json!({"prompt": text.map_err(|error| unprocessable("tokens", &error))?}))
     });
@@ -79,9 +84,14 @@ pub(super) async fn detokenize(app: State<Arc<App>>, headers: HeaderMap, body: B
 pub(super) async fn generate(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
     let start = |app: &App, visit, body: &[u8]| {
         let body = completion_body(Fields::parse(body)?)?;
-        Job::start(app, visit, Api::Completions, body.to_string().as_bytes())
+        let job = Job::start(app, visit, Api::Completions, body.to_string().as_bytes())?;
+        if job.delivery == (Delivery::Stream { usage: StreamUsage::Each }) {
+            return Err(unsupported("continuous_usage_stats").into());
+        }
+        Ok(job)
     };
     match read(app.0, &headers, body, start).await {
+        Ok(job) if job.delivery != Delivery::Whole => tokens::streamed(job),
         Ok(job) => answer(choices(job).await),
         Err(error) => error.into_response(),
     }
@@ -91,10 +101,7 @@ pub(super) async fn generate(app: State<Arc<App>>, headers: HeaderMap, body: Bod
 fn completion_body(mut fields: Fields) -> Result<Value, ApiError> {
     let tokens = fields.tokens("token_ids")?;
     let tokens = tokens.ok_or_else(|| BadField::new("token_ids", "token_ids is missing"))?;
-    if fields.flag("stream")?.unwrap_or(false) {
-        let message = "stream is true, limit is false: this route answers whole";
-        return Err(BadField::new("stream", message).with_code("unsupported_parameter").into());
-    }
+    off_only(&mut fields, "echo", &[Value::from(false)])?;
     let mut body = match fields.take("sampling_params") {
         None => Map::new(),
         Some(Value::Object(map)) => map,
@@ -103,13 +110,13 @@ fn completion_body(mut fields: Fields) -> Result<Value, ApiError> {
             return Err(BadField::new("sampling_params", message).into());
         }
     };
-    for name in ["prompt", "stream", "stream_options", "return_token_ids"] {
+    for name in ["prompt", "stream", "stream_options", "return_token_ids", "echo"] {
         if body.contains_key(name) {
             let message = format!("{name} is no sampling parameter");
             return Err(BadField::new("sampling_params", message).into());
         }
     }
-    for name in ["model", "cache_salt", "priority"] {
+    for name in ["model", "stream", "stream_options", "request_id", "cache_salt", "priority"] {
         if let Some(value) = fields.take(name) {
             body.insert(name.to_owned(), value);
         }
@@ -140,8 +147,10 @@ struct Sample {
 async fn choices(mut job: Job) -> Result<Value, ApiError> {
     let mut samples: Vec<Sample> = (0..job.choices()).map(|_| Sample::default()).collect();
     let mut meter = Meter::default();
-    while let Some((index, event)) = job.generation.next().await? {
+    let mut prompt = None;
+    while let Some((index, mut event)) = job.generation.next().await? {
         meter.count(&event);
+        prompt = event.take_prompt().or(prompt);
         let sample = &mut samples[index];
         match event {
             Event::Token(token) => {
@@ -172,6 +181,9 @@ async fn choices(mut job: Job) -> Result<Value, ApiError> {
         "request_id": job.id,
         "model": job.model,
         "choices": choices.collect::<Vec<_>>(),
+        "prompt_logprobs": prompt.map(|told| {
+            PromptLogprobs::new(&told, job.report.prompt_top.unwrap_or(0), job.speller())
+        }),
         "usage": meter.usage(job.prompt_tokens()),
     }))
 }

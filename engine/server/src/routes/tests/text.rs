@@ -78,7 +78,7 @@ async fn a_bad_request_for_tokens_names_its_field() {
     for (body, param) in [
         (json!({}), "token_ids"),
         (json!({"token_ids": "text"}), "token_ids"),
-        (json!({"token_ids": [1], "stream": true}), "stream"),
+        (json!({"token_ids": [1], "stream": "yes"}), "stream"),
         (json!({"token_ids": [1], "sampling_params": 3}), "sampling_params"),
         (json!({"token_ids": [1], "sampling_params": {"prompt": "x"}}), "sampling_params"),
         (json!({"token_ids": [1], "sampling_params": {"temperature": -1}}), "temperature"),
@@ -142,7 +142,7 @@ async fn the_version_is_the_packages() {
 }
 
 /// A server whose engine takes 20 ms for each batch.
-fn slow(change: impl FnOnce(&mut ServerConfig)) -> Server {
+pub(super) fn slow(change: impl FnOnce(&mut ServerConfig)) -> Server {
     let mut engine = engine();
     engine.inject_fault(|_| std::thread::sleep(Duration::from_millis(20)));
     let mut config = ServerConfig::new("tiny");
