@@ -76,6 +76,7 @@ impl Engine {
     pub fn load(source: &ModelSource, config: &EngineConfig) -> Result<Self> {
         config.validate()?;
         let plan = MemoryPlan::for_source(source, config)?;
+        plan.check_room()?;
         let level = config.resolved_level();
         let kernels = Kernels::new(level, config.resolved_threads())
             .ok_or_else(|| Error::unsupported(format!("this processor has no {level} kernels")))?;

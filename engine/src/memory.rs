@@ -118,6 +118,23 @@ impl MemoryPlan {
         })
     }
 
+    /// Asks the system for the cache, which is its one large piece, and gives it back.
+    ///
+    /// # Errors
+    /// When the system refuses: to be told at the start, as a failed allocation ends the process.
+    pub(crate) fn check_room(&self) -> Result<()> {
+        let mut cache = Vec::<u8>::new();
+        let bytes = usize::try_from(self.kv_bytes).unwrap_or(usize::MAX);
+        cache.try_reserve_exact(bytes).map_err(|_refused| {
+            let free = available_memory_bytes().map_or("unknown".to_owned(), |b| b.to_string());
+            Error::config(format!(
+                "kv_cache_memory_bytes is {bytes} and the system refuses it, free bytes are {free}; \
+                 weights take {}, activations {}, logits {}",
+                self.weights_bytes, self.activation_bytes, self.logits_bytes
+            ))
+        })
+    }
+
     /// All of it.
     pub fn total_bytes(&self) -> u64 {
         self.weights_bytes + self.kv_bytes + self.activation_bytes + self.logits_bytes

@@ -54,15 +54,23 @@ fn row_23_a_request_that_can_never_fit_is_refused_at_once() {
     let server = Server::arith(&["--max-model-len", "128"]);
     let error = server.refuses(TEXT, &json!({"prompt": "1".repeat(128), "max_tokens": 1}));
     assert_eq!(error["code"], "context_length_exceeded");
-    // A cache without room for one sequence of full length is refused before anything is served.
-    let small = ["serve", "builtin:arith", "--port", "0", "--kv-cache-memory-bytes", "64KiB"];
-    fails(engine().args(small), 2, "kv_cache_memory_bytes");
+    // A small cache is the limit, too, of a request and of what may be asked for.
+    let narrow = Server::arith(&["--kv-cache-memory-bytes", "64KiB"]);
+    let limit = narrow.get("/v1/models").json()["data"][0]["max_model_len"].as_u64().unwrap();
+    assert!(limit < 128, "{limit}");
+    let error = narrow.refuses(TEXT, &json!({"prompt": "1+1=", "max_tokens": limit - 3}));
+    assert_eq!(error["code"], "context_length_exceeded");
+    let fits = json!({"prompt": "1+1=", "max_tokens": limit - 4, "ignore_eos": true, "n": 3});
+    assert_eq!(narrow.post(TEXT, &fits).1["usage"]["completion_tokens"], 3 * (limit - 4));
+    let flags = ["--kv-cache-memory-bytes", "64KiB", "--max-model-len", "128"];
+    let said = format!("holds {limit} tokens, max_model_len is 128");
+    fails(engine().args(["serve", "builtin:arith", "--port", "0"]).args(flags), 2, &said);
 }
 
 #[test]
 fn row_25_memory_that_is_not_there_is_said_at_the_start() {
-    let huge = ["serve", "builtin:arith", "--port", "0", "--kv-cache-memory-bytes", "900TiB"];
-    fails(engine().args(huge), 2, "kv_cache_memory_bytes");
+    let huge = ["serve", "builtin:arith", "--port", "0", "--kv-cache-memory-bytes", "900000GiB"];
+    fails(engine().args(huge), 2, "kv_cache_memory_bytes is 966367641600000 and");
 }
 
 /// A port that was free a moment ago.
