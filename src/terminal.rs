@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write, stderr};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use crate::args::{CommonArgs, LogFormat};
 
@@ -44,21 +44,43 @@ impl Terminal {
 
     /// A line that is good to know.
     pub(crate) fn info(&self, message: &str) {
+        self.info_with(message, &[]);
+    }
+
+    /// The same with what it says as fields, where lines are JSON.
+    pub(crate) fn info_with(&self, message: &str, fields: &[(&str, Value)]) {
         if self.loudness == Loudness::Normal {
-            self.line("info", message);
+            self.line("info", message, fields);
         }
     }
 
     /// A line about something that is probably not meant.
     pub(crate) fn warn(&self, message: &str) {
+        self.warn_with(message, &[]);
+    }
+
+    /// The same with what it says as fields, where lines are JSON.
+    pub(crate) fn warn_with(&self, message: &str, fields: &[(&str, Value)]) {
         if self.loudness == Loudness::Normal {
-            self.line("warning", message);
+            self.line("warning", message, fields);
+        }
+    }
+
+    /// Where lines are JSON, lets a panic be one too.
+    pub(crate) fn report_panics(self) {
+        if self.format == LogFormat::Json {
+            std::panic::set_hook(Box::new(move |panic| {
+                let place =
+                    panic.location().map(|place| format!("{}:{}", place.file(), place.line()));
+                let what = panic.payload_as_str().unwrap_or("no message");
+                self.line("error", &format!("panic: {what}"), &[("place", json!(place))]);
+            }));
         }
     }
 
     /// The line that says why the command ends; never left out.
     pub(crate) fn error(&self, message: &str) {
-        self.line("error", message);
+        self.line("error", message, &[]);
     }
 
     /// How progress is to be shown.
@@ -70,12 +92,18 @@ impl Terminal {
         }
     }
 
-    fn line(&self, level: &str, message: &str) {
+    fn line(&self, level: &str, message: &str, fields: &[(&str, Value)]) {
         let line = match self.format {
             LogFormat::Json => {
                 let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
                 let time = (now.as_secs_f64() * 1e3).round() / 1e3;
-                json!({"time": time, "level": level, "message": message}).to_string()
+                let head =
+                    [("ts", json!(time)), ("level", json!(level)), ("message", json!(message))];
+                let all = head
+                    .iter()
+                    .chain(fields)
+                    .map(|(name, value)| ((*name).to_owned(), value.clone()));
+                Value::Object(all.collect::<Map<_, _>>()).to_string()
             }
             LogFormat::Text if level == "info" => message.to_owned(),
             LogFormat::Text => format!("{level}: {message}"),

@@ -16,10 +16,13 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use parking_lot::Mutex;
 
 use crate::engine::Engine;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::ModelSource;
+use crate::pause::{Gate, PauseMode};
 use crate::request::{Event, Request, RequestId};
 use crate::service::{Sent, Sink, Status};
 use crate::update::WeightsUpdate;
+use scheduler::WeightsVersion;
 
 /// How long an idle engine waits for a request before it shows that it is alive.
 const IDLE: Duration = Duration::from_millis(500);
@@ -28,6 +31,9 @@ const IDLE: Duration = Duration::from_millis(500);
 pub(crate) enum Command {
     Submit { request: Box<Request>, sink: Sink, reply: Sender<Result<RequestId>> },
     Abort(RequestId),
+    Pause { mode: PauseMode, reply: Sender<Result<()>> },
+    Resume { reply: Sender<Result<()>> },
+    Replace { source: Box<ModelSource>, reply: Sender<Result<WeightsVersion>> },
     Stop,
 }
 
@@ -44,11 +50,14 @@ pub struct Guests {
     /// Where the events of each request go, and how many of its samples have not ended.
     sinks: HashMap<RequestId, (Sink, usize)>,
     status: Arc<Mutex<Status>>,
+    gate: Gate,
+    /// Why the engine must not be used any more.
+    broken: Option<Error>,
 }
 
 impl Guests {
     pub(crate) fn new(commands: Receiver<Command>, status: Arc<Mutex<Status>>) -> Self {
-        Self { commands, sinks: HashMap::new(), status }
+        Self { commands, sinks: HashMap::new(), status, gate: Gate::default(), broken: None }
     }
 
     /// Takes in what was asked, runs one batch if there is one, and hands the guests their events; returns
@@ -87,7 +96,7 @@ impl Guests {
                 return Ok(());
             }
             let door = self.take_commands(engine, rest);
-            if engine.has_work() {
+            if self.has_work(engine) {
                 self.run_batch(engine)?;
             } else if door == Door::Closed {
                 std::thread::sleep(rest);
@@ -96,20 +105,32 @@ impl Guests {
     }
 
     fn run_batch(&mut self, engine: &mut Engine) -> Result<Vec<Event>> {
-        let others = match engine.has_work() {
+        if let Some(error) = self.broken.take() {
+            return Err(error);
+        }
+        let others = match self.has_work(engine) {
             true => {
-                let events = engine.step_contained().inspect_err(|error| self.fail(error))?;
+                let events = match self.gate.frozen() {
+                    true => engine.take_pending(),
+                    false => engine.step_contained().inspect_err(|error| self.fail(error))?,
+                };
                 self.deliver(engine, events)
             }
             false => Vec::new(),
         };
         self.report(engine);
+        self.gate.settle(self.sinks.len());
         Ok(others)
+    }
+
+    /// Whether running a batch would do something.
+    fn has_work(&self, engine: &Engine) -> bool {
+        if self.gate.frozen() { engine.has_pending() } else { engine.has_work() }
     }
 
     /// Carries out what has been asked; an engine without work waits for it, at most `patience`.
     fn take_commands(&mut self, engine: &mut Engine, patience: Duration) -> Door {
-        if !engine.has_work() && !patience.is_zero() {
+        if !self.has_work(engine) && !patience.is_zero() {
             match self.commands.recv_timeout(patience) {
                 Ok(command) => {
                     if self.carry_out(engine, command) == Door::Closed {
@@ -140,6 +161,7 @@ impl Guests {
                 let added = engine.add(*request);
                 if let Ok(id) = added {
                     self.sinks.insert(id, (sink, samples));
+                    self.gate.entered(id);
                 }
                 // A caller that has left no longer waits for the answer; its sink will say so.
                 let _left = reply.send(added);
@@ -149,6 +171,27 @@ impl Guests {
                 if self.sinks.contains_key(&id) {
                     engine.abort(id);
                 }
+            }
+            Command::Pause { mode, reply } => {
+                let open = self.sinks.keys().copied().collect();
+                self.gate.close(engine, mode, (open, reply));
+            }
+            Command::Resume { reply } => {
+                self.gate.open(engine);
+                self.report(engine);
+                // As above.
+                let _left = reply.send(Ok(()));
+            }
+            Command::Replace { source, reply } => {
+                let replaced = engine.replace_weights(&source);
+                if let Err(error) = &replaced
+                    && matches!(error.kind(), ErrorKind::Internal(_))
+                {
+                    self.broken = Some(Error::internal(error.to_string()));
+                }
+                self.report(engine);
+                // As above.
+                let _left = reply.send(replaced);
             }
             Command::Stop => return Door::Closed,
         }
@@ -173,6 +216,7 @@ impl Guests {
             }
             if last {
                 self.sinks.remove(&id);
+                self.gate.left(id);
             }
         }
         self.status.lock().generated_tokens += generated;
@@ -186,6 +230,7 @@ impl Guests {
         status.waiting = waiting;
         status.stats = engine.stats();
         status.version = engine.version();
+        status.pause = self.gate.mode();
         status.heartbeat = Instant::now();
     }
 

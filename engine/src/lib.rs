@@ -16,6 +16,7 @@ mod guests;
 mod load;
 mod memory;
 pub mod model;
+mod pause;
 pub mod random;
 mod request;
 mod runner;
@@ -34,6 +35,7 @@ pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};
 pub use load::load_text;
 pub use memory::{LOGIT_ROWS, MemoryPlan, ResidentMemory, available_memory_bytes};
 pub use model::{GenerationDefaults, ModelConfig, ModelSource};
+pub use pause::PauseMode;
 pub use request::{
     EosRule, Event, FinishReason, Finished, MAX_LOGPROBS, MAX_SAMPLES, Request, RequestId,
     SamplingParams, StopReason, StopText, Token,

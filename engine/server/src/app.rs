@@ -10,10 +10,14 @@ use engine::{RequestId, SamplingParams, Service};
 use tokio::sync::watch;
 
 use crate::access::Keys;
+use crate::admin::Admin;
 use crate::api_error::ApiError;
+use crate::cors::Cors;
 use crate::error::{Error, Result};
 use crate::fields::Fields;
+use crate::limits::Limits;
 use crate::metrics::{Metrics, MetricsNames};
+use crate::request_log::RequestLog;
 use crate::run_state::RunState;
 use crate::structured::Grammars;
 
@@ -47,6 +51,15 @@ pub struct ServerConfig {
     pub metrics: MetricsNames,
     /// Receives what is worth a log line; must not block.
     pub log: Option<Log>,
+    /// Whether requests are logged when they are taken in, beside the line of their answer.
+    pub request_log: RequestLog,
+    /// Keys of which the operator must show one on the admin listener; without any, whoever reaches it may
+    /// administrate.
+    pub admin_api_keys: Vec<String>,
+    /// What pages of other sites may do; `None` for nothing.
+    pub cors: Option<Cors>,
+    /// What a connection may take.
+    pub limits: Limits,
     /// The curves of the run that trains the served weights, if one does.
     pub run: Option<RunState>,
 }
@@ -76,6 +89,29 @@ pub enum LogEvent {
         /// Time from the request's head to the answer's head.
         elapsed: Duration,
     },
+    /// A request was taken in, where [`RequestLog`] asks for that.
+    Request {
+        /// The request's id, as in the header `x-request-id`.
+        request_id: String,
+        /// The answer's id.
+        answer_id: String,
+        /// How many prompts it has.
+        prompts: usize,
+        /// Tokens of its prompts.
+        prompt_tokens: usize,
+        /// Names and values of how it samples.
+        parameters: Vec<(&'static str, String)>,
+    },
+    /// Connections are turned away; once until one is taken in again.
+    ConnectionsFull {
+        /// Connections that may be open.
+        limit: u32,
+    },
+    /// The weights were replaced.
+    WeightsUpdated {
+        /// Their version.
+        version: u64,
+    },
     /// The shutdown began.
     Draining {
         /// Requests that still run.
@@ -102,6 +138,10 @@ impl ServerConfig {
             keep_alive: Duration::from_secs(15),
             metrics: MetricsNames::Own,
             log: None,
+            request_log: RequestLog::Off,
+            admin_api_keys: Vec::new(),
+            cors: None,
+            limits: Limits::default(),
             run: None,
         }
     }
@@ -123,6 +163,7 @@ pub(crate) struct App {
     pub(crate) service: Arc<Service>,
     pub(crate) config: ServerConfig,
     pub(crate) keys: Keys,
+    pub(crate) admin: Admin,
     pub(crate) defaults: SamplingParams,
     pub(crate) live: Arc<Live>,
     pub(crate) metrics: Arc<Metrics>,
@@ -138,10 +179,12 @@ impl App {
             return Err(Error::config("model_names is empty, at least one is needed"));
         }
         let keys = Keys::new(&config.api_keys)?;
+        let admin = Admin::new(&config.admin_api_keys)?;
         let recommended = || crate::params::default_params(service.generation_defaults());
         let defaults = config.default_params.clone().unwrap_or_else(recommended);
         Ok(Arc::new(Self {
             keys,
+            admin,
             defaults,
             live: Arc::new(Live::new()),
             metrics: Arc::new(Metrics::new()),
@@ -213,7 +256,7 @@ impl Live {
     pub(crate) fn enter(self: &Arc<Self>) -> std::result::Result<Visit, ApiError> {
         // Counted first: a visitor is either seen by the drain or sees it.
         self.visits.send_modify(|visits| *visits += 1);
-        let visit = Visit { live: Arc::clone(self) };
+        let visit = Visit { live: Arc::clone(self), request_id: String::new() };
         if self.is_draining() { Err(ApiError::draining()) } else { Ok(visit) }
     }
 
@@ -260,6 +303,8 @@ impl Live {
 #[must_use]
 pub(crate) struct Visit {
     live: Arc<Live>,
+    /// The request's id, as in the header `x-request-id`.
+    pub(crate) request_id: String,
 }
 
 impl Drop for Visit {

@@ -16,7 +16,7 @@ use crate::params::{at_most, refusal};
 use crate::structured::Structured;
 use crate::tool_calls::CallParser;
 use crate::tools::{self, Tools};
-use crate::{chat, completions, refused, structured};
+use crate::{chat, completions, refused, request_log, structured};
 
 /// Most choices (prompts times samples) one request may ask for.
 const MAX_CHOICES: usize = 1024;
@@ -74,7 +74,7 @@ pub(crate) struct Job {
     /// Time without an event after which a stream gets a comment.
     pub(crate) keep_alive: Duration,
     /// Keeps the drain waiting until the answer is out.
-    _visit: Visit,
+    pub(crate) visit: Visit,
 }
 
 impl Job {
@@ -99,6 +99,7 @@ impl Job {
         check(&app.service, &asked)?;
         check_queue(app)?;
         let Asked { prompts, params, logprobs } = asked;
+        let parameters = request_log::parameters(app, &params);
         let samples = params.n;
         let compile = |asked| app.grammars.compile(&app.service, asked);
         let constraint = grammar.as_ref().map(compile).transpose()?;
@@ -111,7 +112,7 @@ impl Job {
             Api::Chat => "chatcmpl",
             Api::Completions => "cmpl",
         };
-        Ok(Self {
+        let job = Self {
             api,
             id: format!("{prefix}-{}", unique_name(app.next_id())),
             created_s: now_s(),
@@ -124,8 +125,10 @@ impl Job {
             tools,
             generation,
             keep_alive: app.config.keep_alive,
-            _visit: visit,
-        })
+            visit,
+        };
+        request_log::taken_in(app, &job, parameters);
+        Ok(job)
     }
 
     /// How many choices the answer has.
