@@ -121,6 +121,8 @@ async fn keep_freezes_what_runs_and_newcomers_wait() {
     let server = Arc::new(slow());
     let body = json!({"prompt": "a", "max_tokens": 600, "return_token_ids": true});
     let expected = server.post(TEXT, &greedy(body.clone())).await.1;
+    // The answer is out before the state says that its request is over.
+    server.until(|running, _| running == 0).await;
     let before = server.app.service.status().generated_tokens;
     let running = server.begin(body);
     server.until(|running, _| running == 1).await;
@@ -213,6 +215,7 @@ async fn new_weights_are_used_by_what_runs_and_by_what_comes() {
     assert_ne!(tokens_of(&old), tokens_of(&expected), "the models differ");
 
     let long = json!({"prompt": "b", "max_tokens": 900, "return_token_ids": true});
+    server.until(|running, _| running == 0).await;
     let running = server.begin(long);
     server.until(|running, _| running == 1).await;
     let (status, answer) = server.update(&other.0).await;
