@@ -45,15 +45,18 @@ pub(crate) fn host(
     (terminal, shutdown): (&Terminal, impl Future<Output = ()>),
 ) -> Result<()> {
     let failed = |error: std::io::Error| Failure::running(format!("server: {error}"));
+    let runtime = tokio::runtime::Runtime::new().map_err(failed)?;
+    // A signal that something listens for ends nothing.
+    let _ignored = {
+        let _context = runtime.enter();
+        signal(SignalKind::hangup()).map_err(failed)?
+    };
     let (model, name) = (&config.model_names[0], sockets.name().map_err(failed)?);
     terminal.info(&format!("{model}: serving at {name}"));
     if let Some(name) = sockets.admin_name().map_err(failed)? {
         terminal.info(&format!("{model}: administrated at {name}"));
     }
-    let runtime = tokio::runtime::Runtime::new().map_err(failed)?;
     runtime.block_on(async {
-        // A signal that something listens for ends nothing.
-        let _ignored = signal(SignalKind::hangup()).map_err(failed)?;
         let (public, _public_file) = sockets.public.listener().map_err(failed)?;
         let admin = sockets.admin.map(Socket::listener).transpose().map_err(failed)?;
         let (admin, _admin_file) = admin.unzip();
