@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM: the first asks the command to end, the second ends it at once.
+//! SIGINT and SIGTERM: the first asks the command to end, the second ends it at once. SIGHUP is ignored.
 
 use std::process::exit;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,6 +45,8 @@ impl Signals {
         let (mut interrupt, mut terminate) = {
             let _context = runtime.enter();
             let interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+            // Caught once, it no longer ends the process, whoever listens.
+            let _ignored = signal(SignalKind::hangup()).map_err(failed)?;
             (interrupt, signal(SignalKind::terminate()).map_err(failed)?)
         };
         let (ask, asked) = watch::channel(false);

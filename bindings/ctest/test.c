@@ -2,12 +2,21 @@
  * The C ABI from C (and C++). `test layout` prints the structs as the compiler lays them out, for comparison
  * with the library's; `test run MODEL` uses a model with a tokenizer and exits 0 if all is as the header says.
  */
+#if !defined(_WIN32) && !defined(_POSIX_C_SOURCE)
+#define _POSIX_C_SOURCE 200112L
+#endif
+
 #include "engine.h"
 
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifndef _WIN32
+#include <sys/types.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
 
 #define MAX_TOKENS 12
 
@@ -208,6 +217,35 @@ static void generate(const engine *e)
     free(prompt);
 }
 
+#ifndef _WIN32
+/* A forked child gets an error from everything, at once, and the parent does not notice. */
+static void row_34_a_forked_child_gets_an_error(engine *e, const char *model)
+{
+    int status = -1;
+    int32_t token = 5;
+    engine *other = NULL;
+    engine_output output;
+    pid_t child;
+    memset(&output, 0, sizeof output);
+    output.struct_size = sizeof output;
+    child = fork();
+    if (child == 0) {
+        failures = 0;
+        /* A deadlock ends by this signal. */
+        alarm(20);
+        CHECK(engine_generate(e, &token, 1, NULL, &output) == ENGINE_ERR_HANDLE);
+        CHECK(engine_open(model, strlen(model), NULL, &other) == ENGINE_ERR_HANDLE);
+        CHECK(strstr(engine_last_error(NULL), "this is process") != NULL);
+        CHECK(engine_vocab_size(e) == 0);
+        CHECK(engine_free(e) == ENGINE_ERR_HANDLE);
+        _exit(failures);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    CHECK(engine_vocab_size(e) != 0);
+}
+#endif
+
 static void mistakes(engine *e)
 {
     size_t len = 0;
@@ -239,6 +277,9 @@ int main(int argc, char **argv)
     e = open_model(argv[2]);
     text_survives(e, "hello, w\xc3\xb6rld \xf0\x9f\x90\x95");
     generate(e);
+#ifndef _WIN32
+    row_34_a_forked_child_gets_an_error(e, argv[2]);
+#endif
     mistakes(e);
     return failures != 0;
 }

@@ -9,6 +9,8 @@
  *    message of the Rust runtime on stderr.)
  *  - Threads. Every function may be called from every thread at any time. Calls of engine_generate on one
  *    engine from several threads share its batches; what one gets does not depend on the others.
+ *  - Processes. Engines do not survive fork(): in the child of a process that has opened one, every function that
+ *    takes or opens an engine returns ENGINE_ERR_HANDLE at once. Fork first, or exec.
  *  - Handles. An `engine *` is a name, never an address to look at. Names are not used twice: one that was
  *    freed is answered with ENGINE_ERR_HANDLE.
  *  - Strings are UTF-8 with a length in bytes. None needs a NUL at its end, and none gets one, except that of

@@ -89,6 +89,7 @@ pub unsafe extern "C" fn engine_open(
         let path = unsafe { text("path", path, path_len) }?;
         // SAFETY: `config` is the caller's, as said above.
         let config = unsafe { memory::read(config) }?.resolve()?;
+        handles::check_process()?;
         let service = Service::start(Engine::load(&source(path)?, &config)?)?;
         // SAFETY: `out` is the caller's, as said above.
         unsafe { write("out", out, handles::insert(service)) }

@@ -74,4 +74,3 @@ raises(openai.NotFoundError, 404, lambda: client.chat.completions.create(**{**AS
 stored = raises(openai.BadRequestError, 400, lambda: client.responses.create(**SAY, store=True))
 assert stored.param == "store" and stored.code == "unsupported_parameter", stored.body
 raises(openai.AuthenticationError, 401, client.with_options(api_key="wrong").models.list)
-print("left out: RateLimitError, the server under test has no queue limit set")

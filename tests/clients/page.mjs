@@ -30,6 +30,25 @@ try {
   await page.type('#text', '1+1=');
   await page.click('#send');
   await page.waitForFunction(() => /temperature/.test(document.querySelector('.turn.error')?.textContent ?? ''));
+  // Stop: an answer without an end, as the page itself asks for none.
+  await page.$eval('#temperature', (e) => { e.value = '1'; });
+  await page.click('#logprobs');
+  await page.setRequestInterception(true);
+  page.on('request', (r) => {
+    const endless = (text) => JSON.stringify({ ...JSON.parse(text), n: 100, max_tokens: 900, ignore_eos: true });
+    r.continue(r.method() === 'POST' ? { postData: endless(r.postData()) } : {});
+  });
+  await page.type('#text', '1+1=');
+  await page.click('#send');
+  await page.waitForFunction(() => document.querySelector('#running').textContent === '100' && document.querySelector('.assistant:last-child').textContent.length > 100);
+  assert.ok(await page.$eval('#send', (e) => e.disabled), 'one answer at a time');
+  await page.click('#stop');
+  await page.waitForFunction(() => !document.querySelector('#send').disabled && document.querySelector('#running').textContent === '0' && document.querySelector('#kv').textContent === '0.0 %');
+  const said = () => page.$eval('.assistant:last-child', (e) => e.textContent.length);
+  const length = await said();
+  assert.ok(length > 100 && length < 80_000, `${length} characters of 90,000`);
+  await new Promise((done) => setTimeout(done, 300));
+  assert.equal(await said(), length, 'nothing comes after a stop');
   const colour = () => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
   await page.emulateMediaFeatures([{ name: 'prefers-color-scheme', value: 'light' }]);
   assert.equal(await colour(), 'rgb(255, 255, 255)');

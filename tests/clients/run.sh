@@ -23,7 +23,7 @@ export BASE=$base API_KEY=test-key
 echo "== curl"
 "$here/curl.sh"
 python=$work/venv/bin/python
-for part in openai_client fuzz openai_features; do
+for part in openai_client openai_errors fuzz openai_features; do
     echo "== $part.py"
     timeout 150 "$python" "$here/$part.py"
 done
@@ -38,6 +38,22 @@ if command -v node >/dev/null && command -v npm >/dev/null; then
     if [ -n "$browser" ]; then
         echo "== page.mjs in $browser"
         CHROMIUM=$browser timeout 90 node "$work/page.mjs"
+        echo "== page_rl.mjs, the page of a run that learns"
+        rm -rf "$work/rl"
+        "$engine" rl --serve 127.0.0.1:0 --method grpo --model builtin:arith --train-files builtin:sum --output "$work/rl" \
+            --set data.train_batch_size=8 --set rollout.n=4 --set data.max_response_length=12 --set trainer.total_steps=100000 \
+            --set trainer.test_freq=0 --set trainer.save_freq=0 --set trainer.val_before_train=false >"$work/rl.log" 2>&1 &
+        run=$!
+        trap 'kill -9 $run 2>/dev/null || true; kill $server 2>/dev/null || true; wait $server 2>/dev/null || true' EXIT
+        for _ in $(seq 100); do
+            rl=$(grep -oE 'http://127\.0\.0\.1:[0-9]+' "$work/rl.log" | head -1 || true)
+            [ -n "$rl" ] && break
+            kill -0 $run || { cat "$work/rl.log"; exit 1; }
+            sleep 0.2
+        done
+        BASE=$rl CHROMIUM=$browser timeout 90 node "$work/page_rl.mjs"
+        kill -0 $run
+        kill -9 $run
     else
         echo "left out: the page, no chromium or google-chrome on the path (set CHROMIUM)"
     fi

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::hash::RandomState;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use engine::{LogprobsMode, RequestId, SamplingParams, Service};
@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use crate::access::Keys;
 use crate::admin::Admin;
 use crate::api_error::ApiError;
+use crate::controls::Controls;
 use crate::cors::Cors;
 use crate::error::{Error, Result};
 use crate::fields::{BadField, Fields};
@@ -196,6 +197,8 @@ pub(crate) struct App {
     pub(crate) live: Arc<Live>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) grammars: Grammars,
+    /// Looked for by the first chat.
+    pub(crate) controls: OnceLock<Controls>,
     /// Turns cache salts into numbers, by keys that nobody knows.
     pub(crate) salts: RandomState,
     started_s: u64,
@@ -219,6 +222,7 @@ impl App {
             live: Arc::new(Live::new()),
             metrics: Arc::new(Metrics::new()),
             grammars: Grammars::default(),
+            controls: OnceLock::new(),
             salts: RandomState::new(),
             started_s: now_s(),
             ids: AtomicU64::new(0),

@@ -3,13 +3,14 @@
 use std::time::SystemTime;
 
 use engine::Event;
-use engine::text::{AddSpecial, RenderOptions};
+use engine::text::RenderOptions;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::answer::{Choice, Usage};
 use crate::api_error::ApiError;
 use crate::app::App;
+use crate::controls::Controls;
 use crate::echo::PromptLogprobs;
 use crate::fields::{BadField, Fields};
 use crate::job::{Asked, Job, needs, unprocessable};
@@ -62,14 +63,17 @@ pub(crate) fn prompt(
     let tokenizer = app.service.tokenizer().ok_or_else(|| needs("messages", "a tokenizer"))?;
     let template =
         app.service.chat_template().ok_or_else(|| needs("messages", "a chat template"))?;
+    let controls = app.controls.get_or_init(|| Controls::of(tokenizer));
+    let spoken = controls.mark(messages, tools.map(|tools| &tools.list))?;
     let options = RenderOptions {
-        tools: tools.map(|tools| &tools.list),
+        tools: spoken.tools.as_ref(),
         extra,
         ..RenderOptions::new(SystemTime::now())
     };
-    let text =
-        template.render(messages, &options).map_err(|error| unprocessable("messages", &error))?;
-    tokenizer.encode(&text, AddSpecial::No).map_err(|error| unprocessable("messages", &error))
+    let text = template
+        .render(&spoken.messages, &options)
+        .map_err(|error| unprocessable("messages", &error))?;
+    spoken.encode(&text, tokenizer).map_err(|error| unprocessable("messages", &error))
 }
 
 /// A whole answer.

@@ -53,15 +53,10 @@ impl Fields {
     /// The fields of the object that `json` spells.
     ///
     /// # Errors
-    /// When `json` is not JSON (with line and column) or not an object.
+    /// When `json` is not JSON (with line and column), has a key twice, is not an object, or lists more
+    /// than its fields may hold.
     pub fn parse(json: &[u8]) -> Result<Self, BadField> {
-        match serde_json::from_slice(json) {
-            Ok(Value::Object(map)) => Ok(Self { map }),
-            Ok(other) => {
-                Err(BadField::body(format!("body is {}, expected an object", kind(&other))))
-            }
-            Err(error) => Err(BadField::body(format!("body is not valid JSON: {error}"))),
-        }
+        crate::json::object(json).map(Self::new)
     }
 
     /// The fields of `map`.

@@ -8,15 +8,15 @@ use serde_json::{Map, Value};
 use crate::fields::{BadField, Fields, kind};
 
 /// Most stop strings a request may have.
-const MAX_STOPS: usize = 64;
+pub(crate) const MAX_STOPS: usize = 64;
 /// Longest stop string, in bytes.
 const MAX_STOP_BYTES: usize = 1024;
 /// Most tokens a request may list in `stop_token_ids`.
-const MAX_STOP_TOKENS: usize = 1024;
+pub(crate) const MAX_STOP_TOKENS: usize = 1024;
 /// Most tokens a request may bias.
-const MAX_BIASES: usize = 1024;
+pub(crate) const MAX_BIASES: usize = 1024;
 /// Most messages a chat may have.
-const MAX_MESSAGES: usize = 4096;
+pub(crate) const MAX_MESSAGES: usize = 4096;
 /// Temperatures below it count as 0: logits divided by less would overflow.
 const GREEDY_BELOW: f32 = 1e-5;
 
@@ -249,7 +249,7 @@ mod tests {
     use super::*;
 
     fn parse(json: &str) -> Result<SamplingParams, BadField> {
-        let mut fields = Fields::parse(json.as_bytes()).unwrap();
+        let mut fields = Fields::parse(json.as_bytes())?;
         sampling_params(&mut fields, &SamplingParams::default())
     }
 

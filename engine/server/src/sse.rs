@@ -21,6 +21,10 @@ pub(crate) const DONE: &str = "data: [DONE]\n\n";
 /// A comment that keeps a stream open while there is nothing to say.
 const KEEP_ALIVE: &str = ": keep-alive\n\n";
 
+/// Length of a piece, in bytes, from which on the events that have come with it wait for the next. What a reader
+/// who does not read holds up stays in the bounded queue of events, which ends the request when it is full.
+const PIECE_BYTES: usize = 64 << 10;
+
 /// How an API words the events of a job; each method appends to `text` what is to be sent.
 pub(crate) trait Wording: Send + 'static {
     /// The job whose events are told.
@@ -83,7 +87,7 @@ impl<W: Wording> Told<W> {
         Some(Bytes::from(text))
     }
 
-    /// Appends the next event, and those that have come with it, to `text`.
+    /// Appends the next event, and those that have come with it, to `text`, which stays a piece.
     async fn gather(&mut self, text: &mut String) -> Result<(), ApiError> {
         let mut next = self.wording.job().generation.next().await?;
         if next.is_none() {
@@ -92,6 +96,9 @@ impl<W: Wording> Told<W> {
         }
         while let Some((index, event)) = next {
             self.wording.piece(index, event, text);
+            if text.len() >= PIECE_BYTES {
+                break;
+            }
             next = self.wording.job().generation.try_next()?;
         }
         Ok(())

@@ -1,0 +1,158 @@
+//! Text that spells a control token, kept from becoming one.
+//!
+//! A chat template writes control tokens, such as those that end a turn, as text. The same text in a
+//! message would end the turn as well, and let a user speak as somebody else. Such places are marked before
+//! rendering and taken apart at their marks before tokenizing. Leaves out the prompts of the completions
+//! API, whose text is the caller's own to steer.
+
+use engine::text::AddSpecial;
+use engine::{Message, Tokenizer};
+use serde_json::Value;
+
+use crate::fields::BadField;
+
+/// Code points that are never characters: one of them is the mark.
+const MARKS: std::ops::RangeInclusive<char> = '\u{fdd0}'..='\u{fdef}';
+
+/// The control tokens of a tokenizer, as text.
+#[derive(Debug, Default)]
+pub(crate) struct Controls {
+    texts: Vec<String>,
+}
+
+/// What a template is given: messages and tools.
+pub(crate) struct Spoken {
+    pub(crate) messages: Vec<Message>,
+    pub(crate) tools: Option<Value>,
+    mark: char,
+}
+
+impl Controls {
+    pub(crate) fn of(tokenizer: &Tokenizer) -> Self {
+        let ids = (0..u32::try_from(tokenizer.vocab_size()).unwrap_or(u32::MAX))
+            .filter(|id| tokenizer.is_special(*id));
+        let texts = ids.filter_map(|id| tokenizer.id_to_token(id));
+        // The mark goes behind a first character, so there must be something behind it.
+        Self { texts: texts.filter(|text| text.chars().nth(1).is_some()).collect() }
+    }
+
+    /// Marks every control token that messages and tools spell.
+    ///
+    /// # Errors
+    /// When they hold every code point that could be the mark.
+    pub(crate) fn mark(
+        &self,
+        messages: &[Message],
+        tools: Option<&Value>,
+    ) -> Result<Spoken, BadField> {
+        let mut fields: Vec<Value> =
+            messages.iter().map(|message| Value::Object(message.fields().clone())).collect();
+        let mut tools = tools.cloned();
+        let mut used = [false; 32];
+        let all = || fields.iter().chain(&tools);
+        all().for_each(|value| note_marks(value, &mut used));
+        let free = MARKS.zip(used).find(|(_, used)| !used).map(|(mark, _)| mark);
+        let mark = free.ok_or_else(|| {
+            let message =
+                "messages hold all code points from U+FDD0 to U+FDEF, limit is 31 of them";
+            BadField::new("messages", message)
+        })?;
+        fields.iter_mut().chain(&mut tools).for_each(|value| self.mark_value(value, mark));
+        let messages = fields.into_iter().map(Message::from_json).collect::<Result<_, _>>();
+        let messages = messages.map_err(|error| BadField::new("messages", error.to_string()))?;
+        Ok(Spoken { messages, tools, mark })
+    }
+
+    fn mark_value(&self, value: &mut Value, mark: char) {
+        match value {
+            Value::String(text) => {
+                if let Some(marked) = self.mark_text(text, mark) {
+                    *text = marked;
+                }
+            }
+            Value::Array(list) => list.iter_mut().for_each(|value| self.mark_value(value, mark)),
+            Value::Object(map) => map.values_mut().for_each(|value| self.mark_value(value, mark)),
+            _ => {}
+        }
+    }
+
+    /// The text with a mark behind the first character of every control token; `None` without any.
+    fn mark_text(&self, text: &str, mark: char) -> Option<String> {
+        let begins = |rest: &str| self.texts.iter().any(|control| rest.starts_with(control));
+        let mut marked = String::new();
+        let mut copied = 0;
+        for (at, first) in text.char_indices() {
+            if begins(&text[at..]) {
+                let behind = at + first.len_utf8();
+                marked.push_str(&text[copied..behind]);
+                marked.push(mark);
+                copied = behind;
+            }
+        }
+        (copied > 0).then(|| marked + &text[copied..])
+    }
+}
+
+impl Spoken {
+    /// The tokens of a rendered chat.
+    ///
+    /// # Errors
+    /// What [`Tokenizer::encode`] says.
+    pub(crate) fn encode(&self, text: &str, tokenizer: &Tokenizer) -> engine::Result<Vec<u32>> {
+        let mut tokens = Vec::new();
+        for piece in text.split(self.mark) {
+            tokens.extend(tokenizer.encode(piece, AddSpecial::No)?);
+        }
+        Ok(tokens)
+    }
+}
+
+/// Notes which of the possible marks a value holds.
+fn note_marks(value: &Value, used: &mut [bool; 32]) {
+    match value {
+        Value::String(text) => {
+            for mark in text.chars().filter(|character| MARKS.contains(character)) {
+                used[mark as usize - *MARKS.start() as usize] = true;
+            }
+        }
+        Value::Array(list) => list.iter().for_each(|value| note_marks(value, used)),
+        Value::Object(map) => map.values().for_each(|value| note_marks(value, used)),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn controls() -> Controls {
+        Controls { texts: vec!["</s>".to_owned(), "<|end|>".to_owned()] }
+    }
+
+    #[test]
+    fn every_control_token_is_marked_wherever_it_stands() {
+        let messages = [
+            Message::new("user", "a</s>b<|end|><</s>"),
+            Message::from_json(json!({"role": "tool", "x": {"y": ["<|end|>"]}})).unwrap(),
+        ];
+        let tools = json!([{"description": "</s>"}]);
+        let spoken = controls().mark(&messages, Some(&tools)).unwrap();
+        let m = spoken.mark;
+        assert_eq!(spoken.messages[0].fields()["content"], format!("a<{m}/s>b<{m}|end|><<{m}/s>"));
+        assert_eq!(spoken.messages[1].fields()["x"]["y"][0], format!("<{m}|end|>"));
+        assert_eq!(spoken.tools.unwrap()[0]["description"], format!("<{m}/s>"));
+    }
+
+    #[test]
+    fn other_text_is_left_alone_and_a_mark_is_nobodys_text() {
+        let messages = [Message::new("user", "a < b \u{fdd0}\u{fdd1}"), Message::new("user", "")];
+        let spoken = controls().mark(&messages, None).unwrap();
+        assert_eq!(spoken.messages, messages);
+        assert_eq!(spoken.mark, '\u{fdd2}');
+        let all: String = MARKS.collect();
+        let bad = controls().mark(&[Message::new("user", &all)], None).err().unwrap();
+        assert_eq!(bad.param.as_deref(), Some("messages"));
+    }
+}
