@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::args_api::DoorArgs;
 use crate::args_eval::EvalArgs;
 use crate::args_run::{RlArgs, SftArgs};
 use crate::bench::args::BenchArgs;
@@ -222,6 +223,9 @@ pub(crate) struct ServeArgs {
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 8000)]
     pub(crate) port: u16,
+    /// Unix socket to listen on, instead of host and port
+    #[arg(long, value_name = "PATH")]
+    pub(crate) uds: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) api: ApiArgs,
     #[command(flatten)]
@@ -269,6 +273,8 @@ pub(crate) struct ApiArgs {
     /// Distribution that reported log-probabilities are of
     #[arg(long, value_enum, default_value_t = LogprobsArg::Raw)]
     pub(crate) logprobs_mode: LogprobsArg,
+    #[command(flatten)]
+    pub(crate) door: DoorArgs,
 }
 
 /// `--logprobs-mode`.

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod args_api;
 mod args_eval;
 mod args_run;
 mod bench;
@@ -32,6 +33,7 @@ mod score;
 mod serve;
 mod sft;
 mod signals;
+mod sockets;
 mod terminal;
 
 use std::process::ExitCode;
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         Err(failure) => return report(&Terminal::plain(), &failure),
     };
     let terminal = Terminal::new(parsed.command.common());
+    terminal.report_panics();
     match run(parsed, &terminal) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => report(&terminal, &failure),

@@ -1,61 +1,69 @@
 //! `engine serve`: the OpenAI-compatible server over one model.
 
-use std::io::ErrorKind;
-use std::net::{TcpListener, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
 use engine::{LogprobsMode, SamplingParams, Service};
-use serde_json::json;
-use server::{LogEvent, MetricsNames, ServerConfig, UnknownFields};
+use serde_json::{Value, json};
+use server::{
+    Cors, Credentials, Limits, Listeners, LogEvent, MetricsNames, RequestLog, ServerConfig,
+    UnknownFields,
+};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{ApiArgs, GenerationConfig, LogprobsArg, MetricsCompat, ServeArgs};
+use crate::args_api::{DoorArgs, JsonList};
 use crate::exit::{Failure, Result};
 use crate::model;
 use crate::signals::Signals;
+use crate::sockets::{self, Access, Socket, Sockets};
 use crate::terminal::Terminal;
 
 /// Runs the command until a signal ends it.
 pub(crate) fn run(args: ServeArgs, terminal: &Terminal) -> Result<()> {
     let config = model::serving_config(&args.common, &args.engine)?;
     // A port in use is reported before minutes are spent on loading.
-    let name = format!("{}:{}", args.host, args.port);
-    let listener = listen(&name, (args.host.as_str(), args.port))?;
+    let public = match &args.uds {
+        Some(path) => sockets::unix(path, Access::Umask)?,
+        None => {
+            let name = format!("{}:{}", args.host, args.port);
+            Socket::Tcp(sockets::tcp(&name, (args.host.as_str(), args.port))?)
+        }
+    };
+    let sockets = Sockets::new(public, &args.api.door)?;
+    let server_config = server_config(&args.model, &args.api, *terminal)?;
     let signals = Signals::listen()?;
     let service = Service::start(model::load(&args.model, &config, terminal)?)?;
-    let server_config = server_config(&args.model, &args.api, *terminal)?;
-    host(service, server_config, listener, (terminal, signals.wait()))
+    host(service, server_config, sockets, (terminal, signals.wait()))
 }
 
-/// Serves until `shutdown` or a failure of the engine.
+/// Serves until `shutdown` or a failure of the engine. Hangups (SIGHUP) are ignored from here on.
 pub(crate) fn host(
     service: Service,
     config: ServerConfig,
-    listener: TcpListener,
+    sockets: Sockets,
     (terminal, shutdown): (&Terminal, impl Future<Output = ()>),
 ) -> Result<()> {
     let failed = |error: std::io::Error| Failure::running(format!("server: {error}"));
-    let address = listener.local_addr().map_err(failed)?;
-    terminal.info(&format!("{}: serving at http://{address}/v1", config.model_names[0]));
     let runtime = tokio::runtime::Runtime::new().map_err(failed)?;
+    // A signal that something listens for ends nothing.
+    let _ignored = {
+        let _context = runtime.enter();
+        signal(SignalKind::hangup()).map_err(failed)?
+    };
+    let (model, name) = (&config.model_names[0], sockets.name().map_err(failed)?);
+    terminal.info(&format!("{model}: serving at {name}"));
+    if let Some(name) = sockets.admin_name().map_err(failed)? {
+        terminal.info(&format!("{model}: administrated at {name}"));
+    }
     runtime.block_on(async {
-        let listener = tokio::net::TcpListener::from_std(listener).map_err(failed)?;
-        server::serve(Arc::new(service), config, listener, shutdown).await?;
+        let (public, _public_file) = sockets.public.listener().map_err(failed)?;
+        let admin = sockets.admin.map(Socket::listener).transpose().map_err(failed)?;
+        let (admin, _admin_file) = admin.unzip();
+        let listeners = Listeners { public, admin };
+        server::serve(Arc::new(service), config, listeners, shutdown).await?;
         Ok(())
     })
-}
-
-/// Takes the address, which messages call `name`.
-pub(crate) fn listen(name: &str, address: impl ToSocketAddrs) -> Result<TcpListener> {
-    let failed = |error: std::io::Error| Failure::running(format!("{name}: {error}"));
-    let listener = TcpListener::bind(address).map_err(|error| match error.kind() {
-        ErrorKind::InvalidInput => {
-            Failure::usage(format!("{name}: expected HOST:PORT to listen on"))
-        }
-        _ => failed(error),
-    })?;
-    listener.set_nonblocking(true).map_err(failed)?;
-    Ok(listener)
 }
 
 /// How a server of `model` behaves.
@@ -76,7 +84,8 @@ pub(crate) fn server_config(
     config.max_body_bytes = usize::try_from(args.max_body_bytes).unwrap_or(usize::MAX);
     config.shutdown_timeout = Duration::from_secs(args.shutdown_timeout);
     config.max_queued_requests = args.max_queued_requests;
-    config.request_timeout = args.request_timeout.map(seconds).transpose()?;
+    let timeout = args.request_timeout;
+    config.request_timeout = timeout.map(|given| seconds("request", given)).transpose()?;
     if args.disable_log_stats {
         config.log_stats = None;
     }
@@ -96,15 +105,48 @@ pub(crate) fn server_config(
         LogprobsArg::Processed => LogprobsMode::Processed,
     };
     config.log = Some(Arc::new(move |event| log(&terminal, event)));
+    set_door(&mut config, &args.door)?;
     Ok(config)
 }
 
-/// A time limit in seconds.
-fn seconds(given: f64) -> Result<Duration> {
+/// Who administrates, which pages may ask, what a connection may take, what is logged.
+fn set_door(config: &mut ServerConfig, args: &DoorArgs) -> Result<()> {
+    config.admin_api_keys.clone_from(&args.admin_api_key);
+    let list = |given: &Option<JsonList>| {
+        given.as_ref().map_or_else(|| vec!["*".to_owned()], |list| list.0.clone())
+    };
+    config.cors = args.allowed_origins.as_ref().map(|origins| Cors {
+        origins: origins.0.clone(),
+        methods: list(&args.allowed_methods),
+        headers: list(&args.allowed_headers),
+        credentials: match args.allow_credentials {
+            true => Credentials::Allow,
+            false => Credentials::Omit,
+        },
+    });
+    if let Some(cors) = &config.cors {
+        cors.check()?;
+    }
+    if args.enable_log_requests {
+        config.request_log = RequestLog::Parameters;
+    }
+    config.limits = Limits {
+        header_timeout: seconds("header", args.header_timeout)?,
+        body_timeout: seconds("body", args.body_timeout)?,
+        stall_timeout: seconds("stall", args.stall_timeout)?,
+        max_connections: args.max_connections,
+        max_header_bytes: usize::try_from(args.h11_max_incomplete_event_size).unwrap_or(usize::MAX),
+        max_headers: args.h11_max_header_count,
+    };
+    Ok(config.limits.check()?)
+}
+
+/// A time limit in seconds, of the flag `--<name>-timeout`.
+fn seconds(name: &str, given: f64) -> Result<Duration> {
     match Duration::try_from_secs_f64(given) {
         Ok(limit) if !limit.is_zero() => Ok(limit),
         _ => Err(Failure::usage(format!(
-            "--request-timeout is {given}, limit is more than 0 seconds"
+            "--{name}-timeout is {given}, limit is more than 0 seconds"
         ))),
     }
 }
@@ -112,28 +154,67 @@ fn seconds(given: f64) -> Result<Duration> {
 fn log(terminal: &Terminal, event: &LogEvent) {
     match event {
         LogEvent::UnknownField { name } => {
-            terminal.warn(&format!("request field {name:?} is not known and has no effect"));
+            let message = format!("request field {name:?} is not known and has no effect");
+            terminal.warn_with(&message, &[("field", json!(name))]);
         }
         LogEvent::Answered { method, path, status, request_id, elapsed } => {
             let ms = elapsed.as_secs_f64() * 1e3;
-            terminal.info(&format!("{method} {path:?} {status} {ms:.1} ms {request_id}"));
+            let message = format!("{method} {path:?} {status} {ms:.1} ms {request_id}");
+            let ms = (ms * 10.0).round() / 10.0;
+            terminal.info_with(
+                &message,
+                &[
+                    ("method", json!(method)),
+                    ("path", json!(path)),
+                    ("status", json!(status)),
+                    ("ms", json!(ms)),
+                    ("request_id", json!(request_id)),
+                ],
+            );
         }
         LogEvent::Load(report) => terminal.info_with(
             &report.to_string(),
-            &json!({
-                "prompt_tokens_per_s": report.prompt_tokens_per_s,
-                "generation_tokens_per_s": report.generation_tokens_per_s,
-                "running": report.running,
-                "waiting": report.waiting,
-                "kv_cache_usage": report.kv_usage,
-                "prefix_cache_hit_rate": report.prefix_hit_rate,
-            }),
+            &[
+                ("prompt_tokens_per_s", json!(report.prompt_tokens_per_s)),
+                ("generation_tokens_per_s", json!(report.generation_tokens_per_s)),
+                ("running", json!(report.running)),
+                ("waiting", json!(report.waiting)),
+                ("kv_cache_usage", json!(report.kv_usage)),
+                ("prefix_cache_hit_rate", json!(report.prefix_hit_rate)),
+            ],
         ),
         LogEvent::Draining { running } => {
-            terminal.info(&format!("shutting down, {running} requests to finish"));
+            let message = format!("shutting down, {running} requests to finish");
+            terminal.info_with(&message, &[("running", json!(running))]);
         }
         LogEvent::DrainTimeout { running } => {
-            terminal.warn(&format!("shutdown timeout, {running} requests are aborted"));
+            let message = format!("shutdown timeout, {running} requests are aborted");
+            terminal.warn_with(&message, &[("running", json!(running))]);
+        }
+        LogEvent::Request { request_id, answer_id, prompts, prompt_tokens, parameters } => {
+            let named: Vec<String> =
+                parameters.iter().map(|(name, value)| format!("{name}={value}")).collect();
+            let message = format!(
+                "request {request_id} {answer_id} prompts={prompts} prompt_tokens={prompt_tokens} {}",
+                named.join(" ")
+            );
+            let mut fields: Vec<(&str, Value)> =
+                parameters.iter().map(|(name, value)| (*name, json!(value))).collect();
+            fields.extend([
+                ("request_id", json!(request_id)),
+                ("answer_id", json!(answer_id)),
+                ("prompts", json!(prompts)),
+                ("prompt_tokens", json!(prompt_tokens)),
+            ]);
+            terminal.info_with(&message, &fields);
+        }
+        LogEvent::ConnectionsFull { limit } => {
+            let message = format!("connections are turned away, limit is {limit}");
+            terminal.warn_with(&message, &[("limit", json!(limit))]);
+        }
+        LogEvent::WeightsUpdated { version } => {
+            let message = format!("weights replaced, version {version}");
+            terminal.info_with(&message, &[("weights_version", json!(version))]);
         }
         _ => {}
     }
@@ -177,7 +258,7 @@ mod tests {
         let mut engine = Engine::load(&source, &config).unwrap();
         engine.inject_fault(|batch| assert!(batch.len() < 2, "injected"));
         let service = Service::start(engine).unwrap();
-        let listener = listen("test", "127.0.0.1:0").unwrap();
+        let listener = sockets::tcp("test", "127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let client = std::thread::spawn(move || {
             let mut stream = TcpStream::connect(address).unwrap();
@@ -194,7 +275,8 @@ mod tests {
             answer
         });
         let config = ServerConfig::new("arith");
-        let failure = host(service, config, listener, (&terminal, std::future::pending()));
+        let sockets = Sockets { public: Socket::Tcp(listener), admin: None };
+        let failure = host(service, config, sockets, (&terminal, std::future::pending()));
         let failure = failure.unwrap_err();
         assert!(client.join().unwrap().starts_with("HTTP/1.1 500"));
         assert_eq!(failure.to_string(), "engine: a step panicked twice");

@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write, stderr};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::args::{CommonArgs, LogFormat};
 
@@ -44,28 +44,43 @@ impl Terminal {
 
     /// A line that is good to know.
     pub(crate) fn info(&self, message: &str) {
-        if self.loudness == Loudness::Normal {
-            self.line("info", message);
-        }
+        self.info_with(message, &[]);
     }
 
-    /// A line that is good to know; as JSON it has these `fields` (an object) too.
-    pub(crate) fn info_with(&self, message: &str, fields: &Value) {
+    /// The same with what it says as fields, where lines are JSON.
+    pub(crate) fn info_with(&self, message: &str, fields: &[(&str, Value)]) {
         if self.loudness == Loudness::Normal {
-            self.write(&rendered(self.format, "info", message, Some(fields)));
+            self.line("info", message, fields);
         }
     }
 
     /// A line about something that is probably not meant.
     pub(crate) fn warn(&self, message: &str) {
+        self.warn_with(message, &[]);
+    }
+
+    /// The same with what it says as fields, where lines are JSON.
+    pub(crate) fn warn_with(&self, message: &str, fields: &[(&str, Value)]) {
         if self.loudness == Loudness::Normal {
-            self.line("warning", message);
+            self.line("warning", message, fields);
+        }
+    }
+
+    /// Where lines are JSON, lets a panic be one too.
+    pub(crate) fn report_panics(self) {
+        if self.format == LogFormat::Json {
+            std::panic::set_hook(Box::new(move |panic| {
+                let place =
+                    panic.location().map(|place| format!("{}:{}", place.file(), place.line()));
+                let what = panic.payload_as_str().unwrap_or("no message");
+                self.line("error", &format!("panic: {what}"), &[("place", json!(place))]);
+            }));
         }
     }
 
     /// The line that says why the command ends; never left out.
     pub(crate) fn error(&self, message: &str) {
-        self.line("error", message);
+        self.line("error", message, &[]);
     }
 
     /// How progress is to be shown.
@@ -77,29 +92,23 @@ impl Terminal {
         }
     }
 
-    fn line(&self, level: &str, message: &str) {
-        self.write(&rendered(self.format, level, message, None));
-    }
-
-    fn write(&self, line: &str) {
+    fn line(&self, level: &str, message: &str, fields: &[(&str, Value)]) {
         // Without a reader of standard error there is nobody left to tell.
-        let _closed = writeln!(stderr().lock(), "{line}");
+        let _closed =
+            writeln!(stderr().lock(), "{}", rendered(self.format, level, message, fields));
     }
 }
 
 /// A line as it is written. `fields` stand in JSON only.
-fn rendered(format: LogFormat, level: &str, message: &str, fields: Option<&Value>) -> String {
+fn rendered(format: LogFormat, level: &str, message: &str, fields: &[(&str, Value)]) -> String {
     match format {
         LogFormat::Json => {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             let time = (now.as_secs_f64() * 1e3).round() / 1e3;
-            let mut line = json!({"time": time, "level": level, "message": message});
-            if let (Some(line), Some(fields)) =
-                (line.as_object_mut(), fields.and_then(Value::as_object))
-            {
-                line.extend(fields.clone());
-            }
-            line.to_string()
+            let head = [("ts", json!(time)), ("level", json!(level)), ("message", json!(message))];
+            let all = head.iter().chain(fields);
+            let all = all.map(|(name, value)| ((*name).to_owned(), value.clone()));
+            Value::Object(all.collect::<Map<_, _>>()).to_string()
         }
         LogFormat::Text if level == "info" => message.to_owned(),
         LogFormat::Text => format!("{level}: {message}"),
@@ -112,15 +121,15 @@ mod tests {
 
     #[test]
     fn fields_stand_in_json_only() {
-        let fields = json!({"running": 3});
-        let text = rendered(LogFormat::Text, "info", "Running: 3 reqs", Some(&fields));
+        let fields = [("running", json!(3))];
+        let text = rendered(LogFormat::Text, "info", "Running: 3 reqs", &fields);
         assert_eq!(text, "Running: 3 reqs");
-        let line = rendered(LogFormat::Json, "info", "Running: 3 reqs", Some(&fields));
+        let line = rendered(LogFormat::Json, "info", "Running: 3 reqs", &fields);
         let mut line: Value = serde_json::from_str(&line).unwrap();
-        assert!(line["time"].is_f64());
-        line["time"] = Value::Null;
+        assert!(line["ts"].is_f64());
+        line["ts"] = Value::Null;
         let expected =
-            json!({"time": null, "level": "info", "message": "Running: 3 reqs", "running": 3});
+            json!({"ts": null, "level": "info", "message": "Running: 3 reqs", "running": 3});
         assert_eq!(line, expected);
     }
 }

@@ -16,6 +16,7 @@ mod e2e {
     mod rl_serve;
     mod score;
     mod serve;
+    mod serve_doors;
     #[expect(dead_code, reason = "the rest is for the tests of the client")]
     #[path = "../../engine/hub/tests/download/stand_in.rs"]
     mod stand_in;

@@ -26,7 +26,10 @@ use crate::sequence::Sample;
 use crate::text::{ChatTemplate, Tokenizer};
 use crate::update::WeightsUpdate;
 
+mod replace;
 mod step;
+
+pub(crate) use replace::check_replacement;
 
 /// Called with the tokens of each sequence of a batch before it runs: a test's way to make it panic.
 pub(crate) type Fault = Box<dyn FnMut(&[&[u32]]) + Send>;
@@ -292,7 +295,7 @@ impl Engine {
 
     /// Whether a step would do something.
     pub fn has_work(&self) -> bool {
-        !self.pending.is_empty() || !self.scheduler.is_idle()
+        !self.pending.is_empty() || self.scheduler.has_work()
     }
 
     /// Plans the next batch into `slices`; false when there is nothing to run.
@@ -489,7 +492,7 @@ impl Engine {
     }
 
     /// Refuses to change weights that were left quantised.
-    fn check_in_full(&self) -> Result<()> {
+    pub(crate) fn check_in_full(&self) -> Result<()> {
         match self.runner.decoder.weights.quantised() {
             true => Err(Error::unsupported(
                 "weights are quantised as their file stores them: load them in full to change them",

@@ -16,11 +16,14 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use parking_lot::Mutex;
 
 use crate::engine::Engine;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::ModelSource;
+use crate::pause::{Gate, PauseMode};
 use crate::request::{Event, Request, RequestId};
 use crate::service::{Phase, Sent, Sink, Status};
 use crate::timings::{Stopwatch, Timings};
 use crate::update::WeightsUpdate;
+use scheduler::WeightsVersion;
 
 /// How long an idle engine waits for a request before it shows that it is alive.
 const IDLE: Duration = Duration::from_millis(500);
@@ -29,6 +32,9 @@ const IDLE: Duration = Duration::from_millis(500);
 pub(crate) enum Command {
     Submit { request: Box<Request>, sink: Sink, reply: Sender<Result<RequestId>>, asked: Instant },
     Abort(RequestId),
+    Pause { mode: PauseMode, reply: Sender<Result<()>> },
+    Resume { reply: Sender<Result<()>> },
+    Replace { source: Box<ModelSource>, reply: Sender<Result<WeightsVersion>> },
     Stop,
 }
 
@@ -46,6 +52,9 @@ pub struct Guests {
     sinks: HashMap<RequestId, (Sink, usize)>,
     status: Arc<Mutex<Status>>,
     watch: Stopwatch,
+    gate: Gate,
+    /// Why the engine must not be used any more.
+    broken: Option<Error>,
 }
 
 impl Guests {
@@ -54,7 +63,8 @@ impl Guests {
         status: Arc<Mutex<Status>>,
         timings: Arc<Mutex<Timings>>,
     ) -> Self {
-        Self { commands, sinks: HashMap::new(), status, watch: Stopwatch::new(timings) }
+        let (watch, gate) = (Stopwatch::new(timings), Gate::default());
+        Self { commands, sinks: HashMap::new(), status, watch, gate, broken: None }
     }
 
     /// Takes in what was asked, runs one batch if there is one, and hands the guests their events; returns
@@ -93,7 +103,7 @@ impl Guests {
                 return Ok(());
             }
             let door = self.take_commands(engine, rest);
-            if engine.has_work() {
+            if self.has_work(engine) {
                 self.run_batch(engine)?;
             } else if door == Door::Closed {
                 std::thread::sleep(rest);
@@ -103,7 +113,14 @@ impl Guests {
 
     fn run_batch(&mut self, engine: &mut Engine) -> Result<Vec<Event>> {
         self.arrive();
-        let others = match engine.has_work() {
+        if let Some(error) = self.broken.take() {
+            return Err(error);
+        }
+        let others = match self.has_work(engine) {
+            true if self.gate.frozen() => {
+                let events = engine.take_pending();
+                self.deliver(engine, events)
+            }
             true => {
                 let begun = Instant::now();
                 let events = engine.step_contained().inspect_err(|error| self.fail(error))?;
@@ -113,12 +130,18 @@ impl Guests {
             false => Vec::new(),
         };
         self.report(engine);
+        self.gate.settle(self.sinks.len());
         Ok(others)
+    }
+
+    /// Whether running a batch would do something.
+    fn has_work(&self, engine: &Engine) -> bool {
+        if self.gate.frozen() { engine.has_pending() } else { engine.has_work() }
     }
 
     /// Carries out what has been asked; an engine without work waits for it, at most `patience`.
     fn take_commands(&mut self, engine: &mut Engine, patience: Duration) -> Door {
-        if !engine.has_work() && !patience.is_zero() {
+        if !self.has_work(engine) && !patience.is_zero() {
             match self.commands.recv_timeout(patience) {
                 Ok(command) => {
                     if self.carry_out(engine, command) == Door::Closed {
@@ -150,6 +173,7 @@ impl Guests {
                 if let Ok(id) = added {
                     self.sinks.insert(id, (sink, samples));
                     self.watch.asked(id, samples, asked);
+                    self.gate.entered(id);
                 }
                 // A caller that has left no longer waits for the answer; its sink will say so.
                 let _left = reply.send(added);
@@ -159,6 +183,27 @@ impl Guests {
                 if self.sinks.contains_key(&id) {
                     engine.abort(id);
                 }
+            }
+            Command::Pause { mode, reply } => {
+                let open = self.sinks.keys().copied().collect();
+                self.gate.close(engine, mode, (open, reply));
+            }
+            Command::Resume { reply } => {
+                self.gate.open(engine);
+                self.report(engine);
+                // As above.
+                let _left = reply.send(Ok(()));
+            }
+            Command::Replace { source, reply } => {
+                let replaced = engine.replace_weights(&source);
+                if let Err(error) = &replaced
+                    && matches!(error.kind(), ErrorKind::Internal(_))
+                {
+                    self.broken = Some(Error::internal(error.to_string()));
+                }
+                self.report(engine);
+                // As above.
+                let _left = reply.send(replaced);
             }
             Command::Stop => return Door::Closed,
         }
@@ -184,6 +229,7 @@ impl Guests {
             }
             if last {
                 self.sinks.remove(&id);
+                self.gate.left(id);
             }
         }
         self.status.lock().generated_tokens += generated;
@@ -198,6 +244,7 @@ impl Guests {
         status.stats = engine.stats();
         status.version = engine.version();
         status.nan_logits = engine.nan_logits();
+        status.pause = self.gate.mode();
         status.heartbeat = Instant::now();
     }
 

@@ -17,6 +17,7 @@ mod histogram;
 mod load;
 mod memory;
 pub mod model;
+mod pause;
 mod prompt;
 pub mod random;
 mod request;
@@ -38,6 +39,7 @@ pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};
 pub use load::load_text;
 pub use memory::{LOGIT_ROWS, MemoryPlan, ResidentMemory, available_memory_bytes};
 pub use model::{GenerationDefaults, ModelConfig, ModelSource};
+pub use pause::PauseMode;
 pub use prompt::PromptToken;
 pub use request::{
     Continuation, EosRule, Event, FinishReason, Finished, LogprobsMode, MAX_LOGPROBS, MAX_SAMPLES,

@@ -15,11 +15,12 @@ use parking_lot::Mutex;
 use scheduler::WeightsVersion;
 
 use crate::config::EngineConfig;
-use crate::engine::Engine;
+use crate::engine::{Engine, check_replacement};
 use crate::error::{Error, Result};
 use crate::guests::{Command, Guests};
 use crate::memory::MemoryPlan;
-use crate::model::{GenerationDefaults, ModelConfig};
+use crate::model::{GenerationDefaults, ModelConfig, ModelSource};
+use crate::pause::PauseMode;
 use crate::request::{Event, Request, RequestId};
 use crate::text::{ChatTemplate, Tokenizer};
 use crate::timings::Timings;
@@ -59,6 +60,8 @@ pub struct Status {
     pub generated_tokens: u64,
     /// The weights in use.
     pub version: WeightsVersion,
+    /// How requests are held back, if they are; it may not be reached yet.
+    pub pause: Option<PauseMode>,
     /// Samples that ended with an error because their logits were not finite numbers.
     pub nan_logits: u64,
     /// Whether steps are to be expected.
@@ -89,6 +92,8 @@ struct Facts {
     plan: MemoryPlan,
     config: EngineConfig,
     dtype: Dtype,
+    /// Why its weights cannot be replaced, if they cannot.
+    fixed: Option<String>,
 }
 
 impl Service {
@@ -120,6 +125,7 @@ impl Service {
             plan: engine.memory_plan().clone(),
             config: engine.config().clone(),
             dtype: engine.dtype(),
+            fixed: engine.check_in_full().err().map(|error| error.to_string()),
         };
         let status = Arc::new(Mutex::new(Status {
             running: 0,
@@ -129,6 +135,7 @@ impl Service {
             version: engine.version(),
             nan_logits: engine.nan_logits(),
             phase: Phase::Away,
+            pause: None,
             heartbeat: Instant::now(),
             failure: None,
         }));
@@ -156,6 +163,65 @@ impl Service {
     pub fn abort(&self, id: RequestId) {
         // A stopped engine has nothing left to abort.
         let _stopped = self.commands.send(Command::Abort(id));
+    }
+
+    /// Holds all requests that are still to come, and those on their way as `mode` says; returns when that is
+    /// reached. A service that pauses already goes over to `mode`.
+    ///
+    /// # Errors
+    /// `ErrorKind::Busy` when another pause or a resume came first, and when somebody else drives the
+    /// engine ([`attach`](Self::attach)); `ErrorKind::Internal` when the engine has stopped.
+    pub fn pause(&self, mode: PauseMode) -> Result<()> {
+        self.ask(|reply| Command::Pause { mode, reply })
+    }
+
+    /// Ends a pause; nothing happens without one.
+    ///
+    /// # Errors
+    /// As [`pause`](Self::pause).
+    pub fn resume(&self) -> Result<()> {
+        self.ask(|reply| Command::Resume { reply })
+    }
+
+    /// Checks that [`replace_weights`](Self::replace_weights) can take `source`, beside the requests that
+    /// run. Reads the whole of it.
+    ///
+    /// # Errors
+    /// `ErrorKind::Model`, naming the first tensor or setting that is not that of this model;
+    /// `ErrorKind::Unsupported` when weights were left quantised; `ErrorKind::Busy` as [`pause`](Self::pause).
+    pub fn check_weights(&self, source: &ModelSource) -> Result<()> {
+        self.check_own()?;
+        match &self.facts.fixed {
+            Some(why) => Err(Error::unsupported(why.clone())),
+            None => check_replacement(&self.facts.model, source),
+        }
+    }
+
+    /// Overwrites the weights by those of `source`, once it is [checked](Self::check_weights). Requests wait
+    /// and go on with the new weights, which compute anew what they read.
+    ///
+    /// # Errors
+    /// As [`Engine::replace_weights`] and [`pause`](Self::pause). After `ErrorKind::Internal` the service
+    /// has failed.
+    pub fn replace_weights(&self, source: ModelSource) -> Result<WeightsVersion> {
+        self.ask(|reply| Command::Replace { source: Box::new(source), reply })
+    }
+
+    /// Has a command carried out that only the driver of an engine may give.
+    fn ask<T>(&self, command: impl FnOnce(Sender<Result<T>>) -> Command) -> Result<T> {
+        self.check_own()?;
+        let (reply, answer) = bounded(1);
+        let gone = |_| Error::internal("the engine has stopped");
+        self.commands.send(command(reply)).map_err(|_| gone(()))?;
+        answer.recv().map_err(|_| gone(()))?
+    }
+
+    /// Refuses where somebody else drives the engine.
+    fn check_own(&self) -> Result<()> {
+        match &self.thread {
+            Some(_) => Ok(()),
+            None => Err(Error::busy("the weights are in training: the run alone changes them")),
+        }
     }
 
     /// What the thread is doing.

@@ -99,7 +99,7 @@ impl Scheduler {
     /// Admits waiting sequences, first come first served, and gives them their slices.
     pub(crate) fn admit_waiting(&mut self, room: &mut Room) {
         while room.tokens > 0 && self.running.len() < self.config.max_num_seqs {
-            let Some(slot) = self.waiting.first() else { return };
+            let Some(slot) = self.next_waiting() else { return };
             let sequence = &mut self.sequences[slot];
             let Some(cached) = self.memory.admit(sequence, room.headroom) else { return };
             let reads = [sequence.reads_cache, self.config.prefix_cache];

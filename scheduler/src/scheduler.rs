@@ -106,6 +106,8 @@ pub struct Scheduler {
     pub(crate) plan: Plan,
     pub(crate) phase: Phase,
     pub(crate) version: WeightsVersion,
+    /// Sequences from this one on are not admitted; `None` when all may be.
+    pub(crate) held_from: Option<SeqId>,
     pub(crate) totals: Stats,
     /// Counts of the plan in flight, which a rollback drops.
     pub(crate) step: StepCounts,
@@ -150,6 +152,7 @@ impl Scheduler {
             plan: Plan::with_capacity(most_running),
             phase: Phase::Ready,
             version: WeightsVersion::default(),
+            held_from: None,
             totals: Stats::default(),
             step: StepCounts::default(),
             config,
@@ -176,8 +179,8 @@ impl Scheduler {
         Ok(id)
     }
 
-    /// Decides the next step: preempts, admits, allocates blocks. The plan is empty exactly when
-    /// [`is_idle`](Self::is_idle); an empty one need not be committed. Read the slices through
+    /// Decides the next step: preempts, admits, allocates blocks. The plan is empty exactly when there is
+    /// no [`has_work`](Self::has_work); an empty one need not be committed. Read the slices through
     /// [`planned`](Self::planned) to read tokens and tables beside them.
     ///
     /// # Errors
@@ -300,9 +303,34 @@ impl Scheduler {
         self.waiting.len()
     }
 
-    /// Whether no sequence runs or waits: the next plan would be empty.
+    /// Whether no sequence runs or waits.
     pub fn is_idle(&self) -> bool {
         self.running.len() == 0 && self.waiting.len() == 0
+    }
+
+    /// Whether the next plan would not be empty: a sequence runs, or waits and is not held back.
+    pub fn has_work(&self) -> bool {
+        self.running.len() > 0 || self.next_waiting().is_some()
+    }
+
+    /// Sequences added from here on wait until [`admit_newcomers`](Self::admit_newcomers); those added
+    /// before go on. Does nothing while newcomers are held back already.
+    pub fn hold_newcomers(&mut self) {
+        let next = self.sequences.next_id();
+        self.held_from.get_or_insert(next);
+    }
+
+    /// Ends [`hold_newcomers`](Self::hold_newcomers).
+    pub fn admit_newcomers(&mut self) {
+        self.held_from = None;
+    }
+
+    /// The slot of the sequence to be admitted next. Whoever waits again waits in front, so nobody who is
+    /// held back stands before one who is not.
+    pub(crate) fn next_waiting(&self) -> Option<u32> {
+        let slot = self.waiting.first()?;
+        let held = self.held_from.is_some_and(|first| self.sequences[slot].id >= first);
+        (!held).then_some(slot)
     }
 
     /// Begins an update of the weights. Until its end nothing can be added or planned.

@@ -180,6 +180,11 @@ impl Sequences {
         (id, slot)
     }
 
+    /// The id that the next sequence is going to have.
+    pub(crate) fn next_id(&self) -> SeqId {
+        SeqId(self.next_id)
+    }
+
     pub(crate) fn remove(&mut self, slot: u32) {
         let sequence = self.slots[slot as usize].take().expect("callers name occupied slots");
         self.by_id.remove(&sequence.id.0);

@@ -275,6 +275,31 @@ fn an_update_that_keeps_sequences_lets_them_go_on_in_their_order_from_the_start(
 }
 
 #[test]
+fn newcomers_are_held_back_through_preemption_and_updates() {
+    // As above: six blocks are too few for both to the end, so the young one gives way and comes back.
+    let mut s = scheduler(Config { num_blocks: 6, ..config() });
+    let early = [add(&mut s, 0, 32, 64), add(&mut s, 100, 32, 64)];
+    step(&mut s, 1);
+    s.hold_newcomers();
+    let late = add(&mut s, 200, 32, 40);
+    // A second time changes nothing: the held one stays held.
+    s.hold_newcomers();
+    while s.stats().preemptions == 0 {
+        assert!(step(&mut s, 1).iter().all(|slice| slice.seq != late));
+    }
+    s.begin_update_keeping().unwrap();
+    s.end_update();
+    while s.has_work() {
+        assert!(step(&mut s, 1).iter().all(|slice| slice.seq != late));
+    }
+    assert_eq!(early.map(|id| s.tokens(id).len()), [64, 64]);
+    assert_eq!((s.running(), s.waiting(), s.is_idle(), plan(&mut s)), (0, 1, false, vec![]));
+    s.admit_newcomers();
+    assert!(s.has_work());
+    assert_eq!(step(&mut s, 1), [slice(late, 0, 32, true)]);
+}
+
+#[test]
 fn four_thousand_sequences_run_together() {
     let mut s = scheduler(Config {
         num_blocks: 3 * 4096,

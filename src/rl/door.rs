@@ -3,7 +3,6 @@
 //! The run drives the engine; the server has a thread of its own and only asks. A failure of the server is
 //! told and does not end the run.
 
-use std::net::TcpListener;
 use std::thread::JoinHandle;
 
 use engine::Service;
@@ -15,6 +14,7 @@ use trainer::metrics::{Metrics, name};
 use crate::args_run::RlArgs;
 use crate::exit::Result;
 use crate::serve;
+use crate::sockets::{self, Socket, Sockets};
 use crate::terminal::Terminal;
 
 /// What the curves show of a step.
@@ -28,7 +28,7 @@ pub(super) fn point(metrics: &Metrics) -> RunPoint {
 
 /// An address that listens before the run begins, and how it is going to be served.
 pub(super) struct Door {
-    listener: TcpListener,
+    sockets: Sockets,
     config: server::ServerConfig,
 }
 
@@ -40,10 +40,11 @@ impl Door {
         terminal: &Terminal,
     ) -> Result<Option<Self>> {
         let Some(address) = &args.serve else { return Ok(None) };
-        let listener = serve::listen(address, address)?;
+        let public = Socket::Tcp(sockets::tcp(address, address)?);
+        let sockets = Sockets::new(public, &args.api.door)?;
         let mut server = serve::server_config(&config.model.path, &args.api, *terminal)?;
         server.run = Some(RunState::new(config.trainer.total_steps));
-        Ok(Some(Self { listener, config: server }))
+        Ok(Some(Self { sockets, config: server }))
     }
 
     /// Where the curves of the run go.
@@ -58,7 +59,7 @@ impl Door {
             // A dropped sender means the same as a sent word.
             let _dropped = stopped.await;
         };
-        let serve = move || serve::host(service, self.config, self.listener, (&terminal, shutdown));
+        let serve = move || serve::host(service, self.config, self.sockets, (&terminal, shutdown));
         let thread = std::thread::Builder::new().name("server".to_owned()).spawn(serve);
         Served { stop: Some(stop), thread }
     }

@@ -10,6 +10,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use subtle::{Choice, ConstantTimeEq};
 
+use crate::admin;
 use crate::api_error::ApiError;
 use crate::app::{App, LogEvent};
 use crate::error::{Error, Result};
@@ -72,8 +73,28 @@ impl Keys {
 }
 
 /// Names the request, asks for its key, and logs its answer.
-pub(crate) async fn guard(
-    State(app): State<Arc<App>>,
+pub(crate) async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let admitted = admission(&app, &request);
+    answered(app, admitted, request, next).await
+}
+
+fn admission(app: &App, request: &Request) -> std::result::Result<(), ApiError> {
+    let path = request.uri().path();
+    if admin::PATHS.contains(&path) {
+        return Err(ApiError::forbidden(
+            "this route is answered on the listener of --admin-listen",
+        ));
+    }
+    match matches!(path, "/" | "/health") || app.keys.admit(request.headers()) {
+        true => Ok(()),
+        false => Err(ApiError::unauthorized()),
+    }
+}
+
+/// Names the request, has it answered if it was admitted, and logs that.
+pub(crate) async fn answered(
+    app: Arc<App>,
+    admitted: std::result::Result<(), ApiError>,
     mut request: Request,
     next: Next,
 ) -> Response {
@@ -85,12 +106,10 @@ pub(crate) async fn guard(
     if let Some(value) = &value {
         request.headers_mut().insert(REQUEST_ID, value.clone());
     }
-    let mut response =
-        if matches!(path.as_str(), "/" | "/health") || app.keys.admit(request.headers()) {
-            next.run(request).await
-        } else {
-            ApiError::unauthorized().into_response()
-        };
+    let mut response = match admitted {
+        Ok(()) => next.run(request).await,
+        Err(error) => error.into_response(),
+    };
     if let Some(value) = value {
         response.headers_mut().insert(REQUEST_ID, value);
     }
@@ -98,6 +117,11 @@ pub(crate) async fn guard(
     let elapsed = begun.elapsed();
     app.log(&LogEvent::Answered { method, path, status, request_id: name, elapsed });
     response
+}
+
+/// The id that a request was given here.
+pub(crate) fn given_name(headers: &HeaderMap) -> String {
+    headers.get(REQUEST_ID).and_then(|name| name.to_str().ok()).unwrap_or_default().to_owned()
 }
 
 /// The id the client gave, when it is short and plain; else a new one.

@@ -47,6 +47,34 @@ impl ApiError {
         Self::new(StatusCode::UNAUTHORIZED, "authentication_error", "invalid_api_key", message)
     }
 
+    /// A route or a key that is not for this.
+    pub(crate) fn forbidden(message: &str) -> Self {
+        let (status, message) = (StatusCode::FORBIDDEN, message.to_owned());
+        Self::new(status, "permission_error", "permission_denied", message)
+    }
+
+    /// Something else is going on that rules this out.
+    pub(crate) fn conflict(message: String) -> Self {
+        Self::new(StatusCode::CONFLICT, "conflict_error", "conflict", message)
+    }
+
+    pub(crate) fn connections_full(limit: u32) -> Self {
+        let message = format!("too many connections, limit is {limit}");
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        Self::new(status, "unavailable_error", "too_many_connections", message)
+    }
+
+    pub(crate) fn body_too_large(limit: usize) -> Self {
+        let message = format!("body is too large, limit is {limit} bytes");
+        Self::invalid(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+    }
+
+    /// The body took longer than it may.
+    pub(crate) fn body_late(limit: Duration) -> Self {
+        let message = format!("body did not come in time, limit is {} s", limit.as_secs_f64());
+        Self::invalid(StatusCode::REQUEST_TIMEOUT, "body_timeout", message)
+    }
+
     pub(crate) fn no_route(path: &str) -> Self {
         let message = format!("no route {path}");
         Self::new(StatusCode::NOT_FOUND, "not_found_error", "not_found", message)
@@ -115,6 +143,10 @@ impl ApiError {
     /// The body as JSON.
     pub(crate) fn to_value(&self) -> serde_json::Value {
         serde_json::json!(Wrapped { error: &self.body })
+    }
+
+    pub(crate) fn status(&self) -> StatusCode {
+        self.status
     }
 
     /// The body, as it also stands in an event of a stream.

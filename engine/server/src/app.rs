@@ -11,13 +11,17 @@ use engine::{LogprobsMode, RequestId, SamplingParams, Service};
 use tokio::sync::watch;
 
 use crate::access::Keys;
+use crate::admin::Admin;
 use crate::api_error::ApiError;
 use crate::controls::Controls;
+use crate::cors::Cors;
 use crate::error::{Error, Result};
 use crate::fields::{BadField, Fields};
+use crate::limits::Limits;
 use crate::load_report::LoadReport;
 use crate::metrics::{Metrics, MetricsNames};
 use crate::named::{Name, Named};
+use crate::request_log::RequestLog;
 use crate::run_state::RunState;
 use crate::structured::Grammars;
 
@@ -60,6 +64,15 @@ pub struct ServerConfig {
     /// Time without a step, while steps are to be expected, after which `/health` says 503; `None` for
     /// never.
     pub heartbeat_timeout: Option<Duration>,
+    /// Whether requests are logged when they are taken in, beside the line of their answer.
+    pub request_log: RequestLog,
+    /// Keys of which the operator must show one on the admin listener; without any, whoever reaches it may
+    /// administrate.
+    pub admin_api_keys: Vec<String>,
+    /// What pages of other sites may do; `None` for nothing.
+    pub cors: Option<Cors>,
+    /// What a connection may take.
+    pub limits: Limits,
     /// The curves of the run that trains the served weights, if one does.
     pub run: Option<RunState>,
 }
@@ -101,6 +114,29 @@ pub enum LogEvent {
     },
     /// How busy the server is.
     Load(LoadReport),
+    /// A request was taken in, where [`RequestLog`] asks for that.
+    Request {
+        /// The request's id, as in the header `x-request-id`.
+        request_id: String,
+        /// The answer's id.
+        answer_id: String,
+        /// How many prompts it has.
+        prompts: usize,
+        /// Tokens of its prompts.
+        prompt_tokens: usize,
+        /// Names and values of how it samples.
+        parameters: Vec<(&'static str, String)>,
+    },
+    /// Connections are turned away; once until one is taken in again.
+    ConnectionsFull {
+        /// Connections that may be open.
+        limit: u32,
+    },
+    /// The weights were replaced.
+    WeightsUpdated {
+        /// Their version.
+        version: u64,
+    },
     /// The shutdown began.
     Draining {
         /// Requests that still run.
@@ -131,6 +167,10 @@ impl ServerConfig {
             log: None,
             log_stats: Some(Duration::from_secs(5)),
             heartbeat_timeout: Some(Duration::from_secs(300)),
+            request_log: RequestLog::Off,
+            admin_api_keys: Vec::new(),
+            cors: None,
+            limits: Limits::default(),
             run: None,
         }
     }
@@ -152,6 +192,7 @@ pub(crate) struct App {
     pub(crate) service: Arc<Service>,
     pub(crate) config: ServerConfig,
     pub(crate) keys: Keys,
+    pub(crate) admin: Admin,
     pub(crate) defaults: SamplingParams,
     pub(crate) live: Arc<Live>,
     pub(crate) metrics: Arc<Metrics>,
@@ -171,10 +212,12 @@ impl App {
             return Err(Error::config("model_names is empty, at least one is needed"));
         }
         let keys = Keys::new(&config.api_keys)?;
+        let admin = Admin::new(&config.admin_api_keys)?;
         let recommended = || crate::params::default_params(service.generation_defaults());
         let defaults = config.default_params.clone().unwrap_or_else(recommended);
         Ok(Arc::new(Self {
             keys,
+            admin,
             defaults,
             live: Arc::new(Live::new()),
             metrics: Arc::new(Metrics::new()),
@@ -271,7 +314,8 @@ impl Live {
     pub(crate) fn enter(self: &Arc<Self>) -> std::result::Result<Visit, ApiError> {
         // Counted first: a visitor is either seen by the drain or sees it.
         self.visits.send_modify(|visits| *visits += 1);
-        let visit = Visit { live: Arc::clone(self), name: self.named.enter() };
+        let name = self.named.enter();
+        let visit = Visit { live: Arc::clone(self), name, request_id: String::new() };
         if self.is_draining() { Err(ApiError::draining()) } else { Ok(visit) }
     }
 
@@ -320,6 +364,8 @@ pub(crate) struct Visit {
     live: Arc<Live>,
     /// The names by which clients can end it.
     pub(crate) name: Name,
+    /// The request's id, as in the header `x-request-id`.
+    pub(crate) request_id: String,
 }
 
 impl Drop for Visit {

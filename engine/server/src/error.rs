@@ -18,8 +18,6 @@ pub struct Error {
 pub enum ErrorKind {
     /// The configuration asks for something that cannot be.
     Config,
-    /// The socket failed.
-    Io,
     /// The engine failed, and can serve nobody any more.
     Engine,
 }
@@ -27,10 +25,6 @@ pub enum ErrorKind {
 impl Error {
     pub(crate) fn config(message: impl Into<String>) -> Self {
         Self { kind: ErrorKind::Config, message: message.into() }
-    }
-
-    pub(crate) fn io(message: impl Into<String>) -> Self {
-        Self { kind: ErrorKind::Io, message: message.into() }
     }
 
     pub(crate) fn engine(message: impl Into<String>) -> Self {

@@ -19,7 +19,7 @@ use crate::prompt_params::PromptParams;
 use crate::structured::Structured;
 use crate::tool_calls::CallParser;
 use crate::tools::{self, Tools};
-use crate::{chat, completions, refused, structured};
+use crate::{chat, completions, refused, request_log, structured};
 
 /// Most choices (prompts times samples) one request may ask for.
 const MAX_CHOICES: usize = 1024;
@@ -108,7 +108,7 @@ pub(crate) struct Job {
     /// Time without an event after which a stream gets a comment.
     pub(crate) keep_alive: Duration,
     /// Keeps the drain waiting until the answer is out, and the names of the job.
-    visit: Visit,
+    pub(crate) visit: Visit,
 }
 
 impl Job {
@@ -139,6 +139,7 @@ impl Job {
         let scored = scored_prompts(&asked, about.logprobs, delivery)?;
         check_queue(app)?;
         let echo = echoes(app, &asked)?;
+        let parameters = request_log::parameters(app, &asked.params);
         let compile = |asked| app.grammars.compile(&app.service, asked);
         let constraint = grammar.as_ref().map(compile).transpose()?;
         let Asked { prompts, params, logprobs, continuation, .. } = asked;
@@ -160,7 +161,7 @@ impl Job {
         let id = format!("{prefix}-{}", unique_name(app.next_id()));
         visit.name.also(&id);
         visit.name.runs(&app.service, generation.ids());
-        Ok(Self {
+        let job = Self {
             api,
             id,
             created_s: now_s(),
@@ -176,7 +177,9 @@ impl Job {
             logprobs_mode: app.config.logprobs_mode,
             keep_alive: app.config.keep_alive,
             visit,
-        })
+        };
+        request_log::taken_in(app, &job, parameters);
+        Ok(job)
     }
 
     /// Gives the job an id that begins with `prefix`, beside the one it has had.

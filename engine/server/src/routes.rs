@@ -9,22 +9,22 @@ use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::serve::ListenerExt;
 use axum::{Json, Router, middleware};
 use engine::{Phase, Service, Status};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use crate::access::guard;
+use crate::access::{given_name, guard};
 use crate::answer::whole;
 use crate::api_error::ApiError;
 use crate::app::{App, LogEvent, ServerConfig, Visit};
+use crate::connection::{Listeners, accept};
 use crate::error::{Error, Result};
 use crate::job::{Api, Delivery, Job, transport};
+use crate::limits::{bound_body, unreadable};
 use crate::metrics::http::measure;
-use crate::{load_report, openapi, page, stream};
+use crate::{admin, load_report, openapi, page, stream};
 
 mod abort;
 mod responses;
@@ -46,24 +46,25 @@ const LOOK: Duration = Duration::from_millis(200);
 pub async fn serve(
     service: Arc<Service>,
     config: ServerConfig,
-    listener: TcpListener,
+    listeners: impl Into<Listeners>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let app = App::new(service, config)?;
-    let (stop, stopped) = oneshot::channel::<()>();
-    let listener = listener.tap_io(|stream| {
-        // Without it a token would wait for the previous one's acknowledgement; with it refused the
-        // server still works.
-        let _refused = stream.set_nodelay(true);
-    });
-    let router = router(Arc::clone(&app));
-    let server = axum::serve(listener, router).with_graceful_shutdown(async {
-        // A dropped sender means the same as a sent word.
-        let _dropped = stopped.await;
-    });
-    let server = async { server.await.map_err(|error| Error::io(error.to_string())) };
+    app.config.limits.check()?;
+    let cors = app.config.cors.as_ref().map(|cors| cors.layer()).transpose()?;
+    let (stop, stopped) = watch::channel(());
+    let Listeners { public, admin } = listeners.into();
+    if let Some(listener) = admin {
+        let router = admin::router(Arc::clone(&app));
+        tokio::spawn(accept(listener, router, Arc::clone(&app), stopped.clone()));
+    }
+    let mut router = router(Arc::clone(&app));
+    if let Some(cors) = cors {
+        // Outermost: a preflight shows no key.
+        router = router.layer(cors);
+    }
     tokio::select! {
-        result = server => result,
+        () = accept(public, router, Arc::clone(&app), stopped) => Ok(()),
         () = drain(&app, shutdown, stop) => Ok(()),
         never = load_report::reports(&app) => match never {},
         failure = engine_failure(&app) => Err(Error::engine(format!("engine: {failure}"))),
@@ -82,7 +83,7 @@ async fn engine_failure(app: &App) -> String {
 }
 
 /// Waits for `shutdown` and for the visitors to leave, then closes the listener.
-async fn drain(app: &App, shutdown: impl Future<Output = ()>, stop: oneshot::Sender<()>) {
+async fn drain(app: &App, shutdown: impl Future<Output = ()>, stop: watch::Sender<()>) {
     shutdown.await;
     app.live.drain();
     app.log(&LogEvent::Draining { running: app.live.visits() });
@@ -119,12 +120,13 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(app.config.max_body_bytes))
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), bound_body))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), guard))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), measure))
         .with_state(app)
 }
 
-async fn health(State(app): State<Arc<App>>) -> Response {
+pub(crate) async fn health(State(app): State<Arc<App>>) -> Response {
     let status = app.service.status();
     if status.failure.is_some() {
         return ApiError::engine_dead().into_response();
@@ -176,7 +178,7 @@ fn card(app: &App, name: &str) -> Value {
     })
 }
 
-type Body = std::result::Result<Bytes, BytesRejection>;
+pub(crate) type Body = std::result::Result<Bytes, BytesRejection>;
 
 async fn chat_completions(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
     generate(app.0, Api::Chat, &headers, body).await.unwrap_or_else(IntoResponse::into_response)
@@ -210,23 +212,27 @@ async fn read<T: Send + 'static>(
     body: Body,
     make: impl FnOnce(&App, Visit, &[u8]) -> std::result::Result<T, ApiError> + Send + 'static,
 ) -> std::result::Result<T, ApiError> {
-    let visit = app.live.enter()?;
+    let mut visit = app.live.enter()?;
     visit.name.header(headers);
-    let body = body.map_err(|rejection| too_large(&app, &rejection))?;
-    check_content_type(headers)?;
+    visit.request_id = given_name(headers);
+    let body = read_body(&app, headers, body)?;
     tokio::task::spawn_blocking(move || make(&app, visit, &body))
         .await
         .map_err(|_panicked| ApiError::internal("the request could not be read"))?
 }
 
-fn too_large(app: &App, rejection: &BytesRejection) -> ApiError {
-    let limit = app.config.max_body_bytes;
-    match rejection.status() {
-        status @ StatusCode::PAYLOAD_TOO_LARGE => {
-            transport(status, format!("body is too large, limit is {limit} bytes"))
-        }
-        status => transport(status, "body could not be read".to_owned()),
-    }
+/// A body that has been read, of the type that is read here.
+pub(crate) fn read_body(
+    app: &App,
+    headers: &HeaderMap,
+    body: Body,
+) -> std::result::Result<Bytes, ApiError> {
+    let body = body.map_err(|rejection| match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => ApiError::body_too_large(app.config.max_body_bytes),
+        _ => unreadable(app, &rejection),
+    })?;
+    check_content_type(headers)?;
+    Ok(body)
 }
 
 /// A page of another site cannot send this type without asking first.
@@ -240,11 +246,11 @@ fn check_content_type(headers: &HeaderMap) -> std::result::Result<(), ApiError> 
     Err(transport(StatusCode::UNSUPPORTED_MEDIA_TYPE, message))
 }
 
-async fn no_route(uri: Uri) -> ApiError {
+pub(crate) async fn no_route(uri: Uri) -> ApiError {
     ApiError::no_route(uri.path())
 }
 
-async fn no_method(method: Method, uri: Uri) -> ApiError {
+pub(crate) async fn no_method(method: Method, uri: Uri) -> ApiError {
     let message = format!("method {method} is not allowed for {}", uri.path());
     transport(StatusCode::METHOD_NOT_ALLOWED, message)
 }

@@ -197,8 +197,17 @@ impl Weights {
                 None => Linear::Full(Matrix::zeros(dtype, spec.rows, spec.cols)),
             }
         });
-        let specs = param_specs(source.config());
-        let mut work: Vec<_> = specs.iter().zip(weights.params_mut()).collect();
+        weights.read(source, pool)?;
+        Ok(weights)
+    }
+
+    /// Overwrites all parameters by those of `source`, whose configuration has the same shapes.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); some parameters are overwritten then and others are not.
+    pub fn read(&mut self, source: &ModelSource, pool: &ThreadPool) -> Result<()> {
+        let (dtype, specs) = (self.dtype, param_specs(source.config()));
+        let mut work: Vec<_> = specs.iter().zip(self.params_mut()).collect();
         // Taken from the end: the largest first, so that no thread is left alone with one.
         work.sort_by_key(|(spec, _)| spec.len());
         let work = Mutex::new((work, Ok(())));
@@ -212,8 +221,7 @@ impl Weights {
             }
         });
         let (_, read) = work.into_inner();
-        read?;
-        Ok(weights)
+        read
     }
 
     /// Bytes of the weights with matrices kept as they are stored.

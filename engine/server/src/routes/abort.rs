@@ -10,7 +10,7 @@ use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use super::{Body, check_content_type, too_large};
+use super::{Body, read_body};
 use crate::api_error::ApiError;
 use crate::app::App;
 use crate::fields::{BadField, Fields};
@@ -28,8 +28,7 @@ pub(super) async fn abort(State(app): State<Arc<App>>, headers: HeaderMap, body:
 }
 
 async fn ended(app: Arc<App>, headers: &HeaderMap, body: Body) -> Result<Vec<String>, ApiError> {
-    let body = body.map_err(|rejection| too_large(&app, &rejection))?;
-    check_content_type(headers)?;
+    let body = read_body(&app, headers, body)?;
     // A long body takes processor time.
     let read = move || {
         let names = names(&app, &body)?;

@@ -7,12 +7,15 @@ use axum::body::{Body as HttpBody, to_bytes};
 use axum::http::Request as HttpRequest;
 use engine::{Engine, EngineConfig, ModelSource};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
 use tower::ServiceExt;
 
 use super::*;
 
 mod abort;
+mod admin;
+mod limits;
 mod openapi;
 mod panics;
 mod params;
@@ -53,7 +56,10 @@ fn tiny_model() -> Dir {
 }
 
 fn engine() -> Engine {
-    let dir = tiny_model();
+    engine_of(&tiny_model())
+}
+
+fn engine_of(dir: &Dir) -> Engine {
     let source = ModelSource::open(&dir.0).unwrap();
     let config = EngineConfig {
         kv_cache_memory_bytes: Some(16 << 20),
@@ -79,13 +85,21 @@ impl Server {
     }
 
     fn with(change: impl FnOnce(&mut ServerConfig)) -> Self {
+        Self::over(service(), change)
+    }
+
+    fn of(service: Arc<Service>) -> Self {
+        Self::over(service, |_| {})
+    }
+
+    fn over(service: Arc<Service>, change: impl FnOnce(&mut ServerConfig)) -> Self {
         let log = Arc::new(Mutex::new(Vec::new()));
         let mut config = ServerConfig::new("tiny");
         config.default_params = Some(engine::SamplingParams::default());
         let sink = Arc::clone(&log);
         config.log = Some(Arc::new(move |event| sink.lock().unwrap().push(event.clone())));
         change(&mut config);
-        Self { app: App::new(service(), config).unwrap(), log }
+        Self { app: App::new(service, config).unwrap(), log }
     }
 
     async fn send(&self, request: HttpRequest<HttpBody>) -> Response {

@@ -1,0 +1,151 @@
+//! The doors of `engine serve` as a process: the operator's socket, a public Unix socket, lines of the log as
+//! JSON, signals that end nothing, and flags that are refused.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, Stdio};
+
+use serde_json::{Value, json};
+
+use super::support::{Folder, SMALL, engine, fails};
+
+/// A running server, and the lines it has logged.
+struct Server {
+    child: Child,
+    log: BufReader<ChildStderr>,
+}
+
+impl Server {
+    fn start(model: &Path, flags: &[&str]) -> Self {
+        let mut command = engine();
+        command.arg("serve").arg(model).args(SMALL).args(flags);
+        // Nothing is read from standard input.
+        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        Self { child, log }
+    }
+
+    /// The next line of the log with this part.
+    fn line(&mut self, part: &str) -> String {
+        let mut line = String::new();
+        while !line.contains(part) {
+            line.clear();
+            assert_ne!(self.log.read_line(&mut line).unwrap(), 0, "no line with {part}");
+        }
+        line.trim_end().to_owned()
+    }
+
+    fn signal(&self, name: &str) {
+        let id = self.child.id().to_string();
+        assert!(Command::new("kill").args([name, &id]).status().unwrap().success());
+    }
+
+    /// Ends the server; returns what else it has logged.
+    fn end(mut self) -> String {
+        self.signal("-TERM");
+        assert_eq!(self.child.wait().unwrap().code(), Some(0));
+        let mut rest = String::new();
+        self.log.read_to_string(&mut rest).unwrap();
+        rest
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Already gone in most tests.
+        let _gone = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+/// Sends a request and reads the answer to its end: status and body.
+fn send(mut stream: impl Read + Write, head: &str, body: &Value) -> (u16, Value) {
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    write!(
+        stream,
+        "{head} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+         x-request-id: run-7\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head[9..12].parse().unwrap(), serde_json::from_str(body).unwrap())
+}
+
+#[test]
+fn an_operator_pauses_and_replaces_weights_by_a_socket() {
+    let folder = Folder::new();
+    let (model, path) = (folder.tiny_model(), folder.path("admin.sock"));
+    let at = format!("unix:{}", path.display());
+    let mut server = Server::start(&model, &["--port", "0", "--admin-listen", &at]);
+    let line = server.line("serving at http://");
+    let public = line.split_once("http://").unwrap().1.trim_end_matches("/v1").to_owned();
+    server.line("administrated at unix:");
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let admin = |head: &str, body: Value| send(UnixStream::connect(&path).unwrap(), head, &body);
+    let client = |head: &str, body: Value| send(TcpStream::connect(&public).unwrap(), head, &body);
+
+    let (status, answer) = client("POST /pause", Value::Null);
+    assert_eq!((status, &answer["error"]["type"]), (403, &json!("permission_error")));
+    let paused = json!({"status": "paused", "mode": "keep"});
+    assert_eq!(admin("POST /pause?mode=keep", Value::Null), (200, paused));
+    assert_eq!(admin("POST /resume", Value::Null), (200, json!({"status": "resumed"})));
+    let body = json!({"path": model.to_str().unwrap(), "mode": "wait"});
+    let updated = json!({"status": "updated", "weights_version": 1});
+    assert_eq!(admin("POST /update_weights_from_disk", body), (200, updated));
+    let ask = json!({"prompt": "a", "max_tokens": 2, "ignore_eos": true, "return_token_ids": true});
+    let (status, answer) = client("POST /v1/completions", ask);
+    assert_eq!((status, &answer["choices"][0]["weights_versions"]), (200, &json!([1, 1])));
+    server.end();
+    assert!(!path.exists(), "the socket's file is left");
+}
+
+#[test]
+fn lines_are_json_and_hangups_end_nothing() {
+    let folder = Folder::new();
+    let path = folder.path("public.sock");
+    let flags = ["--log-format", "json", "--enable-log-requests", "--uds", path.to_str().unwrap()];
+    let mut server = Server::start(&folder.tiny_model(), &flags);
+    server.line("serving at unix:");
+    server.signal("-HUP");
+    let ask = json!({"prompt": "hush", "max_tokens": 2, "zebra": 1});
+    let stream = UnixStream::connect(&path).unwrap();
+    assert_eq!(send(stream, "POST /v1/completions", &ask).0, 200);
+    let log = server.end();
+    assert!(!log.contains("hush"), "{log}");
+    let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for line in &lines {
+        assert!(line["ts"].as_f64().unwrap() > 1.6e9, "{line}");
+        assert!(["info", "warning"].contains(&line["level"].as_str().unwrap()), "{line}");
+        assert!(line["message"].is_string(), "{line}");
+    }
+    let answered = lines.iter().find(|line| line["status"] == 200).unwrap();
+    assert_eq!(answered["path"], "/v1/completions");
+    assert_eq!(answered["request_id"], "run-7");
+    assert!(answered["ms"].as_f64().unwrap() > 0.0, "{answered}");
+    let taken_in = lines.iter().find(|line| line["prompt_tokens"] == 4).unwrap();
+    assert_eq!((&taken_in["request_id"], &taken_in["max_tokens"]), (&json!("run-7"), &json!("2")));
+    assert!(lines.iter().any(|line| line["field"] == "zebra"), "{log}");
+}
+
+#[test]
+fn doors_that_cannot_be_are_usage_errors() {
+    for (flags, part) in [
+        (&["--admin-listen", "0.0.0.0:0"][..], "--admin-api-key is needed"),
+        (&["--admin-api-key", "k"], "--admin-api-key has no effect without --admin-listen"),
+        (&["--allowed-origins", "*"], "expected a JSON list of strings"),
+        (&["--allowed-origins", "[\"x\"]"], "allowed origin \"x\" is none"),
+        (&["--allowed-origins", "[\"*\"]", "--allow-credentials"], "allowed origins are *"),
+        (&["--max-connections", "0"], "max_connections is 0, limit is at least 1"),
+        (&["--h11-max-incomplete-event-size", "1K"], "max_header_bytes is 1024, limit is"),
+        (&["--stall-timeout", "0"], "--stall-timeout is 0, limit is more than 0 seconds"),
+    ] {
+        fails(engine().args(["serve", "/nowhere", "--port", "0"]).args(flags), 2, part);
+    }
+}
