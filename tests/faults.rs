@@ -9,7 +9,7 @@
 //! | 1-9 | `input.rs`, `row_01_...` to `row_09_...` |
 //! | 10-15 | `content.rs`; also `engine/tests/engine/sampling.rs` (10), the server's `routes/tests/structured.rs` (11, 12), `engine/src/text/tests/` (13), `no_value_in_the_weights_stops_the_engine` of `engine/tests/engine.rs` (14) |
 //! | 16, 17, 19-21, 24 | `clients.rs`; also `an_abort_returns_all_blocks_within_one_step` of `engine/tests/engine.rs` (17) |
-//! | 18 | the server's own tests of its limits |
+//! | 18 | the server's `routes/tests/limits.rs`, `tests/e2e/serve_doors.rs` |
 //! | 22, 23, 25, 26 | `process.rs`; a run killed: `a_killed_run_goes_on_with_the_same_command` of `tests/e2e/rl.rs` (26) |
 //! | 27 | the server's `routes/tests/panics.rs`; the exit code: `an_engine_that_has_failed_ends_the_command_with_code_1` of `src/serve.rs` |
 //! | 28 | `numbers_that_are_not_end_a_request_and_the_engine_lives_on` of `engine/tests/engine.rs` |

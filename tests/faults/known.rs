@@ -2,7 +2,7 @@
 //! patterns, bodies in hostile chunks, times and texts that tell secrets.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpListener;
+use std::net::{Shutdown, TcpListener};
 
 use serde_json::{Value, json};
 
@@ -69,7 +69,8 @@ fn tools_and_schemas_that_are_none_are_refused() {
 #[test]
 fn bodies_in_hostile_chunks_are_refused_and_plain_ones_read() {
     let server = Server::shared();
-    let send = |chunks: &[u8]| {
+    // A client that has said all closes its side, unless it waits for a good answer.
+    let send = |chunks: &[u8], close: bool| {
         let mut stream = server.connect();
         let head = format!(
             "POST {TEXT} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
@@ -77,6 +78,7 @@ fn bodies_in_hostile_chunks_are_refused_and_plain_ones_read() {
         );
         // Whoever is refused may be cut off while he writes and reads.
         let _cut = stream.write_all(&[head.as_bytes(), chunks].concat());
+        let _cut = close.then(|| stream.shutdown(Shutdown::Write));
         let mut answer = Vec::new();
         let _cut = stream.read_to_end(&mut answer);
         server.is_well();
@@ -84,14 +86,14 @@ fn bodies_in_hostile_chunks_are_refused_and_plain_ones_read() {
     };
     let body = "{\"prompt\": \"a\", \"max_tokens\": 2}";
     let bytes: String = body.chars().map(|character| format!("1\r\n{character}\r\n")).collect();
-    let whole = send(format!("{bytes}0\r\n\r\n").as_bytes());
+    let whole = send(format!("{bytes}0\r\n\r\n").as_bytes(), false);
     assert!(whole.starts_with("HTTP/1.1 200"), "{whole}");
     for size in ["FFFFFFFFFFFFFFFF", "FFFFFFFFFFFFFFFFFF", "-1", "zz", "", "1; x=\x00"] {
-        let answer = send(format!("{size}\r\n{body}\r\n0\r\n\r\n").as_bytes());
+        let answer = send(format!("{size}\r\n{body}\r\n0\r\n\r\n").as_bytes(), true);
         assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{size}: {answer}");
     }
     let endless = format!("1;{}\r\nx\r\n", "e".repeat(100_000));
-    let answer = send(endless.as_bytes());
+    let answer = send(endless.as_bytes(), true);
     assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
 }
 

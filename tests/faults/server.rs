@@ -49,6 +49,13 @@ impl Server {
         Self::start(Path::new("builtin:arith"), flags, None)
     }
 
+    /// The same with an allocator that gives large pieces back at once, so that its memory is what it needs.
+    pub(crate) fn measured() -> Self {
+        let mut command = engine();
+        command.envs([("MALLOC_ARENA_MAX", "1"), ("MALLOC_MMAP_THRESHOLD_", "131072")]);
+        Self::run(command, Path::new("builtin:arith"), &[], None)
+    }
+
     /// The one that tests share which change nothing for others; ends with the last of them.
     pub(crate) fn shared() -> Arc<Self> {
         static SHARED: Mutex<Weak<Server>> = Mutex::new(Weak::new());
@@ -69,7 +76,10 @@ impl Server {
     }
 
     fn start(model: &Path, flags: &[&str], folder: Option<Folder>) -> Self {
-        let mut command = engine();
+        Self::run(engine(), model, flags, folder)
+    }
+
+    fn run(mut command: Command, model: &Path, flags: &[&str], folder: Option<Folder>) -> Self {
         command.arg("serve").arg(model).args(["--served-model-name", "arith"]);
         if !flags.contains(&"--port") {
             command.args(["--port", "0"]);

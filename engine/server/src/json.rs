@@ -1,13 +1,14 @@
-//! A request's body as JSON, read so that what it lists cannot take memory before it is counted.
+//! A request's body as JSON, looked through before anything of it is kept: what it lists cannot take memory.
 //!
-//! Fields that hold lists have a limit of entries each; what is beyond it is counted and left out, and so is
-//! everything after it. A key that comes twice in one object is an error. Leaves out what the fields mean.
+//! Fields that hold lists have a limit of entries each; what is beyond it is counted and no more. A key that
+//! comes twice in one object is an error. Leaves out what the fields mean.
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Number, Value};
+use serde_json::{Map, Value};
 
 use crate::fields::{BadField, kind};
 use crate::params::{MAX_BIASES, MAX_MESSAGES, MAX_STOP_TOKENS, MAX_STOPS, at_most};
@@ -34,16 +35,17 @@ fn limit(name: &str) -> usize {
 /// When `json` is not JSON, has a key twice (both with line and column), is not an object, or lists more
 /// than its fields may hold.
 pub(crate) fn object(json: &[u8]) -> Result<Map<String, Value>, BadField> {
+    let bad = |error| BadField::body(format!("body is not valid JSON: {error}"));
     let reading = Reading::default();
     let mut deserializer = serde_json::Deserializer::from_slice(json);
-    let read = Node { reading: &reading, name: None, depth: 0 }
+    Node { reading: &reading, name: None, depth: 0 }
         .deserialize(&mut deserializer)
-        .and_then(|value| deserializer.end().map(|()| value))
-        .map_err(|error| BadField::body(format!("body is not valid JSON: {error}")))?;
+        .and_then(|()| deserializer.end())
+        .map_err(bad)?;
     if let Some(bad) = reading.state.into_inner().bad {
         return Err(bad);
     }
-    match read {
+    match serde_json::from_slice(json).map_err(bad)? {
         Value::Object(map) => Ok(map),
         other => Err(BadField::body(format!("body is {}, expected an object", kind(&other)))),
     }
@@ -63,8 +65,8 @@ struct State {
 }
 
 impl Reading {
-    /// Counts a value in; false when it is not to be kept.
-    fn keep(&self, name: Option<&str>) -> bool {
+    /// Counts a value in; false when the rest is only to be passed over.
+    fn goes_on(&self, name: Option<&str>) -> bool {
         let mut state = self.state.borrow_mut();
         if state.bad.is_some() {
             return false;
@@ -119,82 +121,80 @@ impl<'a> Node<'a> {
 }
 
 impl<'de> DeserializeSeed<'de> for Node<'_> {
-    type Value = Value;
+    type Value = ();
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
-        if self.reading.keep(self.name) {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        if self.reading.goes_on(self.name) {
             deserializer.deserialize_any(self)
         } else {
-            deserializer.deserialize_ignored_any(IgnoredAny).map(|_| Value::Null)
+            deserializer.deserialize_ignored_any(IgnoredAny).map(|_| ())
         }
     }
 }
 
 impl<'de> Visitor<'de> for Node<'_> {
-    type Value = Value;
+    type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a value")
     }
 
-    fn visit_unit<E: Error>(self) -> Result<Value, E> {
-        Ok(Value::Null)
+    fn visit_unit<E: Error>(self) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_bool<E: Error>(self, value: bool) -> Result<Value, E> {
-        Ok(Value::Bool(value))
+    fn visit_bool<E: Error>(self, _value: bool) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_i64<E: Error>(self, value: i64) -> Result<Value, E> {
-        Ok(Value::from(value))
+    fn visit_i64<E: Error>(self, _value: i64) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_u64<E: Error>(self, value: u64) -> Result<Value, E> {
-        Ok(Value::from(value))
+    fn visit_u64<E: Error>(self, _value: u64) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_f64<E: Error>(self, value: f64) -> Result<Value, E> {
-        Number::from_f64(value).map(Value::Number).ok_or_else(|| E::custom("number out of range"))
+    fn visit_f64<E: Error>(self, _value: f64) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_str<E: Error>(self, value: &str) -> Result<Value, E> {
-        Ok(Value::from(value))
+    fn visit_str<E: Error>(self, _value: &str) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
-        let (mut list, mut entries) = (Vec::new(), 0);
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        let mut entries = 0;
         let inner = Self { depth: self.depth + 1, ..self };
-        loop {
-            if entries < self.limit() {
-                let Some(value) = seq.next_element_seed(inner)? else { break };
-                list.push(value);
-            } else if seq.next_element::<IgnoredAny>()?.is_none() {
-                break;
-            }
+        while if entries < self.limit() {
+            seq.next_element_seed(inner)?.is_some()
+        } else {
+            seq.next_element::<IgnoredAny>()?.is_some()
+        } {
             entries += 1;
         }
         self.check(entries);
-        Ok(Value::Array(list))
+        Ok(())
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Value, A::Error> {
-        let (mut map, mut entries) = (Map::new(), 0);
+    fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<(), A::Error> {
+        let (mut keys, mut entries) = (HashSet::new(), 0);
         loop {
             if entries < self.limit() {
                 let Some(key) = object.next_key::<String>()? else { break };
-                if map.contains_key(&key) {
+                if keys.contains(&key) {
                     let shown: String = key.chars().take(MAX_KEY_CHARS).collect();
                     return Err(A::Error::custom(format_args!("key {shown:?} comes twice")));
                 }
-                let value = object.next_value_seed(self.member(&key))?;
-                map.insert(key, value);
+                object.next_value_seed(self.member(&key))?;
+                keys.insert(key);
             } else if object.next_entry::<IgnoredAny, IgnoredAny>()?.is_none() {
                 break;
             }
             entries += 1;
         }
         self.check(entries);
-        Ok(Value::Object(map))
+        Ok(())
     }
 }
 
