@@ -105,7 +105,9 @@ class Server:
     """`engine serve` on a free port, from its first health to its end."""
 
     def __init__(self, args, work):
-        self.command = [args.engine, "serve", args.model, "--port", "0", "--dtype", args.dtype, "--disable-log-stats"]
+        self.command = [args.engine, "serve", args.model, "--port", "0", "--dtype", args.dtype, "--disable-log-stats",
+                        # Longer than the soak: connections that say nothing are closed after it.
+                        "--header-timeout", str(int(args.duration) + 120)]
         self.log_path = work / "server.log"
 
     def __enter__(self):
