@@ -150,13 +150,8 @@ impl Service {
     /// # Errors
     /// What [`Engine::add`] says of the request, or that the engine has stopped.
     pub fn submit(&self, request: Request, sink: Sink) -> Result<RequestId> {
-        let (reply, answer) = bounded(1);
         let asked = Instant::now();
-        let gone = |_| Error::internal("the engine has stopped");
-        self.commands
-            .send(Command::Submit { request: Box::new(request), sink, reply, asked })
-            .map_err(|_| gone(()))?;
-        answer.recv().map_err(|_| gone(()))?
+        self.ask(|reply| Command::Submit { request: Box::new(request), sink, reply, asked })
     }
 
     /// Ends a request; its sink gets the ends of its samples. Nothing happens if it is over.
@@ -172,6 +167,7 @@ impl Service {
     /// `ErrorKind::Busy` when another pause or a resume came first, and when somebody else drives the
     /// engine ([`attach`](Self::attach)); `ErrorKind::Internal` when the engine has stopped.
     pub fn pause(&self, mode: PauseMode) -> Result<()> {
+        self.check_own()?;
         self.ask(|reply| Command::Pause { mode, reply })
     }
 
@@ -180,6 +176,7 @@ impl Service {
     /// # Errors
     /// As [`pause`](Self::pause).
     pub fn resume(&self) -> Result<()> {
+        self.check_own()?;
         self.ask(|reply| Command::Resume { reply })
     }
 
@@ -204,12 +201,12 @@ impl Service {
     /// As [`Engine::replace_weights`] and [`pause`](Self::pause). After `ErrorKind::Internal` the service
     /// has failed.
     pub fn replace_weights(&self, source: ModelSource) -> Result<WeightsVersion> {
+        self.check_own()?;
         self.ask(|reply| Command::Replace { source: Box::new(source), reply })
     }
 
-    /// Has a command carried out that only the driver of an engine may give.
+    /// Has a command carried out, and waits for the answer.
     fn ask<T>(&self, command: impl FnOnce(Sender<Result<T>>) -> Command) -> Result<T> {
-        self.check_own()?;
         let (reply, answer) = bounded(1);
         let gone = |_| Error::internal("the engine has stopped");
         self.commands.send(command(reply)).map_err(|_| gone(()))?;

@@ -4,20 +4,11 @@ use std::sync::mpsc::{Receiver, channel};
 
 use engine::decoder::ParamMut;
 use engine::{
-    Dtype, Engine, Event, FinishReason, Guests, Host, Request, RequestId, SamplingParams, Sent,
-    Service, Sink, Token, WeightsUpdate,
+    Dtype, Engine, Event, FinishReason, Guests, Host, Request, RequestId, SamplingParams, Service,
+    Sink, Token, WeightsUpdate,
 };
 
-use crate::support::{Answers, Model, answer, collect, greedy, load, prompt, sampled};
-
-fn sink() -> (Sink, Receiver<Event>) {
-    let (sender, receiver) = channel();
-    let sink = move |event| match sender.send(event) {
-        Ok(()) => Sent::Ok,
-        Err(_) => Sent::Gone,
-    };
-    (Box::new(sink), receiver)
-}
+use crate::support::{Answers, Model, answer, collect, greedy, load, prompt, sampled, sink};
 
 /// Submits from another thread, as a server does, while the engine is driven here.
 fn submit(

@@ -1,6 +1,6 @@
 //! The engine on its thread: concurrent callers, callers that leave, its end.
 
-use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::sync::mpsc::{TryRecvError, channel};
 
 use engine::{
     ErrorKind, Event, FinishReason, PrefixCache, Request, SamplingParams, Sent, Service, Sink,
@@ -8,17 +8,8 @@ use engine::{
 
 use crate::support::{
     Answer, Model, answer, collect, greedy, load, load_with_text, prompt, request_error, sampled,
+    sink,
 };
-
-/// A sink that hands every event on, and the other end of it.
-fn sink() -> (Sink, Receiver<Event>) {
-    let (sender, receiver) = channel();
-    let sink = move |event| match sender.send(event) {
-        Ok(()) => Sent::Ok,
-        Err(_) => Sent::Gone,
-    };
-    (Box::new(sink), receiver)
-}
 
 /// What does not depend on the number a request has been given.
 fn facts(answer: &Answer) -> (Vec<(u32, u32, String)>, String, FinishReason) {

@@ -1,20 +1,11 @@
 //! What a service says of itself: that it lives, how long its samples took, and numbers that were none.
 
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use engine::{Event, Histogram, Host, Phase, Request, SamplingParams, Sent, Service, Sink, Status};
+use engine::{Histogram, Host, Phase, Request, SamplingParams, Service, Status};
 
-use crate::support::{Model, answer, collect, greedy, load, prompt, sampled};
-
-fn sink() -> (Sink, Receiver<Event>) {
-    let (sender, receiver) = channel();
-    let sink = move |event| match sender.send(event) {
-        Ok(()) => Sent::Ok,
-        Err(_) => Sent::Gone,
-    };
-    (Box::new(sink), receiver)
-}
+use crate::support::{Model, answer, collect, greedy, load, prompt, sampled, sink};
 
 /// Waits until the service says so.
 fn wait_for(service: &Service, what: impl Fn(&Status) -> bool) -> Status {

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, channel};
 
 use engine::{
     Engine, EngineConfig, EosRule, ErrorKind, Event, Finished, Level, ModelSource, Request,
-    RequestId, SamplingParams, Token,
+    RequestId, SamplingParams, Sent, Sink, Token,
 };
 
 /// The golden models with random weights and a vocabulary of 512.
@@ -29,6 +30,16 @@ fn folder(model: Model) -> PathBuf {
         Model::Qwen2 => "tiny-qwen2",
         Model::Qwen3 => "tiny-qwen3",
     })
+}
+
+/// A sink that hands every event on, and the other end of it.
+pub(crate) fn sink() -> (Sink, Receiver<Event>) {
+    let (sender, receiver) = channel();
+    let sink = move |event| match sender.send(event) {
+        Ok(()) => Sent::Ok,
+        Err(_) => Sent::Gone,
+    };
+    (Box::new(sink), receiver)
 }
 
 /// An engine without a tokenizer, small, with a context of 256.
