@@ -9,7 +9,6 @@ use server::{
     Cors, Credentials, Limits, Listeners, LogEvent, MetricsNames, RequestLog, ServerConfig,
     UnknownFields,
 };
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{ApiArgs, GenerationConfig, LogprobsArg, MetricsCompat, ServeArgs};
 use crate::args_api::{DoorArgs, JsonList};
@@ -37,7 +36,7 @@ pub(crate) fn run(args: ServeArgs, terminal: &Terminal) -> Result<()> {
     host(service, server_config, sockets, (terminal, signals.wait()))
 }
 
-/// Serves until `shutdown` or a failure of the engine. Hangups (SIGHUP) are ignored from here on.
+/// Serves until `shutdown` or a failure of the engine.
 pub(crate) fn host(
     service: Service,
     config: ServerConfig,
@@ -46,11 +45,6 @@ pub(crate) fn host(
 ) -> Result<()> {
     let failed = |error: std::io::Error| Failure::running(format!("server: {error}"));
     let runtime = tokio::runtime::Runtime::new().map_err(failed)?;
-    // A signal that something listens for ends nothing.
-    let _ignored = {
-        let _context = runtime.enter();
-        signal(SignalKind::hangup()).map_err(failed)?
-    };
     let (model, name) = (&config.model_names[0], sockets.name().map_err(failed)?);
     terminal.info(&format!("{model}: serving at {name}"));
     if let Some(name) = sockets.admin_name().map_err(failed)? {
