@@ -16,7 +16,7 @@ use crate::app::{App, LogEvent};
 use crate::error::{Error, Result};
 
 /// The header that carries a request's id.
-pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest id taken from a client, in bytes.
 pub(crate) const MAX_ID_BYTES: usize = 128;
 /// Longest API key, in bytes; comparisons always look at this many.

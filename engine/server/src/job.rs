@@ -112,10 +112,14 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    /// Reads `body` and hands what it asks for to the engine. Takes processor time (template,
+    /// Reads a body and hands what it asks for to the engine. Takes processor time (template,
     /// tokenizer) and waits for the engine's thread: not for an async thread.
-    pub(crate) fn start(app: &App, visit: Visit, api: Api, body: &[u8]) -> Result<Self, ApiError> {
-        let mut fields = Fields::parse(body)?;
+    pub(crate) fn start(
+        app: &App,
+        visit: Visit,
+        api: Api,
+        mut fields: Fields,
+    ) -> Result<Self, ApiError> {
         check_model(app, &mut fields)?;
         let delivery = delivery(app, &mut fields)?;
         visit.name.given(fields.string("request_id")?)?;

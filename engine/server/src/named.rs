@@ -7,10 +7,9 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use axum::http::HeaderMap;
 use engine::{RequestId, Service};
 
-use crate::access::{MAX_ID_BYTES, REQUEST_ID, is_plain_name};
+use crate::access::{MAX_ID_BYTES, is_plain_name};
 use crate::fields::BadField;
 
 /// The requests that can be ended by name.
@@ -77,13 +76,6 @@ impl Name {
     /// Adds a name.
     pub(crate) fn also(&self, name: &str) {
         self.change(|entry| entry.names.push(name.to_owned()));
-    }
-
-    /// Adds the id of the header, which is there in every request that has been let in.
-    pub(crate) fn header(&self, headers: &HeaderMap) {
-        if let Some(id) = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok()) {
-            self.also(id);
-        }
     }
 
     /// Adds the name that a body gives.

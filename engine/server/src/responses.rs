@@ -67,7 +67,7 @@ const RENAMED: [(&str, &str); 5] = [
 /// A request in the words of the chat API.
 pub(crate) struct Converted {
     /// The chat's body.
-    pub(crate) chat: Value,
+    pub(crate) chat: Fields,
     /// What the answer repeats of the request.
     pub(crate) echo: Map<String, Value>,
 }
@@ -114,7 +114,7 @@ pub(crate) fn convert(app: &App, body: &[u8]) -> Result<Converted, ApiError> {
         let value = fields.take(&name);
         chat.insert(name, json!(value));
     }
-    Ok(Converted { chat: Value::Object(chat), echo })
+    Ok(Converted { chat: Fields::new(chat), echo })
 }
 
 /// A chat's error in the words of this route.

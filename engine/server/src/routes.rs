@@ -21,6 +21,7 @@ use crate::api_error::ApiError;
 use crate::app::{App, LogEvent, ServerConfig, Visit};
 use crate::connection::{Listeners, accept};
 use crate::error::{Error, Result};
+use crate::fields::Fields;
 use crate::job::{Api, Delivery, Job, transport};
 use crate::limits::{bound_body, unreadable};
 use crate::metrics::http::measure;
@@ -196,7 +197,8 @@ async fn generate(
     headers: &HeaderMap,
     body: Body,
 ) -> std::result::Result<Response, ApiError> {
-    let start = move |app: &App, visit, body: &[u8]| Job::start(app, visit, api, body);
+    let start =
+        move |app: &App, visit, body: &[u8]| Job::start(app, visit, api, Fields::parse(body)?);
     let job = read(app, headers, body, start).await?;
     match job.delivery {
         Delivery::Whole => whole(job).await,
@@ -213,8 +215,8 @@ async fn read<T: Send + 'static>(
     make: impl FnOnce(&App, Visit, &[u8]) -> std::result::Result<T, ApiError> + Send + 'static,
 ) -> std::result::Result<T, ApiError> {
     let mut visit = app.live.enter()?;
-    visit.name.header(headers);
     visit.request_id = given_name(headers);
+    visit.name.also(&visit.request_id);
     let body = read_body(&app, headers, body)?;
     tokio::task::spawn_blocking(move || make(&app, visit, &body))
         .await

@@ -15,8 +15,7 @@ use crate::responses::{Converted, convert, output, renamed};
 pub(super) async fn create(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
     let start = |app: &App, visit, body: &[u8]| {
         let Converted { chat, echo } = convert(app, body)?;
-        let chat = chat.to_string();
-        let mut job = Job::start(app, visit, Api::Chat, chat.as_bytes()).map_err(renamed)?;
+        let mut job = Job::start(app, visit, Api::Chat, chat).map_err(renamed)?;
         job.rename("resp_");
         Ok((job, echo))
     };

@@ -83,8 +83,8 @@ pub(super) async fn detokenize(app: State<Arc<App>>, headers: HeaderMap, body: B
 /// `POST /inference/v1/generate`: `token_ids` and `sampling_params` become choices of token ids.
 pub(super) async fn generate(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
     let start = |app: &App, visit, body: &[u8]| {
-        let body = completion_body(Fields::parse(body)?)?;
-        let job = Job::start(app, visit, Api::Completions, body.to_string().as_bytes())?;
+        let fields = completion_fields(Fields::parse(body)?)?;
+        let job = Job::start(app, visit, Api::Completions, fields)?;
         if job.delivery == (Delivery::Stream { usage: StreamUsage::Each }) {
             return Err(unsupported("continuous_usage_stats").into());
         }
@@ -98,7 +98,7 @@ pub(super) async fn generate(app: State<Arc<App>>, headers: HeaderMap, body: Bod
 }
 
 /// The same request in the words of the completions API.
-fn completion_body(mut fields: Fields) -> Result<Value, ApiError> {
+fn completion_fields(mut fields: Fields) -> Result<Fields, ApiError> {
     let tokens = fields.tokens("token_ids")?;
     let tokens = tokens.ok_or_else(|| BadField::new("token_ids", "token_ids is missing"))?;
     off_only(&mut fields, "echo", &[Value::from(false)])?;
@@ -129,7 +129,7 @@ fn completion_body(mut fields: Fields) -> Result<Value, ApiError> {
             body.entry(name).or_insert(value);
         }
     }
-    Ok(Value::Object(body))
+    Ok(Fields::new(body))
 }
 
 /// What is known of a sample.

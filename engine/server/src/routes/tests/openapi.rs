@@ -106,7 +106,8 @@ fn off() -> Names {
 fn job_fields(server: &Server, api: Api, body: &Value) -> Names {
     asked::by(|| {
         let visit = server.app.live.enter().unwrap();
-        Job::start(&server.app, visit, api, body.to_string().as_bytes()).unwrap();
+        let fields = Fields::parse(body.to_string().as_bytes()).unwrap();
+        Job::start(&server.app, visit, api, fields).unwrap();
     })
 }
 
