@@ -8,12 +8,14 @@ use std::collections::HashMap;
 use std::fmt;
 
 use kernels::{Kernels, TokenStats};
+use parking_lot::Mutex;
 use scheduler::{Scheduler, SeqId};
 
-use crate::grammar;
+use crate::grammar::{self, GrammarState};
+use crate::memory::CHANGED_ROWS;
 use crate::random;
 use crate::request::SamplingParams;
-use crate::runner::Runner;
+use crate::runner::{Logits, Runner};
 use crate::sampler::{self, Draw, RowContext};
 use crate::sequence::Sample;
 
@@ -61,20 +63,23 @@ pub(crate) fn draw(
     let row_indices: Vec<usize> = rows.iter().map(|row| row.row).collect();
     let samples: Vec<(&Sample, &[u32])> =
         rows.iter().map(|row| (&samples[&row.seq], scheduler.tokens(row.seq))).collect();
-    let (kernels, logits) = runner.logits(&row_indices);
-    let mut tokens = draw_plain(kernels, logits, &samples);
+    let Logits { kernels, rows: logits, changed: copies } = runner.logits(&row_indices);
+    let changed_rows = changed_rows(&samples);
+    let mut tokens = match changed_rows.len() == rows.len() {
+        true => vec![0; rows.len()],
+        false => draw_plain(kernels, logits, &samples),
+    };
     // What was drawn from a distribution that is not the model's own.
     let mut changed: Vec<Option<Result<Draw, String>>> = rows.iter().map(|_| None).collect();
-    let mut scratch = Vec::new();
-    for (i, (sample, known)) in samples.iter().enumerate() {
-        if sample.is_plain_at(known.len() - sample.prompt_len) {
-            continue;
+    for part in changed_rows.chunks(CHANGED_ROWS) {
+        let rows: Vec<ChangedRow<'_>> = part
+            .iter()
+            .map(|&i| ChangedRow::new(samples[i], &logits[i * vocab..(i + 1) * vocab]))
+            .collect();
+        for (&i, drawn) in part.iter().zip(draw_changed(kernels, &rows, copies)) {
+            tokens[i] = drawn.as_ref().map_or(tokens[i], |draw| draw.token);
+            changed[i] = Some(drawn);
         }
-        scratch.clear();
-        scratch.extend_from_slice(&logits[i * vocab..(i + 1) * vocab]);
-        let drawn = draw_changed(kernels, &mut scratch, sample, known);
-        tokens[i] = drawn.as_ref().map_or(tokens[i], |draw| draw.token);
-        changed[i] = Some(drawn);
     }
     let raw = stats(kernels, logits, &vec![1.0; rows.len()], &tokens);
     let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
@@ -115,41 +120,122 @@ pub(crate) fn draw(
     (0..rows.len()).map(&mut drawn).collect()
 }
 
-/// A draw from a copy of the row's logits, of tokens that its grammar and its parameters allow.
-fn draw_changed(
-    kernels: &Kernels,
-    logits: &mut [f32],
-    sample: &Sample,
-    known: &[u32],
-) -> Result<Draw, String> {
-    let banned = sample.banned(known.len() - sample.prompt_len);
-    if let Some(grammar) = &sample.grammar {
-        let allowed = grammar.allowed()?;
-        grammar::apply(allowed, logits);
-        if sample.params.is_plain() && banned.is_empty() {
-            let token = draw_plain(kernels, logits, &[(sample, known)])[0];
-            let inv_t = inv_temperature(&sample.params);
-            // The kernels' exponential of a masked logit is tiny, not 0: what it may let slip is drawn
-            // again below.
-            if grammar::allows(allowed, token) {
-                let stats = stats(kernels, logits, &[inv_t], &[token])[0];
-                let (chosen, k) = ((token, stats.log_prob), sample.processed_top().unwrap_or(0));
-                let at = (stats.log_sum_exp, inv_t);
-                let mut top = sampler::top_logprobs(logits, at, chosen, k);
-                top.retain(|(token, _)| grammar::allows(allowed, *token));
-                return Ok(Draw { token, logprob: stats.log_prob, top });
-            }
+/// The samples whose next token does not come from the model's own distribution; first those that only
+/// a grammar keeps from it.
+fn changed_rows(samples: &[(&Sample, &[u32])]) -> Vec<usize> {
+    let plain =
+        |i: &usize| samples[*i].0.is_plain_at(samples[*i].1.len() - samples[*i].0.prompt_len);
+    let mut changed: Vec<usize> = (0..samples.len()).filter(|i| !plain(i)).collect();
+    changed.sort_by_key(|&i| !ChangedRow::new(samples[i], &[]).is_masked_only());
+    changed
+}
+
+/// A row of logits that is changed before its token is drawn.
+struct ChangedRow<'a> {
+    sample: &'a Sample,
+    /// Prompt and output so far.
+    known: &'a [u32],
+    logits: &'a [f32],
+    banned: &'a [u32],
+    /// What the grammar allows, or why it allows nothing.
+    allowed: Option<Result<&'a [u32], String>>,
+}
+
+impl<'a> ChangedRow<'a> {
+    fn new((sample, known): (&'a Sample, &'a [u32]), logits: &'a [f32]) -> Self {
+        let banned = sample.banned(known.len() - sample.prompt_len);
+        let allowed = sample.grammar.as_ref().map(GrammarState::allowed);
+        Self { sample, known, logits, banned, allowed }
+    }
+
+    /// Whether a mask is all that is done to the logits.
+    fn is_masked_only(&self) -> bool {
+        let masked = matches!(self.allowed, Some(Ok(_)));
+        masked && self.sample.params.is_plain() && self.banned.is_empty()
+    }
+
+    /// Logits of which those that the grammar does not allow are negative infinity.
+    fn copy_to(&self, copy: &mut [f32]) {
+        copy.copy_from_slice(self.logits);
+        if let Some(Ok(allowed)) = self.allowed {
+            grammar::apply(allowed, copy);
         }
     }
-    let context = RowContext {
-        params: &sample.params,
-        tokens: known,
-        prompt_len: sample.prompt_len,
-        banned,
-        uniform: uniform(sample, known.len()),
-        top: sample.processed_top().unwrap_or(0),
-    };
-    sampler::draw(logits, &context).ok_or_else(|| "no token may be drawn here".to_owned())
+
+    /// The draw of `token`, whose statistics among the allowed tokens these are; `None` when the mask
+    /// does not allow it.
+    fn masked(&self, copy: &[f32], token: u32, stats: &TokenStats) -> Option<Draw> {
+        let allowed = self.allowed.as_ref()?.as_ref().ok()?;
+        if !grammar::allows(allowed, token) {
+            return None;
+        }
+        let at = (stats.log_sum_exp, inv_temperature(&self.sample.params));
+        let k = self.sample.processed_top().unwrap_or(0);
+        let mut top = sampler::top_logprobs(copy, at, (token, stats.log_prob), k);
+        top.retain(|(token, _)| grammar::allows(allowed, *token));
+        Some(Draw { token, logprob: stats.log_prob, top })
+    }
+
+    /// A draw by the sampler, which changes the copy further.
+    fn sampled(&self, copy: &mut [f32]) -> Result<Draw, String> {
+        if let Some(Err(why)) = &self.allowed {
+            return Err(why.clone());
+        }
+        let context = RowContext {
+            params: &self.sample.params,
+            tokens: self.known,
+            prompt_len: self.sample.prompt_len,
+            banned: self.banned,
+            uniform: uniform(self.sample, self.known.len()),
+            top: self.sample.processed_top().unwrap_or(0),
+        };
+        sampler::draw(copy, &context).ok_or_else(|| "no token may be drawn here".to_owned())
+    }
+}
+
+/// Draws from copies of these rows' logits, those that only a mask changes being the first: the row-wise
+/// kernels draw those together, the sampler the others, one on a thread.
+fn draw_changed(
+    kernels: &Kernels,
+    rows: &[ChangedRow<'_>],
+    copies: &mut Vec<f32>,
+) -> Vec<Result<Draw, String>> {
+    let vocab = rows.first().map_or(0, |row| row.logits.len());
+    if copies.len() < rows.len() * vocab {
+        copies.resize(rows.len() * vocab, 0.0);
+    }
+    let copies = &mut copies[..rows.len() * vocab];
+    let row_copies = rows.iter().zip(copies.chunks_exact_mut(vocab.max(1)));
+    on_all_threads(kernels, row_copies, |(row, copy)| row.copy_to(copy));
+
+    let masked = rows.partition_point(ChangedRow::is_masked_only);
+    let samples: Vec<_> = rows[..masked].iter().map(|row| (row.sample, row.known)).collect();
+    let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
+    let masked_logits = &copies[..masked * vocab];
+    let tokens = draw_plain(kernels, masked_logits, &samples);
+    let stats = stats(kernels, masked_logits, &inv_t, &tokens);
+
+    let row_copies = rows.iter().zip(copies.chunks_exact_mut(vocab.max(1))).enumerate();
+    on_all_threads(kernels, row_copies, |(i, (row, copy))| {
+        // The kernels' exponential of a masked logit is tiny, not 0: what it lets slip is drawn again.
+        let drawn = stats.get(i).and_then(|stats| row.masked(copy, tokens[i], stats));
+        drawn.map_or_else(|| row.sampled(copy), Ok)
+    })
+}
+
+/// `f` of each item, in their order.
+pub(crate) fn on_all_threads<T: Send, U: Send>(
+    kernels: &Kernels,
+    items: impl Iterator<Item = T>,
+    f: impl Fn(T) -> U + Sync,
+) -> Vec<U> {
+    let items: Vec<Mutex<Option<T>>> = items.map(|item| Mutex::new(Some(item))).collect();
+    let results: Vec<Mutex<Option<U>>> = items.iter().map(|_| Mutex::new(None)).collect();
+    kernels.pool().run(items.len(), &|i| {
+        let item = items[i].lock().take();
+        *results[i].lock() = item.map(&f);
+    });
+    results.into_iter().filter_map(Mutex::into_inner).collect()
 }
 
 /// One over the temperature that log-probabilities are taken at.

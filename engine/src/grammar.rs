@@ -346,11 +346,12 @@ pub(crate) fn allows(mask: &[u32], token: u32) -> bool {
 /// Sets the logits of all tokens that `mask` does not allow to negative infinity.
 pub(crate) fn apply(mask: &[u32], logits: &mut [f32]) {
     for (i, logits) in logits.chunks_mut(32).enumerate() {
-        let word = mask.get(i).copied().unwrap_or(0);
-        if word != u32::MAX {
-            for (bit, logit) in logits.iter_mut().enumerate() {
-                if word >> bit & 1 == 0 {
-                    *logit = f32::NEG_INFINITY;
+        match mask.get(i).copied().unwrap_or(0) {
+            0 => logits.fill(f32::NEG_INFINITY),
+            u32::MAX => {}
+            word => {
+                for (bit, logit) in logits.iter_mut().enumerate() {
+                    *logit = if word >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
                 }
             }
         }

@@ -13,6 +13,8 @@ use crate::model::{ModelConfig, ModelSource};
 
 /// Rows of logits that generation holds at once.
 pub const LOGIT_ROWS: usize = 64;
+/// Rows of logits of which changed copies are held at once.
+pub(crate) const CHANGED_ROWS: usize = 16;
 /// Share of the memory left after weights that a planned KV cache may take.
 const KV_SHARE: f64 = 0.5;
 /// Longest context taken from a model when nothing is asked for: more costs memory few need.
@@ -35,6 +37,11 @@ pub struct MemoryPlan {
     pub logits_bytes: u64,
     /// Longest sequence, prompt and output together.
     pub max_model_len: usize,
+}
+
+/// Rows of logits, changed copies included, that sampling for so many sequences holds at once.
+fn logit_rows(sequences: usize) -> usize {
+    LOGIT_ROWS.min(sequences) + CHANGED_ROWS.min(sequences)
 }
 
 impl MemoryPlan {
@@ -113,7 +120,7 @@ impl MemoryPlan {
             kv_blocks,
             block_size: config.block_size,
             activation_bytes: Tape::bytes(model, Keep::OneLayer, rows),
-            logits_bytes: 4 * (LOGIT_ROWS.min(config.max_num_seqs) * model.vocab_size) as u64,
+            logits_bytes: 4 * (logit_rows(config.max_num_seqs) * model.vocab_size) as u64,
             max_model_len,
         })
     }

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use scheduler::{Scheduler, SeqId, Slice};
 
 use crate::draw::{Undrawn, stats};
-use crate::runner::Runner;
+use crate::runner::{Logits, Runner};
 use crate::sampler::top_logprobs;
 use crate::sequence::Sample;
 
@@ -101,7 +101,7 @@ fn score_rows(
 ) -> Result<Vec<PromptToken>, Undrawn> {
     let vocab = runner.decoder.config.vocab_size;
     let rows: Vec<usize> = (first..first + targets.len()).collect();
-    let (kernels, logits) = runner.logits(&rows);
+    let Logits { kernels, rows: logits, .. } = runner.logits(&rows);
     let stats = stats(kernels, logits, &vec![1.0; rows.len()], targets);
     let rows = logits.chunks_exact(vocab).zip(targets).zip(stats);
     rows.map(|((row, token), stats)| {

@@ -22,6 +22,17 @@ pub(crate) struct Runner {
     head_scratch: HeadScratch,
     /// `[up to LOGIT_ROWS, V]`.
     logits: Vec<f32>,
+    /// `[up to CHANGED_ROWS, V]`.
+    changed: Vec<f32>,
+}
+
+/// Rows of logits, and memory for those that are changed before a draw.
+pub(crate) struct Logits<'a> {
+    pub(crate) kernels: &'a Kernels,
+    /// `[rows, V]`.
+    pub(crate) rows: &'a mut [f32],
+    /// Room for at most [`CHANGED_ROWS`](crate::memory::CHANGED_ROWS) rows; it only grows.
+    pub(crate) changed: &'a mut Vec<f32>,
 }
 
 impl Runner {
@@ -53,6 +64,7 @@ impl Runner {
             head: HeadInput::new(dtype),
             head_scratch: HeadScratch::default(),
             logits: Vec::new(),
+            changed: Vec::new(),
         }
     }
 
@@ -105,7 +117,7 @@ impl Runner {
     }
 
     /// Logits `[rows, V]` of these rows of the last pass, at most [`LOGIT_ROWS`] of them.
-    pub(crate) fn logits(&mut self, rows: &[usize]) -> (&Kernels, &mut [f32]) {
+    pub(crate) fn logits(&mut self, rows: &[usize]) -> Logits<'_> {
         assert!(rows.len() <= LOGIT_ROWS, "{} rows of logits, limit is {LOGIT_ROWS}", rows.len());
         self.decoder.head_input(&self.kernels, &self.tape, rows, &mut self.head);
         let head = self.decoder.weights.head();
@@ -116,6 +128,6 @@ impl Runner {
         let (input, write) = (&self.head.input, kernels::Write::Set);
         let logits = &mut self.logits[..len];
         self.kernels.linear(input, head, 0..head.rows(), None, write, logits);
-        (&self.kernels, logits)
+        Logits { kernels: &self.kernels, rows: logits, changed: &mut self.changed }
     }
 }

@@ -172,6 +172,9 @@ pub(crate) fn top_logprobs(
     (chosen, log_prob): (u32, f32),
     k: usize,
 ) -> Vec<(u32, f32)> {
+    if k == 0 {
+        return Vec::new();
+    }
     let mut top: Vec<(u32, f32)> = Vec::with_capacity(k + 1);
     for (token, z) in logits.iter().enumerate() {
         if top.len() == k && top.last().is_none_or(|last| *z <= last.1) {

@@ -27,6 +27,7 @@ const THROUGHPUT_EXAMPLES: &str = concat!(
     "  engine bench throughput model.gguf --num-prompts 64 --random-input-len 128 --random-output-len 64\n",
     "  engine bench throughput model.gguf --num-prompts 8 --n 8 --random-output-len 128 --logprobs 0\n",
     "  engine bench throughput model.gguf --dataset-name sharegpt --dataset-path sharegpt.json\n",
+    "  engine bench throughput model.gguf --json-schema '{\"type\": \"array\", \"items\": {}, \"minItems\": 999}'\n",
     "\n",
     "Prompts are new in every repetition, so nothing comes from the prefix cache, but those of a data\n",
     "set are the same: --no-enable-prefix-caching computes them anew. Random prompts ignore\n",
@@ -147,6 +148,9 @@ pub(crate) struct ThroughputArgs {
     /// Also report this many alternatives to each token; 0 for the token's own log-probability
     #[arg(long, value_name = "K")]
     pub(crate) logprobs: Option<usize>,
+    /// JSON schema that every sample has to follow, with room for all its tokens: what masks cost
+    #[arg(long, value_name = "JSON")]
+    pub(crate) json_schema: Option<String>,
     /// Runs of which the median counts
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub(crate) repeats: usize,

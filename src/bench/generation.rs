@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use engine::random::hash;
-use engine::{Engine, EngineConfig, EosRule, Event, ModelSource, Request};
-use engine::{SamplingParams, load_text};
+use engine::{Constraint, Engine, EngineConfig, EosRule, Event, Grammar, GrammarCompiler};
+use engine::{ModelSource, Request, SamplingParams, UnknownKeywords, load_text};
 
 use crate::bench::args::DatasetArgs;
 use crate::bench::dataset::{Dataset, Prompt};
@@ -21,11 +21,11 @@ pub(crate) struct Bench {
 }
 
 /// How the samples of a batch are drawn.
-#[derive(Clone, Copy, Debug)]
 pub(crate) struct Sampling {
     /// Samples of each prompt.
     pub(crate) n: usize,
     pub(crate) logprobs: Option<usize>,
+    pub(crate) constraint: Option<Constraint>,
     pub(crate) seed: u64,
 }
 
@@ -51,8 +51,20 @@ impl Bench {
         Ok(Self { engine, peaks, cost })
     }
 
+    /// The constraint of a JSON schema given as text.
+    pub(crate) fn constraint(&self, schema: &str) -> Result<Constraint> {
+        let schema = serde_json::from_str(schema)
+            .map_err(|error| Failure::usage(format!("--json-schema: {error}")))?;
+        let Some(tokenizer) = self.engine.tokenizer() else {
+            return Err(Failure::usage("--json-schema: the model has no tokenizer"));
+        };
+        let vocabulary = self.engine.model().vocab_size;
+        let compiler = GrammarCompiler::new(tokenizer, vocabulary, self.engine.eos())?;
+        Ok(compiler.compile(&Grammar::JsonSchema { schema, unknown: UnknownKeywords::Refuse })?)
+    }
+
     /// Generates all tokens that are asked for; the seconds it took.
-    pub(crate) fn generate(&mut self, prompts: &[Prompt], sampling: Sampling) -> Result<f64> {
+    pub(crate) fn generate(&mut self, prompts: &[Prompt], sampling: &Sampling) -> Result<f64> {
         let engine = &mut self.engine;
         let begun = Instant::now();
         for (i, prompt) in prompts.iter().enumerate() {
@@ -64,7 +76,8 @@ impl Bench {
                 seed: Some(hash(&[sampling.seed, i as u64])),
                 ..SamplingParams::default()
             };
-            engine.add(Request::new(prompt.tokens().to_vec(), params))?;
+            let request = Request::new(prompt.tokens().to_vec(), params);
+            engine.add(Request { constraint: sampling.constraint.clone(), ..request })?;
         }
         let mut tokens = 0;
         while engine.has_work() {

@@ -35,10 +35,10 @@ pub(crate) fn run(args: &LatencyArgs, terminal: &Terminal) -> Result<()> {
         vocabulary: source.config().vocab_size,
         seed: args.common.seed,
     };
-    let sampling = Sampling { n: 1, logprobs: None, seed: args.common.seed };
+    let sampling = Sampling { n: 1, logprobs: None, constraint: None, seed: args.common.seed };
     let mut seconds = Vec::new();
     for run in 0..args.num_iters_warmup + args.num_iters {
-        let took = bench.generate(&shape.prompts(run as u64), sampling)?;
+        let took = bench.generate(&shape.prompts(run as u64), &sampling)?;
         if run >= args.num_iters_warmup {
             seconds.push(took);
         }

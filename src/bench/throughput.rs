@@ -22,11 +22,12 @@ pub(crate) fn run(args: &ThroughputArgs, terminal: &Terminal) -> Result<()> {
     let seed = args.common.seed;
     let (source, dataset) = open(&args.model, &args.dataset, (args.num_prompts, seed), terminal)?;
     let mut bench = Bench::load(&source, &config, dataset.longest(), terminal)?;
-    let sampling = Sampling { n: args.n, logprobs: args.logprobs, seed };
+    let constraint = args.json_schema.as_deref().map(|text| bench.constraint(text)).transpose()?;
+    let sampling = Sampling { n: args.n, logprobs: args.logprobs, constraint, seed };
     let (mut seconds, mut last) = (Vec::new(), Vec::new());
     for run in 0..args.num_warmups + args.repeats {
         last = dataset.prompts(run as u64);
-        let took = bench.generate(&last, sampling)?;
+        let took = bench.generate(&last, &sampling)?;
         if run >= args.num_warmups {
             seconds.push(took);
             terminal.info(&format!("run {}/{}: {took:.2} s", seconds.len(), args.repeats));
@@ -71,6 +72,7 @@ fn report(
         "output_tokens_per_second": rate(made),
         "num_prompts": args.num_prompts, "n": args.n, "total_input_tokens": input,
         "total_output_tokens": made, "logprobs": args.logprobs,
+        "json_schema": args.json_schema,
         "limit_s": limit, "share_of_limit": limit / median,
         "elapsed": seconds.to_json(),
         "model": args.model,

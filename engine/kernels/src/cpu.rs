@@ -14,7 +14,7 @@ pub enum Level {
     Portable,
     /// AVX2 with fused multiply-adds and conversions of f16.
     Avx2,
-    /// AVX-512 (F, BW, DQ, VL), with its bf16 dot products where the processor has them.
+    /// AVX-512 (F, BW, DQ, VL), with its dot products of bf16 and of integers where the processor has them.
     Avx512,
     /// AVX-512 plus AMX tiles for bf16 products.
     Amx,
@@ -121,6 +121,7 @@ impl Avx2 {
 pub(crate) struct Avx512 {
     avx2: Avx2,
     bf16: bool,
+    vnni: bool,
 }
 
 impl Avx512 {
@@ -132,16 +133,20 @@ impl Avx512 {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            base.then(|| Self { avx2, bf16: is_x86_feature_detected!("avx512bf16") })
+            base.then(|| Self {
+                avx2,
+                bf16: is_x86_feature_detected!("avx512bf16"),
+                vnni: is_x86_feature_detected!("avx512vnni"),
+            })
         }
         #[cfg(not(target_arch = "x86_64"))]
         None
     }
 
-    /// The same processor as if it had no bf16 dot product, to test what is done then.
+    /// The same processor as if it had no dot products, to test what is done then.
     #[cfg(test)]
-    pub(crate) fn without_bf16(self) -> Self {
-        Self { bf16: false, ..self }
+    pub(crate) fn without_dots(self) -> Self {
+        Self { bf16: false, vnni: false, ..self }
     }
 
     /// Proof that AVX2 may be used too.
@@ -153,11 +158,20 @@ impl Avx512 {
     pub(crate) fn bf16(self) -> Option<Avx512Bf16> {
         self.bf16.then_some(Avx512Bf16(()))
     }
+
+    /// Proof that the AVX-512 dot product of 16-bit integers may be used too.
+    pub(crate) fn vnni(self) -> Option<Avx512Vnni> {
+        self.vnni.then_some(Avx512Vnni(()))
+    }
 }
 
 /// Proof that AVX512_BF16 (`vdpbf16ps`) may be used.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx512Bf16(());
+
+/// Proof that AVX512_VNNI (`vpdpwssd`) may be used.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512Vnni(());
 
 /// Proof that AMX tiles with bf16 products may be used by this process.
 #[derive(Clone, Copy, Debug)]
@@ -229,6 +243,9 @@ pub fn features() -> Vec<&'static str> {
         found.extend(["avx512f", "avx512bw", "avx512dq", "avx512vl"]);
         if token.bf16().is_some() {
             found.push("avx512bf16");
+        }
+        if token.vnni().is_some() {
+            found.push("avx512vnni");
         }
     }
     if Amx::new().is_some() {

@@ -14,6 +14,7 @@
 //! [`QuantFormat`]. Leaves out the backward products: training needs the weights in full.
 
 mod avx2;
+mod avx512;
 mod matrix;
 mod operand;
 mod product;

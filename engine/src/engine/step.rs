@@ -13,12 +13,13 @@
 //!
 //! Leaves out panics of the scheduler: its state would be unknown, so they reach the caller.
 
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use scheduler::{SeqId, Slice};
 
 use super::Engine;
-use crate::draw::{Drawn, SampleRow, Undrawn, draw};
+use crate::draw::{Drawn, SampleRow, Undrawn, draw, on_all_threads};
 use crate::error::{Error, Result};
 use crate::grammar::GrammarState;
 use crate::memory::LOGIT_ROWS;
@@ -142,27 +143,19 @@ impl Engine {
         Computed { draws, prompts }
     }
 
-    /// Runs these slices; meanwhile a thread finds what the grammars of their samples allow next.
+    /// Runs these slices, then finds what the grammars of their samples allow next.
     fn forward(&mut self, range: std::ops::Range<usize>) {
         let slices = &self.slices[range];
-        let sampling: Vec<SeqId> =
+        self.runner.forward(&self.scheduler, slices);
+        let sampling: HashSet<SeqId> =
             slices.iter().filter(|slice| slice.samples).map(|slice| slice.seq).collect();
-        let mut grammars: Vec<&mut GrammarState> = self
+        let grammars: Vec<&mut GrammarState> = self
             .samples
             .iter_mut()
             .filter(|(seq, sample)| sample.grammar.is_some() && sampling.contains(seq))
             .filter_map(|(_, sample)| sample.grammar.as_mut())
             .collect();
-        if grammars.is_empty() {
-            return self.runner.forward(&self.scheduler, slices);
-        }
-        std::thread::scope(|scope| {
-            let prepare = || grammars.iter_mut().for_each(|grammar| grammar.prepare());
-            // Without a thread they are prepared below.
-            let _refused = std::thread::Builder::new().spawn_scoped(scope, prepare);
-            self.runner.forward(&self.scheduler, slices);
-        });
-        grammars.iter_mut().for_each(|grammar| grammar.prepare());
+        on_all_threads(&self.runner.kernels, grammars.into_iter(), GrammarState::prepare);
     }
 
     /// [`compute`](Self::compute), with a panic as a value.

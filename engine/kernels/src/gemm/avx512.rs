@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! for each panel of C blocks, for each group of R rows:
+//!     ask for the outputs that are added to
 //!     sum[r][c] = 0                                    R * C independent chains
 //!     for i in 0..depth:                               ascending: the only order there is
 //!         weight[c] = line i of block c                64 bytes, read once for R rows
@@ -133,24 +134,32 @@ mod x86 {
         _mm_prefetch::<_MM_HINT_T0>(line.cast());
     }
 
-    /// Adds bias and earlier values as asked and writes one row's sums of `C` blocks.
+    /// Asks for a row's outputs of `C` blocks, which will be read and written.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn store<const C: usize>(p: &Product<'_>, sums: &[__m512; C], block: usize, to: &mut [f32]) {
-        for (c, (&sum, to)) in sums.iter().zip(to.chunks_mut(WORDS)).enumerate() {
-            let mask = (u16::MAX) >> (WORDS - to.len());
-            let mut sum = sum;
-            if let Some(bias) = p.bias {
-                let bias = &bias[(block + c) * WORDS..][..to.len()];
-                // SAFETY: the mask has as many bits as the slice has elements.
-                sum = _mm512_add_ps(sum, unsafe { _mm512_maskz_loadu_ps(mask, bias.as_ptr()) });
+    fn prefetch_outputs<const C: usize>(
+        p: &Product<'_>,
+        row: usize,
+        block: usize,
+        out: &Disjoint<'_, f32>,
+    ) {
+        let place = p.place(row, block, C);
+        // SAFETY: no other task has outputs of this row and these blocks.
+        let outputs = unsafe { out.part(place.start, place.end) }.as_ptr();
+        for c in 0..C {
+            _mm_prefetch::<_MM_HINT_ET0>(outputs.wrapping_add(c * WORDS).cast());
+        }
+    }
+
+    /// Adds bias and earlier values as asked and writes one row's sums, the last block's as far as there
+    /// are outputs.
+    #[target_feature(enable = "avx512f")]
+    fn store_part(p: &Product<'_>, sums: &[[f32; WORDS]], block: usize, to: &mut [f32]) {
+        for (c, (sums, to)) in sums.iter().zip(to.chunks_mut(WORDS)).enumerate() {
+            let bias = p.bias.map(|bias| &bias[(block + c) * WORDS..]);
+            for (i, (to, &sum)) in to.iter_mut().zip(sums).enumerate() {
+                p.write.apply(to, bias.map_or(sum, |bias| sum + bias[i]));
             }
-            if p.write == Write::Add {
-                // SAFETY: as above.
-                sum = _mm512_add_ps(unsafe { _mm512_maskz_loadu_ps(mask, to.as_ptr()) }, sum);
-            }
-            // SAFETY: as above.
-            unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr(), mask, sum) };
         }
     }
 
@@ -168,6 +177,9 @@ mod x86 {
                 let w = &p.w[at.block * lines..][..C * lines];
                 assert!(p.depth <= stride && p.depth <= lines, "depth {} beyond a row", p.depth);
                 let (x, w) = (x.as_ptr().cast::<i32>(), w.as_ptr());
+                if p.write == Write::Add {
+                    (0..R).for_each(|r| prefetch_outputs::<C>(p, at.row + r, at.block, out));
+                }
                 let mut sums = [[_mm512_setzero_ps(); C]; R];
                 for i in 0..p.depth {
                     let ahead = i + AHEAD_LINES;
@@ -187,10 +199,40 @@ mod x86 {
                         }
                     }
                 }
-                for (r, sums) in sums.iter().enumerate() {
+                // The sums are not handed on by reference, or they would not be in registers above.
+                if (at.block + C) * WORDS <= p.outputs {
+                    for r in 0..R {
+                        let place = p.place(at.row + r, at.block, C);
+                        // SAFETY: no other task has outputs of this row and these blocks.
+                        let to = unsafe { out.part(place.start, place.end) }.as_mut_ptr();
+                        for c in 0..C {
+                            let (to, mut sum) = (to.wrapping_add(c * WORDS), sums[r][c]);
+                            if let Some(bias) = p.bias {
+                                let bias = bias[(at.block + c) * WORDS..][..WORDS].as_ptr();
+                                // SAFETY: sixteen elements are there.
+                                sum = _mm512_add_ps(sum, unsafe { _mm512_loadu_ps(bias) });
+                            }
+                            if p.write == Write::Add {
+                                // SAFETY: the row has outputs of C blocks.
+                                sum = _mm512_add_ps(unsafe { _mm512_loadu_ps(to) }, sum);
+                            }
+                            // SAFETY: as above.
+                            unsafe { _mm512_storeu_ps(to, sum) };
+                        }
+                    }
+                    return;
+                }
+                let mut stored = [[[0.0_f32; WORDS]; C]; R];
+                for r in 0..R {
+                    for c in 0..C {
+                        // SAFETY: sixteen elements are there.
+                        unsafe { _mm512_storeu_ps(stored[r][c].as_mut_ptr(), sums[r][c]) };
+                    }
+                }
+                for (r, sums) in stored.iter().enumerate() {
                     let place = p.place(at.row + r, at.block, C);
                     // SAFETY: no other task has outputs of this row and these blocks.
-                    store(p, sums, at.block, unsafe { out.part(place.start, place.end) });
+                    store_part(p, sums, at.block, unsafe { out.part(place.start, place.end) });
                 }
             }
 
@@ -247,7 +289,7 @@ mod tests {
     #[test]
     fn widened_halves_agree_with_the_reference_and_keep_rows_apart() {
         let Some(mut kernels) = Kernels::new(Level::Avx512, 2) else { return };
-        kernels.isa = Isa::Avx512(kernels.isa.avx512().unwrap().without_bf16());
+        kernels.isa = Isa::Avx512(kernels.isa.avx512().unwrap().without_dots());
         let reference = Kernels::new(Level::Reference, 1).unwrap();
         let (n, k) = (83, 57);
         let values = |n: usize| (0..n).map(|i| (i * 7919 % 1009) as f32 / 500.0 - 1.0);

@@ -150,9 +150,14 @@ fn transpose_weights_body(
     let per_word = per_word(dtype);
     for (b, row) in (0..from.count).step_by(WORDS).enumerate() {
         let lines = &from.source[b * from.block_lines..][from.lines.clone()];
-        let mut square = [Line::ZERO; WORDS];
-        square[..lines.len()].copy_from_slice(lines);
-        let mut square = transpose(isa, &square);
+        let mut square = match lines.first_chunk::<WORDS>() {
+            Some(square) => transpose(isa, square),
+            None => {
+                let mut square = [Line::ZERO; WORDS];
+                square[..lines.len()].copy_from_slice(lines);
+                transpose(isa, &square)
+            }
+        };
         // Rows of the last block that are past the range are none of its business.
         let valid = (from.count - row).min(WORDS);
         square[valid..].fill(Line::ZERO);

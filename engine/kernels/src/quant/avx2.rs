@@ -9,7 +9,7 @@
 //! ```
 //!
 //! One row takes the integers straight from registers; more rows have them laid out once for all, which
-//! stay in the first-level cache while the rows pass by. On processors with AVX-512 it runs as well.
+//! stay in the first-level cache while the rows pass by.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::rectangle;

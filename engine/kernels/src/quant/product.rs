@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use super::{FINE_GROUP, QuantMatrix, QuantOperand, X_GROUP, avx2};
+use super::{FINE_GROUP, QuantMatrix, QuantOperand, X_GROUP, avx2, avx512};
+use crate::cpu::{Amx, Isa};
 use crate::gemm::buffer::WORDS;
-use crate::{Kernels, Write, cpu::Isa, disjoint::Disjoint};
+use crate::{Kernels, Write, disjoint::Disjoint};
 
 /// Bytes of activations that a task may go over again and again: most of a second-level cache.
 const ROW_CHUNK_BYTES: usize = 320 << 10;
@@ -101,8 +102,10 @@ impl Product<'_> {
             match kernels.isa {
                 Isa::Reference | Isa::Portable => self.rectangle(&part, &out),
                 Isa::Avx2(token) => avx2::rectangle(token, self, &part, &out),
-                Isa::Avx512(token) => avx2::rectangle(token.avx2(), self, &part, &out),
-                Isa::Amx(token) => avx2::rectangle(token.avx512.avx2(), self, &part, &out),
+                Isa::Avx512(token) | Isa::Amx(Amx { avx512: token }) => match token.vnni() {
+                    Some(vnni) => avx512::rectangle(vnni, self, &part, &out),
+                    None => avx2::rectangle(token.avx2(), self, &part, &out),
+                },
             }
         });
     }

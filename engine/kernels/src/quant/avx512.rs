@@ -1,0 +1,226 @@
+//! The product with AVX-512 VNNI: a vector is sixteen outputs by two inputs.
+//!
+//! ```text
+//! for each block of 16 outputs, for R rows at a time:
+//!     sum[r] = 0
+//!     for each group of inputs, ascending:
+//!         dot[r] = - zero x_sum[r]                             R independent chains
+//!         for each pair p of inputs, four at a time:
+//!             w[p] = its integers, from the planes             1 vector a pair, for R rows
+//!             dot[r] += x[r][p] in all lanes * w[p], in twos   vpdpwssd
+//!         sum[r] = fma(dot[r], scale x_scale, sum[r])          (and the minima's share)
+//! ```
+//!
+//! What a group's integers are made of is in the first-level cache when the next R rows come by.
+//! Without VNNI the AVX2 kernel runs.
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::rectangle;
+
+/// Never called: no token exists on other processors.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn rectangle(
+    _token: crate::cpu::Avx512Vnni,
+    _product: &super::product::Product<'_>,
+    _part: &super::product::Rectangle,
+    _out: &crate::disjoint::Disjoint<'_, f32>,
+) {
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use crate::cpu::Avx512Vnni;
+    use crate::disjoint::Disjoint;
+    use crate::gemm::buffer::WORDS;
+    use crate::quant::product::{Product, Rectangle};
+
+    /// How far ahead of their use weights are asked for, in bytes.
+    const AHEAD_BYTES: usize = 8192;
+
+    /// Where a micro-kernel works: its first row, as the operand counts, and its block.
+    #[derive(Clone, Copy)]
+    struct Corner {
+        row: usize,
+        block: usize,
+    }
+
+    type Kernel = unsafe fn(&Product<'_>, Corner, &Disjoint<'_, f32>);
+
+    /// Computes a rectangle of the output.
+    pub(in crate::quant) fn rectangle(
+        _token: Avx512Vnni,
+        p: &Product<'_>,
+        part: &Rectangle,
+        out: &Disjoint<'_, f32>,
+    ) {
+        for block in part.blocks.clone() {
+            let mut row = part.rows.start;
+            while row < part.rows.end {
+                let rows = (part.rows.end - row).min(8);
+                let rows = 1 << rows.ilog2();
+                // SAFETY: the token proves the features.
+                unsafe { kernel(p, rows)(p, Corner { row, block }, out) };
+                row += rows;
+            }
+        }
+    }
+
+    /// The kernel for the weights' format and 1, 2, 4 or 8 rows.
+    fn kernel(p: &Product<'_>, rows: usize) -> Kernel {
+        match (p.w.format().bits(), p.w.format().group()) {
+            (4, 32) => of_rows::<4, 32>(rows),
+            (4, 16) => of_rows::<4, 16>(rows),
+            (5, 32) => of_rows::<5, 32>(rows),
+            (6, 32) => of_rows::<6, 32>(rows),
+            (6, 16) => of_rows::<6, 16>(rows),
+            (8, 32) => of_rows::<8, 32>(rows),
+            (8, 16) => of_rows::<8, 16>(rows),
+            (bits, group) => unreachable!("no format has {bits} bits in groups of {group}"),
+        }
+    }
+
+    fn of_rows<const BITS: u32, const GROUP: usize>(rows: usize) -> Kernel {
+        match rows {
+            1 => sums::<BITS, GROUP, 1>,
+            2 => sums::<BITS, GROUP, 2>,
+            4 => sums::<BITS, GROUP, 4>,
+            8 => sums::<BITS, GROUP, 8>,
+            _ => unreachable!("groups have 1, 2, 4 or 8 rows"),
+        }
+    }
+
+    /// R rows by one block of 16 outputs.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn sums<const BITS: u32, const GROUP: usize, const R: usize>(
+        p: &Product<'_>,
+        at: Corner,
+        out: &Disjoint<'_, f32>,
+    ) {
+        let (format, groups) = (p.w.format(), p.w.cols() / GROUP);
+        let record_bytes = 2 * format.record_lanes();
+        let (low, high) = (2 * format.head_lanes(), 2 * (format.head_lanes() + format.low_lanes()));
+        let lines = p.w.lines();
+        let start = 2 * p.w.record(p.first + at.block * WORDS, 0);
+        assert!(start + groups * record_bytes <= size_of_val(lines), "block {}", at.block);
+        let mut record = lines.as_ptr().cast::<u8>().wrapping_add(start);
+        let rows: [_; R] = std::array::from_fn(|r| p.x.row(p.rows.start + at.row + r));
+        assert!(rows.iter().all(|x| x.holds(groups * GROUP)), "a row of x");
+        let (zero, unit) = (i32::from(format.zero()), p.unit);
+        let mut sums = [_mm512_setzero_ps(); R];
+        for group in 0..groups {
+            for line in (0..record_bytes).step_by(64) {
+                _mm_prefetch::<_MM_HINT_T0>(record.wrapping_add(AHEAD_BYTES + line).cast());
+            }
+            let mut dots = [_mm512_setzero_si512(); R];
+            let mut x_sums = [0; R];
+            for r in 0..R {
+                x_sums[r] = rows[r].sum::<GROUP>(group);
+                dots[r] = _mm512_set1_epi32(-zero * x_sums[r]);
+            }
+            for quad in 0..GROUP / 8 {
+                // SAFETY: by the first assertion the record can be read.
+                let w = unsafe {
+                    integers::<BITS>(record.wrapping_add(low), record.wrapping_add(high), quad)
+                };
+                for (i, w) in w.into_iter().enumerate() {
+                    for (dot, x) in dots.iter_mut().zip(&rows) {
+                        let pair = x.words().wrapping_add(group * GROUP / 2 + 4 * quad + i);
+                        // SAFETY: by the second assertion the row has all pairs of the groups.
+                        let x = _mm512_set1_epi32(unsafe { pair.read() });
+                        *dot = _mm512_dpwssd_epi32(*dot, w, x);
+                    }
+                }
+            }
+            // SAFETY: scales, and minima where there are any, are the head of the record.
+            let scales = unsafe { halves(record) };
+            for r in 0..R {
+                let scale =
+                    _mm512_mul_ps(scales, _mm512_set1_ps(rows[r].scale::<GROUP>(group) * unit));
+                sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r]), scale, sums[r]);
+            }
+            if format.minimum() {
+                // SAFETY: as above.
+                let minima = unsafe { halves(record.wrapping_add(32)) };
+                for r in 0..R {
+                    let x_scale = _mm512_set1_ps(rows[r].scale::<GROUP>(group) * unit);
+                    let x_sum = _mm512_set1_ps(x_sums[r] as f32);
+                    sums[r] = _mm512_fmadd_ps(x_sum, _mm512_mul_ps(minima, x_scale), sums[r]);
+                }
+            }
+            record = record.wrapping_add(record_bytes);
+        }
+        for (r, &sum) in sums.iter().enumerate() {
+            let mut lanes = [0.0f32; WORDS];
+            // SAFETY: sixteen elements are there.
+            unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sum) };
+            p.store(at.row + r, at.block, &lanes, out);
+        }
+    }
+
+    /// Sixteen f16.
+    ///
+    /// # Safety
+    /// 32 bytes can be read.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn halves(at: *const u8) -> __m512 {
+        // SAFETY: by the contract.
+        _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(at.cast()) })
+    }
+
+    /// The integers of pairs `4 quad .. 4 quad + 4` of a group.
+    ///
+    /// # Safety
+    /// The planes hold these pairs.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn integers<const BITS: u32>(
+        low: *const u8,
+        high: *const u8,
+        quad: usize,
+    ) -> [__m512i; 4] {
+        // SAFETY: by the contract.
+        let vector = |plane: *const u8, i: usize| unsafe {
+            _mm512_loadu_si512(plane.wrapping_add(64 * i).cast())
+        };
+        if BITS == 8 {
+            let byte = _mm512_set1_epi16(0xff);
+            let [first, second] = [vector(low, 2 * quad), vector(low, 2 * quad + 1)];
+            return [
+                _mm512_and_si512(first, byte),
+                _mm512_srli_epi16::<8>(first),
+                _mm512_and_si512(second, byte),
+                _mm512_srli_epi16::<8>(second),
+            ];
+        }
+        let nibble = _mm512_set1_epi16(15);
+        let four = vector(low, quad);
+        let mut w = [
+            _mm512_and_si512(four, nibble),
+            _mm512_and_si512(_mm512_srli_epi16::<4>(four), nibble),
+            _mm512_and_si512(_mm512_srli_epi16::<8>(four), nibble),
+            _mm512_srli_epi16::<12>(four),
+        ];
+        if BITS > 4 {
+            let bits = BITS - 4;
+            let per_vector = (16 / bits) as usize;
+            let all = vector(high, quad * 4 / per_vector);
+            let skip = (quad * 4 % per_vector) as i32 * bits as i32;
+            // The upper bits of the first pair where they belong, those of the others above them.
+            let mut rest = _mm512_slli_epi16::<4>(_mm512_srl_epi16(all, _mm_cvtsi32_si128(skip)));
+            let mask = _mm512_set1_epi16(((1 << bits) - 1) << 4);
+            for w in &mut w {
+                // w | rest & mask
+                *w = _mm512_ternarylogic_epi32::<0xf8>(*w, rest, mask);
+                rest = if bits == 1 {
+                    _mm512_srli_epi16::<1>(rest)
+                } else {
+                    _mm512_srli_epi16::<2>(rest)
+                };
+            }
+        }
+        w
+    }
+}
