@@ -4,8 +4,10 @@
     benches/serve_load.py MODEL [--clients 1,16,64,256] [--duration 600] [--idle 1000] [--repeats 3]
     benches/serve_load.py --tiny            a few seconds on builtin:arith: a test that the plumbing works
 
-For each number of clients: `engine bench throughput` generates for as many prompts at once, then
-`engine bench serve` sends as many requests at once to a server, with other prompts of the same lengths.
+For each number of clients, --repeats times: `engine bench throughput` generates for as many prompts at
+once, then `engine bench serve` sends as many requests at once to a server, with other prompts of the same
+lengths. Each pair has a share, the rate of the second beside the first, since a machine that others use too
+changes its speed from one minute to the next; rates and shares are reported as medians.
 Then the soak: the largest number of clients for --duration seconds beside --idle connections that say
 nothing, with the server's resident memory over time.
 
@@ -31,7 +33,8 @@ import time
 import run
 
 COLUMNS = ["date", "machine", "commit", "model", "job", "clients", "input_tokens", "output_tokens", "runs",
-           "offline_tok_s", "serve_tok_s", "serve_low_tok_s", "serve_high_tok_s", "ratio", "requests", "failed",
+           "offline_tok_s", "serve_tok_s", "serve_low_tok_s", "serve_high_tok_s", "ratio", "ratio_low", "ratio_high",
+           "requests", "failed",
            "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "seconds", "idle_opened", "idle_held",
            "rss_first_mib", "rss_peak_mib", "rss_last_mib", "rss_growth_mib", "command"]
 GOAL = 0.95
@@ -39,6 +42,8 @@ GOAL = 0.95
 FLAT = 0.02
 """Largest growth of the memory that counts as flat, as a share of it."""
 MIB = 1 << 20
+KV = ["--kv-cache-memory-bytes", "2G"]
+"""Of a server and of generation without one: all of it has been used, and so is resident, early in the soak."""
 
 
 def main():
@@ -51,9 +56,8 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)
         for clients in args.clients:
-            offline = generate_offline(args, work, clients)
             with Server(args, work) as server:
-                rows.append({**base, **compare(args, work, server, clients, offline)})
+                rows.append({**base, **compare(args, work, server, clients)})
             show(rows[-1])
         with Server(args, work) as server:
             soaked, looks = soak(args, work, server)
@@ -76,7 +80,7 @@ def arguments():
     parser.add_argument("--clients", default="1,16,64,256", help="numbers of clients, by commas")
     parser.add_argument("--input-len", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--output-len", type=int, default=128, help="tokens of an answer")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of which the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs of which the median counts")
     parser.add_argument("--duration", type=float, default=600, help="seconds of the soak")
     parser.add_argument("--idle", type=int, default=1000, help="connections that say nothing in the soak")
     parser.add_argument("--dtype", default="bf16", help="format of the weights, for both")
@@ -105,7 +109,7 @@ class Server:
     """`engine serve` on a free port, from its first health to its end."""
 
     def __init__(self, args, work):
-        self.command = [args.engine, "serve", args.model, "--port", "0", "--dtype", args.dtype, "--disable-log-stats",
+        self.command = [args.engine, "serve", args.model, "--port", "0", "--dtype", args.dtype, *KV, "--disable-log-stats",
                         # Longer than the soak: connections that say nothing are closed after it.
                         "--header-timeout", str(int(args.duration) + 120)]
         self.log_path = work / "server.log"
@@ -149,23 +153,25 @@ def lengths(args):
 
 def generate_offline(args, work, clients):
     """Output tokens a second of as many prompts at once, without a server."""
-    command = ["throughput", args.model, "--num-prompts", str(clients), *lengths(args), "--dtype", args.dtype,
-               *run.flags(repeats=args.repeats, num_warmups=0 if args.tiny else 1)]
+    command = ["throughput", args.model, "--num-prompts", str(clients), *lengths(args), "--dtype", args.dtype, *KV,
+               *run.flags(repeats=1, num_warmups=0 if args.tiny else 1)]
     return bench(args, work, command)["output_tokens_per_second"]
 
 
-def compare(args, work, server, clients, offline):
-    """As many requests at once, --repeats times, each with prompts of its own."""
-    results = []
+def compare(args, work, server, clients):
+    """As many prompts at once without and with the server, --repeats times, each with prompts of its own."""
+    offline, results = [], []
     for seed in range(args.repeats):
+        offline.append(generate_offline(args, work, clients))
         command = ["serve", args.model, "--base-url", server.url, "--num-prompts", str(clients),
                    "--max-concurrency", str(clients), "--temperature", "1", *lengths(args), "--seed", str(1000 + seed)]
         results.append(bench(args, work, command))
-    rates = sorted(result["output_throughput"] for result in results)
-    median = statistics.median(rates)
+    rates = [result["output_throughput"] for result in results]
+    shares = [rate / alone for rate, alone in zip(rates, offline)]
     middle = lambda key: statistics.median(result[key] for result in results)
-    return {"job": "compare", "clients": clients, "runs": len(rates), "offline_tok_s": offline, "serve_tok_s": median,
-            "serve_low_tok_s": rates[0], "serve_high_tok_s": rates[-1], "ratio": median / offline,
+    return {"job": "compare", "clients": clients, "runs": len(rates), "offline_tok_s": statistics.median(offline),
+            "serve_tok_s": statistics.median(rates), "serve_low_tok_s": min(rates), "serve_high_tok_s": max(rates),
+            "ratio": statistics.median(shares), "ratio_low": min(shares), "ratio_high": max(shares),
             "requests": sum(result["completed"] + result["failed"] for result in results),
             "failed": sum(result["failed"] for result in results),
             "ttft_p50_ms": middle("p50_ttft_ms"), "ttft_p99_ms": middle("p99_ttft_ms"),
@@ -224,12 +230,13 @@ def table(rows):
     first = rows[0]
     out = [f"{first['machine']}, commit {first['commit']}, {first['date']} UTC, {first['model']}, prompts of "
            f"{first['input_tokens']} and answers of {first['output_tokens']} tokens", "",
-           "| clients | offline tok/s | served tok/s | share | failed | TTFT p50 / p99 ms | ITL p50 / p99 ms |",
+           "| clients | offline tok/s | served tok/s | share (low to high) | failed | TTFT p50 / p99 ms | ITL p50 / p99 ms |",
            "|--:|--:|--:|--:|--:|--:|--:|"]
     for row in (row for row in rows if row["job"] == "compare"):
         mark = "" if row["ratio"] >= GOAL else f" (below {100 * GOAL:.0f} %)"
         out.append(f"| {row['clients']} | {row['offline_tok_s']:.1f} | {row['serve_tok_s']:.1f} | "
-                   f"{100 * row['ratio']:.1f} %{mark} | {row['failed']} | {row['ttft_p50_ms']:.1f} / {row['ttft_p99_ms']:.1f} | "
+                   f"{100 * row['ratio']:.1f} %{mark} ({100 * row['ratio_low']:.1f} to {100 * row['ratio_high']:.1f}) | "
+                   f"{row['failed']} | {row['ttft_p50_ms']:.1f} / {row['ttft_p99_ms']:.1f} | "
                    f"{row['itl_p50_ms']:.1f} / {row['itl_p99_ms']:.1f} |")
     for row in (row for row in rows if row["job"] == "soak"):
         flat = abs(row["rss_growth_mib"]) <= FLAT * row["rss_peak_mib"]

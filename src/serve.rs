@@ -1,5 +1,6 @@
 //! `engine serve`: the OpenAI-compatible server over one model.
 
+use std::num::NonZero;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,7 +45,7 @@ pub(crate) fn host(
     (terminal, shutdown): (&Terminal, impl Future<Output = ()>),
 ) -> Result<()> {
     let failed = |error: std::io::Error| Failure::running(format!("server: {error}"));
-    let runtime = tokio::runtime::Runtime::new().map_err(failed)?;
+    let runtime = runtime().map_err(failed)?;
     let (model, name) = (&config.model_names[0], sockets.name().map_err(failed)?);
     terminal.info(&format!("{model}: serving at {name}"));
     if let Some(name) = sockets.admin_name().map_err(failed)? {
@@ -58,6 +59,14 @@ pub(crate) fn host(
         server::serve(Arc::new(service), config, listeners, shutdown).await?;
         Ok(())
     })
+}
+
+/// Threads for connections: a quarter of the processors, as the engine computes on all of them and a thread
+/// that wakes for a piece of an answer takes one of them away. What takes long runs on threads of its own.
+pub(crate) fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = processors.div_ceil(4);
+    tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()
 }
 
 /// How a server of `model` behaves.

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use engine::{Tokenizer, load_text};
 use serde_json::{Map, Value, json};
-use tokio::runtime::Runtime;
+use tokio::runtime::Builder;
 
 use crate::args::DEFAULT_MODEL;
 use crate::bench::args::DatasetName;
@@ -23,7 +23,7 @@ use crate::bench::serve_args::{Backend, LoadArgs, ServeBenchArgs, TargetArgs};
 use crate::exit::{Failure, Result};
 use crate::output::Output;
 use crate::terminal::Terminal;
-use crate::{model, output};
+use crate::{model, output, serve};
 
 use client::Target;
 use load::{Keep, Plan, Requests, Run};
@@ -48,7 +48,12 @@ pub(crate) fn run(args: &ServeBenchArgs, terminal: &Terminal) -> Result<()> {
     let named =
         args.serve_model.clone().or_else(|| address.is_none().then(|| DEFAULT_MODEL.to_owned()));
     let (dataset, tokenizer) = dataset(args, named.as_deref(), terminal)?;
-    let runtime = Runtime::new().map_err(|error| Failure::running(format!("runtime: {error}")))?;
+    // One thread asks a server elsewhere: on the same machine it takes the least from that server.
+    let runtime = match address {
+        Some(_) => Builder::new_current_thread().enable_all().build(),
+        None => serve::runtime(),
+    };
+    let runtime = runtime.map_err(|error| Failure::running(format!("runtime: {error}")))?;
     let own = match (&address, &named) {
         (None, Some(name)) => {
             let config = model::serving_config(&args.common, &args.engine)?;
