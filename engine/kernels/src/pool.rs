@@ -2,6 +2,9 @@
 //!
 //! No stealing, no nesting, no futures. Which thread takes which task is left to chance, so a task's
 //! result may depend on its index only; every kernel here is written so.
+//!
+//! An operation ends when its tasks are done. A worker that has not joined by then, since the system runs
+//! something else on its processor, is not waited for: it finds the gate closed and waits for the next one.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -10,6 +13,8 @@ use std::thread::JoinHandle;
 
 /// How often a waiting thread looks again before it goes to sleep (about 20 microseconds).
 const SPINS: u32 = 4_000;
+/// Of the gate: nobody may join.
+const CLOSED: usize = 1 << (usize::BITS - 1);
 
 type Task<'a> = dyn Fn(usize) + Sync + 'a;
 
@@ -28,8 +33,8 @@ struct Shared {
     epoch: AtomicU64,
     next: AtomicUsize,
     tasks: AtomicUsize,
-    /// Workers that have not yet finished the current operation.
-    busy: AtomicUsize,
+    /// Workers that have joined the operation and not yet left it, and [`CLOSED`].
+    gate: AtomicUsize,
     stop: AtomicBool,
     panicked: Mutex<Option<Box<dyn std::any::Any + Send>>>,
 }
@@ -48,7 +53,7 @@ impl ThreadPool {
             epoch: AtomicU64::new(0),
             next: AtomicUsize::new(0),
             tasks: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
+            gate: AtomicUsize::new(CLOSED),
             stop: AtomicBool::new(false),
             panicked: Mutex::new(None),
         });
@@ -79,18 +84,19 @@ impl ThreadPool {
             return;
         }
         let guard = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: only the lifetime changes; the pointer is used until `busy` is 0, awaited below.
+        // SAFETY: only the lifetime changes; the pointer is used by those within the gate, awaited below.
         let job =
             Job(unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(task) });
         *self.shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
         self.shared.next.store(0, Ordering::Relaxed);
         self.shared.tasks.store(tasks, Ordering::Relaxed);
-        self.shared.busy.store(self.workers.len(), Ordering::Relaxed);
+        self.shared.gate.store(0, Ordering::Release);
         self.shared.epoch.fetch_add(1, Ordering::Release);
         self.workers.iter().for_each(|w| w.thread().unpark());
         self.shared.take_tasks(job);
+        self.shared.gate.fetch_or(CLOSED, Ordering::AcqRel);
         let mut spins = 0u32;
-        while self.shared.busy.load(Ordering::Acquire) != 0 {
+        while self.shared.gate.load(Ordering::Acquire) != CLOSED {
             spins += 1;
             if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
@@ -122,20 +128,29 @@ impl Shared {
                 spins += 1;
                 if spins < SPINS { std::hint::spin_loop() } else { std::thread::park() }
             }
-            seen += 1;
+            // An operation that begins between this and the join is joined a second time, to no harm.
+            seen = self.epoch.load(Ordering::Acquire);
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
-            let job = *self.job.lock().unwrap_or_else(PoisonError::into_inner);
-            self.take_tasks(job.expect("an operation has a job"));
-            self.busy.fetch_sub(1, Ordering::Release);
+            if self.join() {
+                let job = *self.job.lock().unwrap_or_else(PoisonError::into_inner);
+                self.take_tasks(job.expect("an operation has a job"));
+                self.gate.fetch_sub(1, Ordering::Release);
+            }
         }
+    }
+
+    /// Enters the gate, unless it is closed.
+    fn join(&self) -> bool {
+        let enter = |gate| (gate & CLOSED == 0).then_some(gate + 1);
+        self.gate.fetch_update(Ordering::AcqRel, Ordering::Relaxed, enter).is_ok()
     }
 
     /// Runs tasks until none is left; keeps the first panic for the caller of `run`.
     fn take_tasks(&self, job: Job) {
         let tasks = self.tasks.load(Ordering::Relaxed);
-        // SAFETY: `run` does not return before every worker is through with this operation.
+        // SAFETY: `run` does not return before everybody within the gate is through with the operation.
         let task = unsafe { &*job.0 };
         loop {
             let i = self.next.fetch_add(1, Ordering::Relaxed);
@@ -163,6 +178,22 @@ mod tests {
                     counts[i].fetch_add(1, Ordering::Relaxed);
                 });
                 assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn operations_in_a_row_do_not_mix_whoever_comes_late() {
+        let pool = ThreadPool::new(4);
+        for run in 0..20_000 {
+            // On the stack: a worker that came after the end would write into another run's.
+            let tasks = 1 + run % 5;
+            let counts: [AtomicUsize; 5] = std::array::from_fn(|_| AtomicUsize::new(run));
+            pool.run(tasks, &|i| {
+                counts[i].fetch_add(1, Ordering::Relaxed);
+            });
+            for (i, count) in counts.iter().enumerate() {
+                assert_eq!(count.load(Ordering::Relaxed), run + usize::from(i < tasks));
             }
         }
     }

@@ -44,11 +44,33 @@ mod x86 {
     /// Lines that each stream of weights is asked for ahead of its use (2 KB).
     const AHEAD_LINES: usize = 32;
 
-    /// Where a micro-kernel works: its first row and its first block.
+    /// Steps between two bursts of requests for weights of the next panel.
+    const BURST_STEPS: usize = 32;
+
+    /// Where a micro-kernel works: its first row and its first block; and which of how many groups of rows
+    /// it is.
     #[derive(Clone, Copy)]
     struct Corner {
         row: usize,
         block: usize,
+        group: usize,
+        groups: usize,
+    }
+
+    impl Corner {
+        /// Where in the next panel, in lines, this group begins to ask for weights, and how many a burst.
+        ///
+        /// Each group asks for its share, so that memory has the time of all of them. One group or two leave no
+        /// time: their products take no longer than reading the panel.
+        fn asks(self, panel_lines: usize, depth: usize) -> (usize, usize) {
+            match self.groups {
+                ..=2 => (0, 0),
+                groups => {
+                    let share = panel_lines.div_ceil(groups);
+                    (self.group * share, share.div_ceil(depth.div_ceil(BURST_STEPS).max(1)))
+                }
+            }
+        }
     }
 
     type Kernel = unsafe fn(&Product<'_>, Corner, &Disjoint<'_, f32>);
@@ -76,7 +98,7 @@ mod x86 {
             for group in 0..groups {
                 let rows = base + usize::from(group < longer);
                 // SAFETY: the token (and its bf16 part) proves the features of the chosen kernels.
-                unsafe { kernel(rows, blocks)(p, Corner { row, block }, out) };
+                unsafe { kernel(rows, blocks)(p, Corner { row, block, group, groups }, out) };
                 row += rows;
             }
             block += blocks;
@@ -134,6 +156,13 @@ mod x86 {
         _mm_prefetch::<_MM_HINT_T0>(line.cast());
     }
 
+    /// The same for weights that a first-level cache has no room for yet.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn prefetch_far(line: *const Line) {
+        _mm_prefetch::<_MM_HINT_T1>(line.cast());
+    }
+
     /// Asks for a row's outputs of `C` blocks, which will be read and written.
     #[inline]
     #[target_feature(enable = "avx512f")]
@@ -181,21 +210,27 @@ mod x86 {
                     (0..R).for_each(|r| prefetch_outputs::<C>(p, at.row + r, at.block, out));
                 }
                 let mut sums = [[_mm512_setzero_ps(); C]; R];
-                for i in 0..p.depth {
-                    let ahead = i + AHEAD_LINES;
-                    let ahead = if ahead < lines { ahead } else { ahead + (C - 1) * lines };
-                    let mut weights = [_mm512_setzero_si512(); C];
-                    for (c, weight) in weights.iter_mut().enumerate() {
-                        // SAFETY: `c < C` and `i < depth <= lines`.
-                        *weight = unsafe { load(w.wrapping_add(c * lines + i)) };
-                        prefetch(w.wrapping_add(c * lines + ahead));
-                    }
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        // SAFETY: `r < R` and `i < depth <= stride`.
-                        let word = unsafe { *x.wrapping_add(r * stride + i) };
-                        let word = _mm512_set1_epi32(word);
-                        for (sum, &weight) in sums.iter_mut().zip(&weights) {
-                            *sum = $dot(*sum, word, weight);
+                let (from, burst) = at.asks(C * lines, p.depth);
+                let mut next = w.wrapping_add(C * lines + from);
+                for start in (0..p.depth).step_by(BURST_STEPS) {
+                    (0..burst).for_each(|line| prefetch_far(next.wrapping_add(line)));
+                    next = next.wrapping_add(burst);
+                    for i in start..p.depth.min(start + BURST_STEPS) {
+                        let ahead = i + AHEAD_LINES;
+                        let ahead = if ahead < lines { ahead } else { ahead + (C - 1) * lines };
+                        let mut weights = [_mm512_setzero_si512(); C];
+                        for (c, weight) in weights.iter_mut().enumerate() {
+                            // SAFETY: `c < C` and `i < depth <= lines`.
+                            *weight = unsafe { load(w.wrapping_add(c * lines + i)) };
+                            prefetch(w.wrapping_add(c * lines + ahead));
+                        }
+                        for (r, sums) in sums.iter_mut().enumerate() {
+                            // SAFETY: `r < R` and `i < depth <= stride`.
+                            let word = unsafe { *x.wrapping_add(r * stride + i) };
+                            let word = _mm512_set1_epi32(word);
+                            for (sum, &weight) in sums.iter_mut().zip(&weights) {
+                                *sum = $dot(*sum, word, weight);
+                            }
                         }
                     }
                 }
