@@ -210,14 +210,16 @@ impl Guests {
         Door::Open
     }
 
-    /// Hands the guests their events and returns the others.
+    /// Hands the guests their events and returns the others. Whoever has had an event finds it counted.
     fn deliver(&mut self, engine: &mut Engine, events: Vec<Event>) -> Vec<Event> {
-        let (mut others, mut generated, now) = (Vec::new(), 0, Instant::now());
+        self.report(engine);
+        let tokens = events.iter().filter(|event| matches!(event, Event::Token(_))).count();
+        self.status.lock().generated_tokens += tokens as u64;
+        let (mut others, now) = (Vec::new(), Instant::now());
         for event in events {
             self.watch.event(&event, now);
             let id = event.request();
             let over = matches!(event, Event::Finished(_));
-            generated += u64::from(!over);
             let Some((sink, open)) = self.sinks.get_mut(&id) else {
                 others.push(event);
                 continue;
@@ -232,7 +234,6 @@ impl Guests {
                 self.gate.left(id);
             }
         }
-        self.status.lock().generated_tokens += generated;
         others
     }
 

@@ -419,7 +419,7 @@ async fn a_real_client_leaves_and_the_server_drains() {
     let address = listener.local_addr().unwrap();
     let (down, shutdown) = oneshot::channel::<()>();
     let mut config = ServerConfig::new("tiny");
-    config.shutdown_timeout = Duration::from_millis(200);
+    config.shutdown_timeout = Duration::from_millis(20);
     let running = tokio::spawn(serve(Arc::clone(&service), config, listener, async {
         shutdown.await.unwrap();
     }));
@@ -435,7 +435,7 @@ async fn a_real_client_leaves_and_the_server_drains() {
 
     // A stream that outlasts the drain ends as one, with the reason.
     let mut slow = TcpStream::connect(address).await.unwrap();
-    let body = greedy(json!({"prompt": "a", "max_tokens": room, "stream": true}));
+    let body = greedy(json!({"prompt": "a", "max_tokens": room, "n": 16, "stream": true}));
     write_post(&mut slow, &body).await;
     let mut head = [0; 15];
     slow.read_exact(&mut head).await.unwrap();
