@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Loads `engine serve` and compares it with generation without a server.
 
-    benches/serve_load.py MODEL [--clients 1,16,64,256] [--duration 600] [--idle 1000] [--repeats 3]
+    benches/serve_load.py MODEL [--clients 1,16,64,256] [--duration 600] [--idle 1000] [--repeats 5]
     benches/serve_load.py --tiny            a few seconds on builtin:arith: a test that the plumbing works
 
 For each number of clients, --repeats times: `engine bench throughput` generates for as many prompts at

@@ -147,12 +147,17 @@ impl Engine {
     fn forward(&mut self, range: std::ops::Range<usize>) {
         let slices = &self.slices[range];
         self.runner.forward(&self.scheduler, slices);
-        let sampling: HashSet<SeqId> =
-            slices.iter().filter(|slice| slice.samples).map(|slice| slice.seq).collect();
+        let has_grammar = |slice: &&Slice| self.samples[&slice.seq].grammar.is_some();
+        let guided: HashSet<SeqId> = slices
+            .iter()
+            .filter(|slice| slice.samples)
+            .filter(has_grammar)
+            .map(|slice| slice.seq)
+            .collect();
         let grammars: Vec<&mut GrammarState> = self
             .samples
             .iter_mut()
-            .filter(|(seq, sample)| sample.grammar.is_some() && sampling.contains(seq))
+            .filter(|(seq, _)| guided.contains(seq))
             .filter_map(|(_, sample)| sample.grammar.as_mut())
             .collect();
         on_all_threads(&self.runner.kernels, grammars.into_iter(), GrammarState::prepare);

@@ -31,6 +31,7 @@ mod x86 {
     use crate::cpu::Avx2;
     use crate::disjoint::Disjoint;
     use crate::gemm::buffer::WORDS;
+    use crate::quant::matrix::of_format;
     use crate::quant::product::{Product, Rectangle};
 
     /// How far ahead of their use weights are asked for, in bytes.
@@ -54,16 +55,7 @@ mod x86 {
         out: &Disjoint<'_, f32>,
     ) {
         assert!(part.rows.len() <= MOST_ROWS, "{} rows, limit is {MOST_ROWS}", part.rows.len());
-        let kernel: Kernel = match (p.w.format().bits(), p.w.format().group()) {
-            (4, 32) => block::<4, 32>,
-            (4, 16) => block::<4, 16>,
-            (5, 32) => block::<5, 32>,
-            (6, 32) => block::<6, 32>,
-            (6, 16) => block::<6, 16>,
-            (8, 32) => block::<8, 32>,
-            (8, 16) => block::<8, 16>,
-            (bits, group) => unreachable!("no format has {bits} bits in groups of {group}"),
-        };
+        let kernel: Kernel = of_format!(p.w.format(), block);
         for block in part.blocks.clone() {
             // SAFETY: the token proves the features.
             unsafe { kernel(p, part, block, out) };

@@ -34,6 +34,7 @@ mod x86 {
     use crate::cpu::Avx512Vnni;
     use crate::disjoint::Disjoint;
     use crate::gemm::buffer::WORDS;
+    use crate::quant::matrix::of_format;
     use crate::quant::product::{Product, Rectangle};
 
     /// How far ahead of their use weights are asked for, in bytes.
@@ -55,32 +56,20 @@ mod x86 {
         part: &Rectangle,
         out: &Disjoint<'_, f32>,
     ) {
+        let kernel: fn(usize) -> Kernel = of_format!(p.w.format(), of_rows);
         for block in part.blocks.clone() {
             let mut row = part.rows.start;
             while row < part.rows.end {
                 let rows = (part.rows.end - row).min(8);
                 let rows = 1 << rows.ilog2();
                 // SAFETY: the token proves the features.
-                unsafe { kernel(p, rows)(p, Corner { row, block }, out) };
+                unsafe { kernel(rows)(p, Corner { row, block }, out) };
                 row += rows;
             }
         }
     }
 
-    /// The kernel for the weights' format and 1, 2, 4 or 8 rows.
-    fn kernel(p: &Product<'_>, rows: usize) -> Kernel {
-        match (p.w.format().bits(), p.w.format().group()) {
-            (4, 32) => of_rows::<4, 32>(rows),
-            (4, 16) => of_rows::<4, 16>(rows),
-            (5, 32) => of_rows::<5, 32>(rows),
-            (6, 32) => of_rows::<6, 32>(rows),
-            (6, 16) => of_rows::<6, 16>(rows),
-            (8, 32) => of_rows::<8, 32>(rows),
-            (8, 16) => of_rows::<8, 16>(rows),
-            (bits, group) => unreachable!("no format has {bits} bits in groups of {group}"),
-        }
-    }
-
+    /// The kernel for 1, 2, 4 or 8 rows.
     fn of_rows<const BITS: u32, const GROUP: usize>(rows: usize) -> Kernel {
         match rows {
             1 => sums::<BITS, GROUP, 1>,

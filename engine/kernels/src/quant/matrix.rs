@@ -22,6 +22,24 @@ const LANES: usize = 2 * WORDS;
 /// Lanes of a vector: eight rows by two inputs.
 const VECTOR: usize = 16;
 
+/// The instance of a function of `<BITS, GROUP>` that a format needs.
+macro_rules! of_format {
+    ($format:expr, $function:ident) => {
+        match ($format.bits(), $format.group()) {
+            (4, 32) => $function::<4, 32>,
+            (4, 16) => $function::<4, 16>,
+            (5, 32) => $function::<5, 32>,
+            (6, 32) => $function::<6, 32>,
+            (6, 16) => $function::<6, 16>,
+            (8, 32) => $function::<8, 32>,
+            (8, 16) => $function::<8, 16>,
+            (bits, group) => unreachable!("no format has {bits} bits in groups of {group}"),
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+pub(super) use of_format;
+
 /// How quantised weights are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QuantFormat {
