@@ -127,7 +127,7 @@ mod x86 {
             None
         };
         let join = |row: usize, dot: Ints, sum: &mut Floats| {
-            join(p, (first + row, group), (scales, minima), dot, sum);
+            join::<GROUP>(p, (first + row, group), (scales, minima), dot, sum);
         };
         if let [sum] = sums {
             let mut dot = [_mm256_setzero_si256(); 2];
@@ -196,15 +196,15 @@ mod x86 {
     /// Scales the integer sums of a group and adds them, and the share of the minima.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn join(
+    fn join<const GROUP: usize>(
         p: &Product<'_>,
         (row, group): (usize, usize),
         (scales, minima): (Floats, Option<Floats>),
         dot: Ints,
         sum: &mut Floats,
     ) {
-        let x_sum = p.x_sum(row, group);
-        let x_scale = _mm256_set1_ps(p.x_scale(row, group));
+        let x_sum = p.x_sum(row, group, GROUP);
+        let x_scale = _mm256_set1_ps(p.x_scale(row, group, GROUP));
         let zeros = _mm256_set1_epi32(x_sum * i32::from(p.w.format().zero()));
         for (half, sum) in sum.iter_mut().enumerate() {
             let dot = _mm256_cvtepi32_ps(_mm256_sub_epi32(dot[half], zeros));

@@ -94,9 +94,13 @@ mod x86 {
         let start = 2 * p.w.record(p.first + at.block * WORDS, 0);
         assert!(start + groups * record_bytes <= size_of_val(lines), "block {}", at.block);
         let mut record = lines.as_ptr().cast::<u8>().wrapping_add(start);
-        let rows: [_; R] = std::array::from_fn(|r| p.x.row(p.rows.start + at.row + r));
-        assert!(rows.iter().all(|x| x.holds(groups * GROUP)), "a row of x");
-        let (zero, unit) = (i32::from(format.zero()), p.unit);
+        let first = p.rows.start + at.row;
+        assert!((first + R) * p.x.stride() <= p.x.values.len(), "rows of x");
+        assert!(groups * GROUP <= 2 * WORDS * p.x.stride(), "a row of x");
+        let x: [_; R] = std::array::from_fn(|r| {
+            p.x.values.as_ptr().wrapping_add((first + r) * p.x.stride()).cast::<i32>()
+        });
+        let zero = i32::from(format.zero());
         let mut sums = [_mm512_setzero_ps(); R];
         for group in 0..groups {
             for line in (0..record_bytes).step_by(64) {
@@ -105,7 +109,7 @@ mod x86 {
             let mut dots = [_mm512_setzero_si512(); R];
             let mut x_sums = [0; R];
             for r in 0..R {
-                x_sums[r] = rows[r].sum::<GROUP>(group);
+                x_sums[r] = p.x_sum(first + r, group, GROUP);
                 dots[r] = _mm512_set1_epi32(-zero * x_sums[r]);
             }
             for quad in 0..GROUP / 8 {
@@ -114,9 +118,9 @@ mod x86 {
                     integers::<BITS>(record.wrapping_add(low), record.wrapping_add(high), quad)
                 };
                 for (i, w) in w.into_iter().enumerate() {
-                    for (dot, x) in dots.iter_mut().zip(&rows) {
-                        let pair = x.words().wrapping_add(group * GROUP / 2 + 4 * quad + i);
-                        // SAFETY: by the second assertion the row has all pairs of the groups.
+                    for (dot, x) in dots.iter_mut().zip(x) {
+                        let pair = x.wrapping_add(group * GROUP / 2 + 4 * quad + i);
+                        // SAFETY: by the other assertions the row has all pairs of the groups.
                         let x = _mm512_set1_epi32(unsafe { pair.read() });
                         *dot = _mm512_dpwssd_epi32(*dot, w, x);
                     }
@@ -126,14 +130,14 @@ mod x86 {
             let scales = unsafe { halves(record) };
             for r in 0..R {
                 let scale =
-                    _mm512_mul_ps(scales, _mm512_set1_ps(rows[r].scale::<GROUP>(group) * unit));
+                    _mm512_mul_ps(scales, _mm512_set1_ps(p.x_scale(first + r, group, GROUP)));
                 sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r]), scale, sums[r]);
             }
             if format.minimum() {
                 // SAFETY: as above.
                 let minima = unsafe { halves(record.wrapping_add(32)) };
                 for r in 0..R {
-                    let x_scale = _mm512_set1_ps(rows[r].scale::<GROUP>(group) * unit);
+                    let x_scale = _mm512_set1_ps(p.x_scale(first + r, group, GROUP));
                     let x_sum = _mm512_set1_ps(x_sums[r] as f32);
                     sums[r] = _mm512_fmadd_ps(x_sum, _mm512_mul_ps(minima, x_scale), sums[r]);
                 }

@@ -55,17 +55,6 @@ impl QuantOperand {
         i32::from((word >> (col % 2 * 16)) as u16 as i16)
     }
 
-    /// One row as the kernels read it.
-    #[inline(always)]
-    pub(super) fn row(&self, row: usize) -> Row<'_> {
-        let (groups, fine) = (self.cols / X_GROUP, self.cols / FINE_GROUP);
-        Row {
-            lines: &self.values[row * self.stride..][..self.stride],
-            scales: &self.scales[row * groups..][..groups],
-            sums: &self.sums[row * fine..][..fine],
-        }
-    }
-
     fn reshape(&mut self, rows: usize, cols: usize) {
         // An odd number of lines, so that the rows of a block do not fall into the same cache set.
         let stride = (cols / (2 * WORDS)) | 1;
@@ -73,41 +62,6 @@ impl QuantOperand {
         self.scales.resize(rows * (cols / X_GROUP), 0.0);
         self.sums.resize(rows * (cols / FINE_GROUP), 0);
         (self.rows, self.cols, self.stride) = (rows, cols, stride);
-    }
-}
-
-/// A row of an operand.
-#[derive(Clone, Copy)]
-pub(super) struct Row<'a> {
-    lines: &'a [Line],
-    scales: &'a [f32],
-    sums: &'a [i32],
-}
-
-impl Row<'_> {
-    /// The scale of a group of GROUP inputs.
-    #[inline(always)]
-    pub(super) fn scale<const GROUP: usize>(&self, group: usize) -> f32 {
-        self.scales[group * GROUP / X_GROUP]
-    }
-
-    /// The sum of the integers of a group of GROUP inputs.
-    #[inline(always)]
-    pub(super) fn sum<const GROUP: usize>(&self, group: usize) -> i32 {
-        let fine = GROUP / FINE_GROUP;
-        self.sums[group * fine..][..fine].iter().sum()
-    }
-
-    /// Words of two integers, the lower half first.
-    #[inline(always)]
-    pub(super) fn words(&self) -> *const i32 {
-        self.lines.as_ptr().cast()
-    }
-
-    /// Whether there are words of `inputs` inputs.
-    #[inline(always)]
-    pub(super) fn holds(&self, inputs: usize) -> bool {
-        inputs <= 2 * WORDS * self.lines.len()
     }
 }
 

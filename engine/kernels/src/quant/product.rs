@@ -135,7 +135,7 @@ impl Product<'_> {
             let product: i32 =
                 (0..group_len).map(|k| integer(k) * self.w.integer(output, record, k)).sum();
             let (scale, minimum) = self.w.scale(output, group);
-            let x_scale = self.x_scale(row, group);
+            let x_scale = self.x_scale(row, group, group_len);
             let product = product - i32::from(format.zero()) * x_sum;
             sum = (product as f32).mul_add(scale * x_scale, sum);
             if format.minimum() {
@@ -145,17 +145,17 @@ impl Product<'_> {
         sum
     }
 
-    /// The activations' scale of a group of weights, times the unit of the weights' scales.
+    /// The activations' scale of a group of `len` weights, times the unit of the weights' scales.
     #[inline(always)]
-    pub(super) fn x_scale(&self, row: usize, group: usize) -> f32 {
+    pub(super) fn x_scale(&self, row: usize, group: usize, len: usize) -> f32 {
         let per_row = self.x.cols() / X_GROUP;
-        self.x.scales[row * per_row + group * self.w.format().group() / X_GROUP] * self.unit
+        self.x.scales[row * per_row + group * len / X_GROUP] * self.unit
     }
 
-    /// The sum of the activations' integers of a group of weights.
+    /// The sum of the activations' integers of a group of `len` weights.
     #[inline(always)]
-    pub(super) fn x_sum(&self, row: usize, group: usize) -> i32 {
-        let fine = self.w.format().group() / FINE_GROUP;
+    pub(super) fn x_sum(&self, row: usize, group: usize, len: usize) -> i32 {
+        let fine = len / FINE_GROUP;
         let at = row * (self.x.cols() / FINE_GROUP) + group * fine;
         self.x.sums[at..at + fine].iter().sum()
     }
