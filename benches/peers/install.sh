@@ -26,7 +26,7 @@ install_llama() {
   # Built for the features this processor names: a build for "the native processor" may use others.
   local on=() name
   for name in sse4_2:SSE42 avx:AVX avx2:AVX2 fma:FMA f16c:F16C bmi2:BMI2 avx512f:AVX512 avx512_vnni:AVX512_VNNI \
-    avx512_bf16:AVX512_BF16; do
+    avx512_bf16:AVX512_BF16 avx512vbmi:AVX512_VBMI amx_tile:AMX_TILE amx_int8:AMX_INT8 amx_bf16:AMX_BF16; do
     if has "${name%%:*}"; then on+=("-DGGML_${name##*:}=ON"); fi
   done
   python3 -m venv llama.cpp &&
