@@ -38,6 +38,10 @@ mod terminal;
 
 use std::process::ExitCode;
 
+/// Activations and gradients on lines and huge pages.
+#[global_allocator]
+static ALLOCATOR: kernels::HugePages = kernels::HugePages;
+
 use args::Command;
 use exit::{Failure, Result};
 use layers::Parsed;

@@ -36,4 +36,16 @@ impl<'a, T> Disjoint<'a, T> {
         // SAFETY: within the slice by the assertion; unaliased by the caller's contract.
         unsafe { std::slice::from_raw_parts_mut(first, to - from) }
     }
+
+    /// Where the elements `from..to` begin; whoever writes them must own them as in [`Self::part`].
+    ///
+    /// For parts that are not one slice, such as a column of a row-major array.
+    ///
+    /// # Panics
+    /// When the range does not lie within the slice.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn pointer(&self, from: usize, to: usize) -> *mut T {
+        assert!(from <= to && to <= self.len, "part {from}..{to} of {} elements", self.len);
+        self.start.wrapping_add(from)
+    }
 }

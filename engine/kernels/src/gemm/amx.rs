@@ -1,11 +1,16 @@
-//! The bf16 product with AMX tiles: 32 rows by 32 outputs at a time, both operands read in place.
+//! The bf16 product with AMX tiles: 32 rows by 32 outputs at a time.
 //!
 //! ```text
-//! for each panel of 2 blocks (32 outputs), for each group of 32 rows:
+//! a group of 32 rows and a panel of 2 blocks (32 outputs):
 //!     four 16 x 16 tiles = 0
 //!     for each 32 inputs, ascending:            2 tiles of x, 2 of w, 4 tile products
 //!         even and odd inputs are summed apart by the instruction, then added to the tile
 //!     out = tiles + bias (+ out)
+//!
+//! few rows:  for each panel, for each group     weights come from memory: each step asks for a
+//!                                               share of the next panel
+//! many rows: for each group:                    its rows as tiles, one behind the other
+//!                for each panel                these stay in the second-level cache
 //! ```
 //!
 //! An operand's rows are allocated in multiples of 32, so a group may run past the last row; what it
@@ -14,6 +19,9 @@
 //! end of [`tiles`] are the only part that needs the processor: [`Multiply`] states their contract,
 //! and the tests run everything else on an emulation of it. Leaves out f32 (AVX-512 does that).
 
+use std::cell::RefCell;
+
+use super::Write;
 use super::buffer::{Line, WORDS};
 use super::pack::widened;
 use super::product::{Product, Rectangle};
@@ -21,40 +29,60 @@ use crate::cpu::{Amx, Isa};
 use crate::disjoint::Disjoint;
 
 /// Rows and outputs of a group of tiles.
-const GROUP: usize = 2 * WORDS;
+pub(super) const GROUP: usize = 2 * WORDS;
+/// Rows up to which each panel goes past all of them before the next: more take longer to multiply than
+/// the panel takes to come from memory.
+pub(super) const FEW_ROWS: usize = 4 * GROUP;
+
+thread_local! {
+    /// The rows of one group as tiles, kept from product to product.
+    static GROUP_TILES: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+}
 
 /// The outputs of a group, row-major, two lines a row.
-type Group = [[f32; GROUP]; GROUP];
+#[repr(C, align(64))]
+struct Group([[f32; GROUP]; GROUP]);
 
 /// The product of 32 rows and two blocks.
 struct Multiply<'a> {
-    /// 32 rows, `stride` lines apart, of which the first `depth` lines count.
-    x: &'a [Line],
-    stride: usize,
+    x: Rows<'a>,
     /// `16 * depth` lines each: 16 pairs of inputs for every line of `x`.
     w: [&'a [Line]; 2],
     depth: usize,
+    /// What to ask for meanwhile, this many lines a step; need not be memory.
+    ahead: (*const Line, usize),
+}
+
+/// 32 rows of `depth` lines: line `k` of row `r` is line `r * row + k * step`.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    lines: &'a [Line],
+    row: usize,
+    step: usize,
 }
 
 impl<'a> Multiply<'a> {
-    fn new(p: &Product<'a>, row: usize, block: usize, blocks: usize) -> Self {
+    fn new(p: &Product<'a>, x: Rows<'a>, block: usize, blocks: usize) -> Self {
         let block = |b: usize| &p.w[(block + b) * p.block_lines..][..p.block_lines];
-        Self {
-            x: &p.x[row * p.stride..][..GROUP * p.stride],
-            stride: p.stride,
-            w: [block(0), block(blocks - 1)],
-            depth: p.block_lines / WORDS,
-        }
+        let depth = p.block_lines / WORDS;
+        let ahead = (std::ptr::null(), 0);
+        Self { x, w: [block(0), block(blocks - 1)], depth, ahead }
     }
 
     /// What makes the pointers of the tile loads stay inside the slices.
     fn check(&self) {
-        let (stride, depth) = (self.stride, self.depth);
-        assert!(depth <= stride, "{depth} lines of rows with {stride}");
-        assert!(self.x.len() >= GROUP * stride, "{} lines of x, stride {stride}", self.x.len());
+        let Self { x: Rows { lines, row, step }, depth, .. } = *self;
+        let last = (GROUP - 1) * row + depth.saturating_sub(1) * step;
+        assert!(lines.len() > last, "{} lines of x, line {last} is read", lines.len());
         let lines = self.w.map(<[Line]>::len);
         assert!(lines.iter().all(|&n| n >= depth * WORDS), "{lines:?} lines of w, depth {depth}");
     }
+}
+
+/// Where a group's outputs go: 32 rows of two lines, `stride` elements apart.
+struct Target {
+    to: *mut f32,
+    stride: usize,
 }
 
 /// Computes a rectangle of the output.
@@ -62,31 +90,93 @@ pub(super) fn rectangle(token: Amx, p: &Product<'_>, part: &Rectangle, out: &Dis
     #[cfg(target_arch = "x86_64")]
     {
         let tiles = tiles::Tiles::new(token);
-        blocked(Isa::Amx(token), p, part, out, |multiply, sums| tiles.multiply(multiply, sums));
+        let multiply = |multiply: &Multiply<'_>, to: &Target| {
+            // SAFETY: `Blocked` gives targets that are its own.
+            unsafe { tiles.multiply(multiply, to) };
+        };
+        Blocked { isa: Isa::Amx(token), p, out, multiply }.rectangle(part);
     }
     #[cfg(not(target_arch = "x86_64"))]
     super::avx512::rectangle(token.avx512, p, part, out);
 }
 
-/// The loops around `multiply`, which replaces a group by the product.
-fn blocked(
+/// The loops around `multiply`, which writes a group's products to a target.
+struct Blocked<'a, F> {
     isa: Isa,
-    p: &Product<'_>,
-    part: &Rectangle,
-    out: &Disjoint<'_, f32>,
-    multiply: impl Fn(&Multiply<'_>, &mut Group),
-) {
-    let mut sums = [[0.0; GROUP]; GROUP];
-    for block in part.blocks.clone().step_by(2) {
-        let blocks = 2.min(part.blocks.end - block);
-        for row in part.rows.clone().step_by(GROUP) {
-            multiply(&Multiply::new(p, row, block, blocks), &mut sums);
-            for (row, sums) in (row..part.rows.end).zip(&sums) {
-                let place = p.place(row, block, blocks);
-                // SAFETY: no other task has outputs of this row and these blocks.
-                let to = unsafe { out.part(place.start, place.end) };
-                store(isa, p, sums, block, to);
+    p: &'a Product<'a>,
+    out: &'a Disjoint<'a, f32>,
+    multiply: F,
+}
+
+impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
+    fn rectangle(&self, part: &Rectangle) {
+        if part.rows.len() <= FEW_ROWS {
+            return self.few_rows(part);
+        }
+        GROUP_TILES.with_borrow_mut(|tiles| {
+            for row in part.rows.clone().step_by(GROUP) {
+                let x = self.as_tiles(row, tiles);
+                for block in part.blocks.clone().step_by(2) {
+                    let blocks = 2.min(part.blocks.end - block);
+                    let multiply = Multiply::new(self.p, x, block, blocks);
+                    self.group(&multiply, row..part.rows.end, block, blocks);
+                }
             }
+        });
+    }
+
+    fn few_rows(&self, part: &Rectangle) {
+        let panel = 2 * self.p.block_lines;
+        let share = GROUP.div_ceil(part.rows.len().div_ceil(GROUP).max(1));
+        for block in part.blocks.clone().step_by(2) {
+            let blocks = 2.min(part.blocks.end - block);
+            for (i, row) in part.rows.clone().step_by(GROUP).enumerate() {
+                let lines = &self.p.x[row * self.p.stride..][..GROUP * self.p.stride];
+                let x = Rows { lines, row: self.p.stride, step: 1 };
+                let mut multiply = Multiply::new(self.p, x, block, blocks);
+                if block + 2 < part.blocks.end {
+                    let next = multiply.w[0].as_ptr().wrapping_add(panel);
+                    multiply.ahead = (next.wrapping_add(i * share * multiply.depth), share);
+                }
+                self.group(&multiply, row..part.rows.end, block, blocks);
+            }
+        }
+    }
+
+    /// The rows from `row` on as tiles, the 32 lines of one step one behind the other.
+    fn as_tiles<'t>(&self, row: usize, tiles: &'t mut Vec<Line>) -> Rows<'t> {
+        let (stride, depth) = (self.p.stride, self.p.block_lines / WORDS);
+        tiles.resize(tiles.len().max(GROUP * depth), Line::ZERO);
+        let rows = &self.p.x[row * stride..][..GROUP * stride];
+        for (k, to) in tiles.chunks_exact_mut(GROUP).take(depth).enumerate() {
+            to.iter_mut().zip(rows[k..].iter().step_by(stride)).for_each(|(to, line)| *to = *line);
+        }
+        Rows { lines: tiles, row: 1, step: GROUP }
+    }
+
+    /// Computes a group and writes what of it there is.
+    fn group(
+        &self,
+        multiply: &Multiply<'_>,
+        rows: std::ops::Range<usize>,
+        block: usize,
+        blocks: usize,
+    ) {
+        let p = self.p;
+        let place = p.place(rows.start, block, blocks);
+        let whole = rows.len() >= GROUP && place.len() == GROUP;
+        if whole && p.bias.is_none() && p.write == Write::Set {
+            let last = p.place(rows.start + GROUP - 1, block, blocks);
+            let to = self.out.pointer(place.start, last.end);
+            return (self.multiply)(multiply, &Target { to, stride: p.outputs });
+        }
+        let mut sums = Group([[0.0; GROUP]; GROUP]);
+        (self.multiply)(multiply, &Target { to: sums.0.as_mut_ptr().cast(), stride: GROUP });
+        for (row, sums) in rows.zip(&sums.0) {
+            let place = p.place(row, block, blocks);
+            // SAFETY: no other task has outputs of this row and these blocks.
+            let to = unsafe { self.out.part(place.start, place.end) };
+            store(self.isa, p, sums, block, to);
         }
     }
 }
@@ -116,7 +206,7 @@ pub(crate) mod tiles {
     use std::arch::asm;
     use std::marker::PhantomData;
 
-    use super::{Amx, Group, Line, Multiply};
+    use super::{Amx, Line, Multiply, Target};
 
     /// Eight tiles of 16 rows by 64 bytes, held by this thread while this value lives.
     ///
@@ -151,10 +241,18 @@ pub(crate) mod tiles {
             Self(PhantomData)
         }
 
-        pub(super) fn multiply(&self, operands: &Multiply<'_>, sums: &mut Group) {
+        /// # Safety
+        /// The target's 32 rows of 32 elements may be written.
+        pub(super) unsafe fn multiply(&self, operands: &Multiply<'_>, to: &Target) {
             operands.check();
-            // SAFETY: the tiles are configured; `check` holds for the operands.
-            unsafe { multiply(operands, sums) };
+            let multiply = match operands.ahead.1 {
+                0 => multiply::<0>,
+                ..=8 => multiply::<8>,
+                ..=16 => multiply::<16>,
+                _ => multiply::<32>,
+            };
+            // SAFETY: the tiles are configured; `check` holds for the operands; promised for the target.
+            unsafe { multiply(operands, to) };
         }
     }
 
@@ -181,23 +279,23 @@ pub(crate) mod tiles {
         unsafe { asm!("tilerelease", options(nostack, nomem)) };
     }
 
-    /// `sums[m][n] = sum over i, pairs of inputs, of x[m][2i] w[i][n][0] + x[m][2i + 1] w[i][n][1]`,
+    /// `to[m][n] = sum over i, pairs of inputs, of x[m][2i] w[i][n][0] + x[m][2i + 1] w[i][n][1]`,
     /// 16 pairs at a time: the evens of these and the odds of these are each summed in ascending
-    /// order by fused multiply-adds that flush denormals, then both, then added to the tile.
+    /// order by fused multiply-adds that flush denormals, then both, then added to the tile. Asks for
+    /// `AHEAD` lines a step.
     ///
     /// # Safety
-    /// This thread holds [`Tiles`] and [`Multiply::check`] passes.
-    unsafe fn multiply(operands: &Multiply<'_>, sums: &mut Group) {
-        let (x, stride) = (operands.x.as_ptr(), operands.stride);
-        if operands.depth == 0 {
-            return sums.iter_mut().for_each(|row| row.fill(0.0));
-        }
-        let x_bytes = stride * size_of::<Line>();
+    /// This thread holds [`Tiles`], [`Multiply::check`] passes, and the target may be written.
+    unsafe fn multiply<const AHEAD: usize>(operands: &Multiply<'_>, target: &Target) {
+        let x = operands.x;
+        let row = target.stride * size_of::<f32>();
+        let to = target.to.cast::<u8>();
         // SAFETY: by `check`, every load stays inside the slices (prefetches may not, and need not);
-        // the stores fill `sums`: 32 rows of 128 bytes, 16 rows being 2048.
+        // the stores fill the 32 rows of the target.
         unsafe {
             asm!(
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                "test {depth}, {depth}", "jz 3f",
                 "2:",
                 "tileloadd tmm6, [{w0} + {line}*1]",
                 "tileloadd tmm4, [{x0} + {xs}*1]",
@@ -207,25 +305,29 @@ pub(crate) mod tiles {
                 "tileloadd tmm5, [{x1} + {xs}*1]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                ".irp at, 0, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960",
-                "prefetcht0 [{w0} + 4096 + \\at]",
-                "prefetcht0 [{w1} + 4096 + \\at]",
+                ".rept {ahead}",
+                "prefetcht1 [{next}]", "add {next}, 64",
                 ".endr",
-                "add {x0}, 64", "add {x1}, 64", "add {w0}, 1024", "add {w1}, 1024",
+                "add {x0}, {step}", "add {x1}, {step}", "add {w0}, 1024", "add {w1}, 1024",
                 "dec {depth}", "jnz 2b",
-                "tilestored [{sums} + {row}*1], tmm0",
-                "tilestored [{sums} + {row}*1 + 64], tmm1",
-                "tilestored [{sums} + {row}*1 + 2048], tmm2",
-                "tilestored [{sums} + {row}*1 + 2112], tmm3",
-                x0 = inout(reg) x => _,
-                x1 = inout(reg) x.wrapping_add(16 * stride) => _,
+                "3:",
+                "tilestored [{to0} + {row}*1], tmm0",
+                "tilestored [{to0} + {row}*1 + 64], tmm1",
+                "tilestored [{to1} + {row}*1], tmm2",
+                "tilestored [{to1} + {row}*1 + 64], tmm3",
+                ahead = const AHEAD,
+                x0 = inout(reg) x.lines.as_ptr() => _,
+                x1 = inout(reg) x.lines.as_ptr().wrapping_add(16 * x.row) => _,
                 w0 = inout(reg) operands.w[0].as_ptr() => _,
                 w1 = inout(reg) operands.w[1].as_ptr() => _,
+                next = inout(reg) operands.ahead.0 => _,
                 depth = inout(reg) operands.depth => _,
-                xs = in(reg) x_bytes,
+                xs = in(reg) x.row * size_of::<Line>(),
+                step = in(reg) x.step * size_of::<Line>(),
                 line = in(reg) size_of::<Line>(),
-                row = in(reg) 2 * size_of::<Line>(),
-                sums = in(reg) sums.as_mut_ptr(),
+                row = in(reg) row,
+                to0 = in(reg) to,
+                to1 = in(reg) to.wrapping_add(16 * row),
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
@@ -250,21 +352,28 @@ mod tests {
     }
 
     /// `tdpbf16ps` as documented, in the order of `tiles::multiply`.
-    fn emulated(operands: &Multiply<'_>, sums: &mut Group) {
+    fn emulated(operands: &Multiply<'_>, to: &Target) {
         operands.check();
-        *sums = [[0.0; GROUP]; GROUP];
+        let Rows { lines, row, step: next } = operands.x;
         for (m, n) in (0..GROUP * GROUP).map(|i| (i / GROUP, i % GROUP)) {
+            let mut sum = 0.0;
             for step in 0..operands.depth {
                 let (mut evens, mut odds) = (0.0, 0.0);
                 for pair in 0..WORDS {
-                    let x = operands.x[m * operands.stride + step].0[pair];
+                    let x = lines[m * row + step * next].0[pair];
                     let w = operands.w[n / WORDS][step * WORDS + pair].0[n % WORDS];
                     evens = fma(evens, low(x), low(w));
                     odds = fma(odds, high(x), high(w));
                 }
-                sums[m][n] = flushed(sums[m][n] + flushed(evens + odds));
+                sum = flushed(sum + flushed(evens + odds));
             }
+            // SAFETY: a target has 32 rows of 32 elements.
+            unsafe { to.to.add(m * to.stride + n).write(sum) };
         }
+    }
+
+    fn target(sums: &mut [[f32; GROUP]; GROUP]) -> Target {
+        Target { to: sums.as_mut_ptr().cast(), stride: GROUP }
     }
 
     struct Case {
@@ -300,13 +409,14 @@ mod tests {
             let p = Product { write, bias: Some(&bias), ..Product::new(&x, &w, 0..self.outputs) };
             let part = Rectangle { rows: 0..rows.len(), blocks: 0..self.outputs.div_ceil(WORDS) };
             let isa = Level::detect().isa().expect("a detected level");
-            blocked(isa, &p, &part, &Disjoint::new(out), emulated);
+            let out = &Disjoint::new(out);
+            Blocked { isa, p: &p, out, multiply: emulated }.rectangle(&part);
         }
     }
 
     #[test]
     fn loops_around_the_tiles_agree_with_f64_sums() {
-        for (m, n, k) in [(1, 1, 1), (3, 17, 33), (32, 32, 64), (33, 48, 31), (65, 50, 95)] {
+        for (m, n, k) in [(1, 1, 1), (3, 17, 33), (32, 32, 64), (33, 48, 31), (65, 50, 95), (163, 50, 95)] {
             let case = Case::new(m, n, k);
             let mut out = vec![0.5; m * n];
             case.product(0..m, Write::Add, &mut out);
@@ -322,11 +432,11 @@ mod tests {
 
     #[test]
     fn rows_keep_their_bits_in_every_batch() {
-        let (m, n, k) = (70, 37, 45);
+        let (m, n, k) = (150, 37, 45);
         let case = Case::new(m, n, k);
         let mut all = vec![0.0; m * n];
         case.product(0..m, Write::Set, &mut all);
-        for rows in [0..1, 3..4, 31..33, 5..69, 69..70, 16..48] {
+        for rows in [0..1, 3..4, 31..33, 5..69, 69..70, 16..48, 16..149] {
             let mut out = vec![0.0; rows.len() * n];
             case.product(rows.clone(), Write::Set, &mut out);
             let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
@@ -339,7 +449,9 @@ mod tests {
         let tiny = f32::from_bits(0x0001_0000);
         let (x, w) = ([Line([tiny.to_bits(); WORDS]); GROUP], [Line([0x3f80_3f80; WORDS]); WORDS]);
         let mut sums = [[1.0; GROUP]; GROUP];
-        emulated(&Multiply { x: &x, stride: 1, w: [&w, &w], depth: 1 }, &mut sums);
+        let x = Rows { lines: &x, row: 1, step: 1 };
+        let ahead = (std::ptr::null(), 0);
+        emulated(&Multiply { x, w: [&w, &w], depth: 1, ahead }, &target(&mut sums));
         assert_eq!(sums, [[0.0; GROUP]; GROUP]);
     }
 
@@ -367,10 +479,16 @@ mod tests {
         let w: Vec<Line> = (0..16 * 7)
             .map(|i| Line(std::array::from_fn(|j| round_bf16(case.w[(i + j) % 400]) * 0x1_0001)))
             .collect();
-        let operands = Multiply { x: &x, stride: 7, w: [&w, &w[..]], depth: 7 };
-        let mut sums = [[[0.0; GROUP]; GROUP]; 2];
-        tiles::Tiles::new(token).multiply(&operands, &mut sums[0]);
-        emulated(&operands, &mut sums[1]);
-        assert_eq!(sums[0], sums[1]);
+        let held = tiles::Tiles::new(token);
+        for ((row, step), share) in [((7, 1), 0), ((1, 32), 8), ((7, 1), 16), ((7, 1), 32)] {
+            let x = Rows { lines: &x, row, step };
+            let operands =
+                Multiply { x, w: [&w, &w[..]], depth: 7, ahead: (w.as_ptr(), share) };
+            let mut sums = [[[0.0; GROUP]; GROUP]; 2];
+            // SAFETY: the target is all of the sums.
+            unsafe { held.multiply(&operands, &target(&mut sums[0])) };
+            emulated(&operands, &target(&mut sums[1]));
+            assert_eq!(sums[0], sums[1]);
+        }
     }
 }

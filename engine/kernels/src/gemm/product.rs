@@ -28,6 +28,11 @@ const TASK_PRODUCTS: usize = 1 << 18;
 const READ_PRODUCTS: usize = 8;
 /// Tasks per thread that make up for threads of unequal speed.
 const TASKS_PER_THREAD: usize = 8;
+/// With tiles: rows of a rectangle, bytes of weights, and tasks per thread. Multiplying is so fast there
+/// that it waits for the third-level cache, from which larger rectangles need less.
+const TILED_ROWS: usize = 512;
+const TILED_BYTES: usize = 900 << 10;
+const TILED_TASKS: usize = 2;
 
 /// `out[m, j] = sum over lines of x[m] * w[j]`, in words.
 pub(super) struct Product<'a> {
@@ -81,7 +86,13 @@ impl<'a> Product<'a> {
             return;
         }
         let (rows, blocks) = (self.rows, self.outputs.div_ceil(WORDS));
-        let (row_chunk, block_chunk) = self.chunks(kernels.pool.threads());
+        let threads = kernels.pool.threads();
+        let (row_chunk, block_chunk) = match kernels.isa {
+            Isa::Amx(_) if self.dtype == Dtype::Bf16 && rows > amx::FEW_ROWS => {
+                self.tiled_chunks(threads)
+            }
+            _ => self.chunks(threads),
+        };
         let row_chunks = rows.div_ceil(row_chunk);
         let (isa, out) = (kernels.isa, Disjoint::new(out));
         kernels.pool.run(row_chunks * blocks.div_ceil(block_chunk), &|task| {
@@ -125,6 +136,16 @@ impl<'a> Product<'a> {
             |chunk: &usize| (row_chunks * blocks.div_ceil(*chunk)).div_ceil(threads) * chunk;
         let chunks = (1..=TASKS_PER_THREAD).rev().map(of_tasks);
         (row_chunk, chunks.min_by_key(busiest).unwrap_or(BLOCK_CHUNK))
+    }
+
+    /// Rows and blocks of a rectangle of many rows with tiles.
+    fn tiled_chunks(&self, threads: usize) -> (usize, usize) {
+        let row_chunks = self.rows.div_ceil(TILED_ROWS);
+        let row_chunk = self.rows.div_ceil(row_chunks).next_multiple_of(amx::GROUP);
+        let fit = TILED_BYTES / (self.block_lines * size_of::<Line>()).max(1);
+        let tasks = (threads * TILED_TASKS).div_ceil(row_chunks);
+        let even = self.outputs.div_ceil(WORDS).div_ceil(tasks);
+        (row_chunk, even.min(fit).max(2).next_multiple_of(2))
     }
 
     /// Where the outputs of `row` in the blocks from `block` on lie, and how many there are.

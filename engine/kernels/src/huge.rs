@@ -1,0 +1,223 @@
+//! An allocator for processes that compute: lines for what kernels read, huge pages for what is large.
+//!
+//! ```text
+//! below 4 KiB    the system's allocator, as asked for
+//! below 2 MiB    the system's allocator, on a 64-byte line
+//! from 2 MiB on  mapped by itself from a huge page on, zero until written, given back when freed
+//! ```
+//! A vector load or store of 64 bytes that does not begin on a line touches two, which halves the speed
+//! of what only moves memory; and a product that goes over rows some kilobytes apart needs a page table
+//! entry for each of them, unless pages are large. A binary asks for it with
+//! `#[global_allocator] static ALLOCATOR: kernels::HugePages = kernels::HugePages;`; without it the
+//! kernels compute the same, slower. Elsewhere than on Linux only the lines are kept. Leaves out reuse:
+//! whoever needs large memory often keeps it.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+
+/// From this size on memory begins on a 64-byte line.
+const LINE_FROM: usize = 4 << 10;
+const LINE: usize = 64;
+/// From this size on memory is mapped by itself.
+const MAP_FROM: usize = HUGE_PAGE;
+pub(crate) const HUGE_PAGE: usize = 2 << 20;
+
+/// See the module's text; the type has no state.
+///
+/// ```
+/// use std::alloc::{GlobalAlloc, Layout};
+/// let layout = Layout::from_size_align(5 << 20, 4)?;
+/// // SAFETY: the layout has a size; the memory is given back with the same layout.
+/// unsafe {
+///     let memory = kernels::HugePages.alloc_zeroed(layout);
+///     assert_eq!((memory as usize % 64, memory.read()), (0, 0));
+///     kernels::HugePages.dealloc(memory, layout);
+/// }
+/// # Ok::<(), std::alloc::LayoutError>(())
+/// ```
+pub struct HugePages;
+
+/// What is asked of the system for `layout`.
+fn on_a_line(layout: Layout) -> Layout {
+    match layout.size() >= LINE_FROM && layout.align() < LINE {
+        // SAFETY: a power of two; a size that a layout had with another alignment was far from the limit.
+        true => unsafe { Layout::from_size_align_unchecked(layout.size(), LINE) },
+        false => layout,
+    }
+}
+
+fn is_mapped(layout: Layout) -> bool {
+    map::AVAILABLE && layout.size() >= MAP_FROM && layout.align() <= HUGE_PAGE
+}
+
+// SAFETY: every block comes from the system or a mapping of its own, chosen by the layout alone, so that
+// it goes back where it came from.
+unsafe impl GlobalAlloc for HugePages {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if is_mapped(layout) {
+            return map::map(layout.size());
+        }
+        // SAFETY: the caller's promise: a layout that has a size.
+        unsafe { System.alloc(on_a_line(layout)) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        if is_mapped(layout) {
+            return map::map(layout.size());
+        }
+        // SAFETY: as above.
+        unsafe { System.alloc_zeroed(on_a_line(layout)) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        if is_mapped(layout) {
+            // SAFETY: mapped by `map` for this size, which the same layout chose.
+            return unsafe { map::unmap(memory, layout.size()) };
+        }
+        // SAFETY: the layout that `alloc` asked for.
+        unsafe { System.dealloc(memory, on_a_line(layout)) }
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // SAFETY: the caller's promise: `size` is valid with this alignment.
+        let new = unsafe { Layout::from_size_align_unchecked(size, layout.align()) };
+        let same = !is_mapped(layout) && !is_mapped(new);
+        if same && on_a_line(layout).align() == on_a_line(new).align() {
+            // SAFETY: both layouts are the system's, with one alignment.
+            return unsafe { System.realloc(memory, on_a_line(layout), size) };
+        }
+        // SAFETY: the caller's promise: `size` is not 0.
+        let to = unsafe { self.alloc(new) };
+        if !to.is_null() {
+            // SAFETY: both blocks are as long, and they are two.
+            unsafe { memory.copy_to_nonoverlapping(to, layout.size().min(size)) };
+            // SAFETY: the caller's block, not used any more.
+            unsafe { self.dealloc(memory, layout) };
+        }
+        to
+    }
+}
+
+#[cfg(all(target_os = "linux", target_pointer_width = "64", not(miri)))]
+mod map {
+    use super::HUGE_PAGE;
+    use std::ffi::{c_int, c_long, c_void};
+
+    pub(super) const AVAILABLE: bool = true;
+
+    const PAGE: usize = 4096;
+    const READ_WRITE: c_int = 3;
+    const PRIVATE_ANONYMOUS: c_int = 0x22;
+    const MADV_HUGEPAGE: c_int = 14;
+
+    unsafe extern "C" {
+        fn mmap(
+            at: *mut c_void,
+            len: usize,
+            protection: c_int,
+            flags: c_int,
+            file: c_int,
+            offset: c_long,
+        ) -> *mut c_void;
+        fn munmap(at: *mut c_void, len: usize) -> c_int;
+        fn madvise(at: *mut c_void, len: usize, advice: c_int) -> c_int;
+    }
+
+    /// Whole pages; of what takes many huge pages, whole huge ones, so that its end lies on one too.
+    fn rounded(size: usize) -> usize {
+        size.next_multiple_of(if size >= 8 * HUGE_PAGE { HUGE_PAGE } else { PAGE })
+    }
+
+    /// `size` zeros from a huge page on, or null.
+    pub(super) fn map(size: usize) -> *mut u8 {
+        let Some(len) = size.checked_add(2 * HUGE_PAGE).map(|_| rounded(size)) else {
+            return std::ptr::null_mut();
+        };
+        // SAFETY: a new mapping, anywhere.
+        let start = unsafe {
+            mmap(std::ptr::null_mut(), len + HUGE_PAGE, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0)
+        };
+        if start.addr() == usize::MAX {
+            return std::ptr::null_mut();
+        }
+        let lead = start.addr().next_multiple_of(HUGE_PAGE) - start.addr();
+        let memory = start.wrapping_byte_add(lead);
+        for (at, len) in [(start, lead), (memory.wrapping_byte_add(len), HUGE_PAGE - lead)] {
+            if len > 0 {
+                // SAFETY: the mapping's ends, which nobody knows.
+                unsafe { munmap(at, len) };
+            }
+        }
+        // SAFETY: advice about the new mapping; a refusal changes nothing.
+        unsafe { madvise(memory, len, MADV_HUGEPAGE) };
+        memory.cast()
+    }
+
+    /// # Safety
+    /// `memory` came from [`map`] with this size and is not used any more.
+    pub(super) unsafe fn unmap(memory: *mut u8, size: usize) {
+        // SAFETY: promised by the caller.
+        unsafe { munmap(memory.cast(), rounded(size)) };
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64", not(miri))))]
+mod map {
+    pub(super) const AVAILABLE: bool = false;
+
+    pub(super) fn map(_size: usize) -> *mut u8 {
+        std::ptr::null_mut()
+    }
+
+    /// # Safety
+    /// Never called.
+    pub(super) unsafe fn unmap(_memory: *mut u8, _size: usize) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZES: [usize; 8] =
+        [1, 100, LINE_FROM, 100_000, MAP_FROM - 1, MAP_FROM, 5_000_001, 40 << 20];
+
+    fn layout(size: usize) -> Layout {
+        Layout::from_size_align(size, 4).expect("a small alignment")
+    }
+
+    #[test]
+    fn memory_is_on_lines_zero_if_asked_and_can_be_written() {
+        for size in SIZES {
+            // SAFETY: within the block, which is given back once.
+            unsafe {
+                let memory = HugePages.alloc_zeroed(layout(size));
+                assert!(size < LINE_FROM || memory.addr().is_multiple_of(LINE), "{size}");
+                assert_eq!([memory.read(), memory.add(size - 1).read()], [0; 2], "{size}");
+                memory.write_bytes(7, size);
+                HugePages.dealloc(memory, layout(size));
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_there_survives_a_change_of_size() {
+        for (from, to) in SIZES.into_iter().flat_map(|from| SIZES.map(|to| (from, to))) {
+            // SAFETY: within the blocks, each given back once.
+            unsafe {
+                let memory = HugePages.alloc(layout(from));
+                memory.write(1);
+                memory.add(from - 1).write(2);
+                let moved = HugePages.realloc(memory, layout(from), to);
+                assert!(moved.read() == 1 || from == 1, "{from} to {to}");
+                assert!(to < from || moved.add(from - 1).read() == 2, "{from} to {to}");
+                HugePages.dealloc(moved, layout(to));
+            }
+        }
+    }
+
+    #[test]
+    fn more_than_there_is_is_refused() {
+        let size = isize::MAX as usize - HUGE_PAGE;
+        // SAFETY: nothing is given back, as nothing came.
+        assert!(unsafe { HugePages.alloc(layout(size)) }.is_null());
+    }
+}
