@@ -26,6 +26,19 @@ impl Job for AddInto<'_> {
 }
 
 impl Kernels {
+    /// x = y, on all threads: one of them alone does not keep memory busy.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn copy(&self, x: &mut [f32], y: &[f32]) {
+        assert_eq!(x.len(), y.len(), "lengths of copy and source");
+        let x = Disjoint::new(x);
+        self.split_elements(y.len(), &|range| {
+            // SAFETY: the ranges of the tasks are disjoint.
+            unsafe { x.part(range.start, range.end) }.copy_from_slice(&y[range]);
+        });
+    }
+
     /// x += y.
     ///
     /// # Panics

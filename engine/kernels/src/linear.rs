@@ -129,4 +129,27 @@ impl Kernels {
             Linear::Quantised(w) => self.quant_matmul(&x.quantised, w, rows, bias, write, out),
         }
     }
+
+    /// Sets `out` to `silu(g) * u` of `[g | u] = x W^T`, rounded for products with `next`; what is in
+    /// `buffers`, `[M, 2 I]` and `[M, I]`, is unspecified then.
+    ///
+    /// # Panics
+    /// When formats or shapes do not agree.
+    pub fn gated(
+        &self,
+        (x, w): (&Input, &Linear),
+        next: &Linear,
+        buffers: (&mut [f32], &mut [f32]),
+        out: &mut Input,
+    ) {
+        if let (Linear::Full(w), Linear::Full(_)) = (w, next)
+            && self.matmul_swiglu(&x.full, w, &mut out.full)
+        {
+            return;
+        }
+        let (gate_up, act) = buffers;
+        self.linear(x, w, 0..w.rows(), None, Write::Set, gate_up);
+        self.swiglu(gate_up, w.rows() / 2, act);
+        self.input(act, next, out);
+    }
 }

@@ -65,10 +65,10 @@ fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
 }
 
 /// Some whole rows of the forward pass.
-struct Forward<'a> {
-    gate_up: &'a [f32],
-    inter: usize,
-    out: &'a mut [f32],
+pub(crate) struct Forward<'a> {
+    pub(crate) gate_up: &'a [f32],
+    pub(crate) inter: usize,
+    pub(crate) out: &'a mut [f32],
 }
 
 impl Job for Forward<'_> {

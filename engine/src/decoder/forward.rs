@@ -47,6 +47,14 @@ pub struct HeadInput {
     pub input: Input,
 }
 
+/// Gives `to` the residual stream that is in `from`, which keeps it only where the tape does.
+fn hand_on(kernels: &Kernels, keep: Keep, from: &mut Vec<f32>, to: &mut Vec<f32>) {
+    match keep {
+        Keep::AllLayers => kernels.copy(to, from),
+        Keep::OneLayer | Keep::Inputs => std::mem::swap(from, to),
+    }
+}
+
 impl HeadInput {
     /// Empty buffers.
     pub fn new(dtype: Dtype) -> Self {
@@ -100,18 +108,26 @@ impl Decoder {
         for (l, weights) in self.weights.layers.iter().enumerate() {
             let kept = if tape.keep() == Keep::AllLayers { l } else { 0 };
             let kv_layer = if kv_layers == KvLayers::Own { l } else { 0 };
+            let keep = tape.keep();
             let Tape { layers, inputs, x, work, .. } = tape;
             let layer = &mut layers[kept];
-            layer.x.copy_from_slice(x);
             if let Some(input) = inputs.get_mut(l) {
-                input.copy_from_slice(x);
+                kernels.copy(input, x);
             }
-            self.layer(kernels, weights, batch, (kv, kv_layer), (layer, work));
-            x.copy_from_slice(&layer.mid);
-            kernels.swiglu(&layer.gate_up, self.config.intermediate_size, &mut work.act);
-            kernels.input(&work.act, &weights.down, &mut work.input);
+            hand_on(kernels, keep, x, &mut layer.x);
+            self.attention(kernels, weights, batch, (kv, kv_layer), (layer, work, keep));
+            let Work { input, gated, act, .. } = work;
+            if keep == Keep::AllLayers {
+                self.gate_up(kernels, weights, layer, input);
+                kernels.swiglu(&layer.gate_up, self.config.intermediate_size, act);
+                kernels.input(act, &weights.down, gated);
+            } else {
+                let buffers = (&mut *layer.gate_up, &mut **act);
+                kernels.gated((input, &weights.gate_up), &weights.down, buffers, gated);
+            }
+            hand_on(kernels, keep, &mut layer.mid, x);
             let all = 0..weights.down.rows();
-            kernels.linear(&work.input, &weights.down, all, None, Write::Add, x);
+            kernels.linear(gated, &weights.down, all, None, Write::Add, x);
         }
     }
 
@@ -122,8 +138,21 @@ impl Decoder {
         kernels: &Kernels,
         weights: &LayerWeights,
         batch: &Batch<'_>,
-        (kv, kv_layer): (&mut KvCache, usize),
+        kv: (&mut KvCache, usize),
         (layer, work): (&mut LayerTape, &mut Work),
+    ) {
+        self.attention(kernels, weights, batch, kv, (layer, work, Keep::AllLayers));
+        self.gate_up(kernels, weights, layer, &work.input);
+    }
+
+    /// A layer from what enters it, `layer.x`, up to its feed-forward's left operand, `work.input`.
+    fn attention(
+        &self,
+        kernels: &Kernels,
+        weights: &LayerWeights,
+        batch: &Batch<'_>,
+        (kv, kv_layer): (&mut KvCache, usize),
+        (layer, work, keep): (&mut LayerTape, &mut Work, Keep),
     ) {
         let Work { norm, input, attn, .. } = work;
         let eps = self.config.rms_eps;
@@ -141,11 +170,20 @@ impl Decoder {
         };
         kernels.attention(kv, task, &mut layer.attn, attn);
         kernels.input(&layer.attn, &weights.o, input);
-        layer.mid.copy_from_slice(&layer.x);
+        hand_on(kernels, keep, &mut layer.x, &mut layer.mid);
         let all = 0..weights.o.rows();
         kernels.linear(input, &weights.o, all, None, Write::Add, &mut layer.mid);
         kernels.rms_norm(&layer.mid, &weights.mlp_norm, eps, norm);
         kernels.input(norm, &weights.gate_up, input);
+    }
+
+    fn gate_up(
+        &self,
+        kernels: &Kernels,
+        weights: &LayerWeights,
+        layer: &mut LayerTape,
+        input: &Input,
+    ) {
         let wide = 0..weights.gate_up.rows();
         kernels.linear(input, &weights.gate_up, wide, None, Write::Set, &mut layer.gate_up);
     }

@@ -88,6 +88,8 @@ pub(super) struct Work {
     pub(super) act: Vec<f32>,
     /// The left operand of the product at hand.
     pub(super) input: Input,
+    /// That of the feed-forward's second product.
+    pub(super) gated: Input,
     pub(super) attn: AttnScratch,
 }
 
@@ -104,6 +106,7 @@ impl Tape {
                 norm: Vec::new(),
                 act: Vec::new(),
                 input: Input::new(dtype),
+                gated: Input::new(dtype),
                 attn: AttnScratch::new(),
             },
         }

@@ -11,7 +11,7 @@
 //! ```
 //! An accumulator is one output's whole chain, so neither R, P nor D can be seen in the results.
 
-use super::tiles::{MAX_ROWS, Panel, Products, ScoresOut, Weights};
+use super::tiles::{Buffers, Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
 use crate::cpu::{Avx512, Avx512Bf16};
 use crate::gemm::convert::{per_word, round_bf16};
@@ -96,22 +96,22 @@ impl Fast {
         assert!(out.len() >= (R - 1) * task.out.stride + P * TILE);
         let to = out.as_mut_ptr();
         let at = ScoreAt { keys, ahead, words, to, stride: task.out.stride };
-        let (x, scale) = (task.x, task.scale);
+        let x = task.x;
         match self.multiply(task.keys.dtype) {
             Multiply::Dot => {
                 assert!(x.len() >= words * R);
                 // SAFETY: `multiply` saw the token of the dot product; tiles, x and out are checked.
-                unsafe { score_dot::<R, P>(x, scale, at) }
+                unsafe { score_dot::<R, P>(x, at) }
             }
             Multiply::Widened => {
                 assert!(x.len() >= 2 * words * R);
                 // SAFETY: `self` proves AVX-512; tiles, x and out are checked above.
-                unsafe { score_widened::<R, P>(x, scale, at) }
+                unsafe { score_widened::<R, P>(x, at) }
             }
             Multiply::Single => {
                 assert!(x.len() >= words * R);
                 // SAFETY: `self` proves AVX-512; tiles, x and out are checked above.
-                unsafe { score_single::<R, P>(x, scale, at) }
+                unsafe { score_single::<R, P>(x, at) }
             }
         }
     }
@@ -120,7 +120,6 @@ impl Fast {
 struct ScoreTask<'a> {
     x: &'a [u32],
     keys: Panel<'a>,
-    scale: f32,
     out: ScoresOut<'a>,
 }
 
@@ -134,14 +133,17 @@ struct ScoreAt<const P: usize> {
 }
 
 impl Products for Fast {
+    /// With two tiles of keys they fill 24 of 32 registers.
+    const ROWS: usize = 12;
+
     fn pack(self, dtype: Dtype, rows: &[f32], d: usize, out: &mut [u32]) {
         // SAFETY: `self` proves AVX-512.
         unsafe { pack(self.multiply(dtype), rows, d, out) }
     }
 
-    fn scores(self, x: &[u32], keys: Panel<'_>, scale: f32, out: ScoresOut<'_>) {
+    fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>) {
         let rows = out.rows;
-        let task = &mut ScoreTask { x, keys, scale, out };
+        let task = &mut ScoreTask { x, keys, out };
         match rows {
             1 => self.score_rows::<1, 8>(task),
             2 => self.score_rows::<2, 8>(task),
@@ -159,9 +161,9 @@ impl Products for Fast {
         }
     }
 
-    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: &mut [f32]) {
+    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: &mut [f32], _buffers: &mut Buffers) {
         let rows = p.lens.len();
-        assert!(rows <= MAX_ROWS);
+        assert!(rows <= Self::ROWS);
         let d = out.len() / rows;
         let parts = rows.div_ceil(MIX_ROWS);
         for part in 0..parts {
@@ -180,7 +182,7 @@ impl Products for Fast {
         }
     }
 
-    fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32]) {
+    fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32], _buffers: &mut Buffers) {
         let d = x.len() / p.lens.len();
         let positions = p.lens.last().copied().unwrap_or(0).next_multiple_of(TILE);
         assert!(out.len() >= positions * d);
@@ -416,7 +418,7 @@ unsafe fn outer<const D: usize>(at: &OuterAt<'_>, x: &[f32], out: &mut [f32]) {
 macro_rules! score_kernel {
     ($name:ident, $step:ident, $features:literal) => {
         #[target_feature(enable = $features)]
-        unsafe fn $name<const R: usize, const P: usize>(x: &[u32], scale: f32, at: ScoreAt<P>) {
+        unsafe fn $name<const R: usize, const P: usize>(x: &[u32], at: ScoreAt<P>) {
             let mut sums = [[_mm512_setzero_ps(); P]; R];
             for word in 0..at.words {
                 let mut keys = [_mm512_setzero_si512(); P];
@@ -430,12 +432,11 @@ macro_rules! score_kernel {
                 // SAFETY: x has R rows of words.
                 unsafe { $step(x.as_ptr(), word, &keys, &mut sums) };
             }
-            let scale = _mm512_set1_ps(scale);
             for (r, sums) in sums.iter().enumerate() {
                 for (p, &sum) in sums.iter().enumerate() {
                     let to = at.to.wrapping_add(r * at.stride + p * TILE);
                     // SAFETY: there is room for P lines in each row.
-                    unsafe { _mm512_storeu_ps(to, _mm512_mul_ps(sum, scale)) };
+                    unsafe { _mm512_storeu_ps(to, sum) };
                 }
             }
         }

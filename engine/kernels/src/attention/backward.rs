@@ -7,7 +7,7 @@
 //! ```
 //!
 //! One task is one (family, kv head): it owns its gradients, adds up its rows in ascending order
-//! and keeps P and dS of [`CHUNK_ROWS`] rows at a time. 10 d FLOP per (row, position).
+//! and keeps P and dS of a few products' rows at a time. 10 d FLOP per (row, position).
 //!
 //! ```text
 //! positions   0 ............ prompt.len() ........... longest sequence
@@ -27,9 +27,9 @@ use crate::{Dtype, Kernels};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Rows whose probabilities are held at once: several products' worth, so that a gradient of keys and
+/// Products whose rows' probabilities are held at once: several, so that a gradient of keys and
 /// values is loaded and stored once for all of them.
-const CHUNK_ROWS: usize = 4 * MAX_ROWS;
+const CHUNK_PRODUCTS: usize = 4;
 
 /// The rows of sequences that begin alike: those of their common beginning, once, and those that
 /// follow in each sequence.
@@ -243,9 +243,11 @@ impl<P: Products> Backward<'_, P> {
     fn piece(&self, piece: Piece<'_>, lane: &mut Lane, dq: &Disjoint<'_, f32>) {
         let group = self.heads / self.kv_heads;
         self.round_keys_and_values(piece, lane);
-        for first in (0..piece.rows.len() * group).step_by(CHUNK_ROWS) {
-            let rows = CHUNK_ROWS.min(piece.rows.len() * group - first);
-            let mut lens = [0; CHUNK_ROWS];
+        lane.products.forget();
+        let most = CHUNK_PRODUCTS * P::ROWS;
+        for first in (0..piece.rows.len() * group).step_by(most) {
+            let rows = most.min(piece.rows.len() * group - first);
+            let mut lens = [0; CHUNK_PRODUCTS * MAX_ROWS];
             let lens = &mut lens[..rows];
             for (row, len) in lens.iter_mut().enumerate() {
                 *len = piece.start + (first + row) / group + 1;
@@ -315,16 +317,18 @@ impl<P: Products> Backward<'_, P> {
         lane.backward.ds.slice(rows * stride);
         while !rest.is_empty() {
             let lens;
-            (lens, rest) = rest.split_at(MAX_ROWS.min(rest.len()));
+            (lens, rest) = rest.split_at(P::ROWS.min(rest.len()));
             self.score_gradients(chunk, first, lens, lane, dq);
             first += lens.len();
         }
         let Buffers { q, dout, p, ds, dk, dv, .. } = &mut lane.backward;
         let padded = lane.tiles.len() * TILE;
         let p = Weights { rows: p.slice(rows * stride), stride, lens: chunk.lens };
-        self.products.mix_transposed(p, dout.slice(rows * d), dv.slice(padded * d));
+        let to = dv.slice(padded * d);
+        self.products.mix_transposed(p, dout.slice(rows * d), to, &mut lane.products);
         let ds = Weights { rows: ds.slice(rows * stride), stride, lens: chunk.lens };
-        self.products.mix_transposed(ds, q.slice(rows * d), dk.slice(padded * d));
+        let to = dk.slice(padded * d);
+        self.products.mix_transposed(ds, q.slice(rows * d), to, &mut lane.products);
     }
 
     /// P, dS and dQ of the chunk's rows from `first` on, as many as `lens`.
@@ -353,14 +357,15 @@ impl<P: Products> Backward<'_, P> {
         let packed = lane.packed.slice(rows * d);
         self.products.pack(self.dtype, q, d, packed);
         let to = ScoresOut { to: p, stride, rows };
-        self.products.scores(packed, panel(key_tiles.slice(words)), self.scale, to);
+        self.products.scores(packed, panel(key_tiles.slice(words)), to);
         self.products.pack(self.dtype, dout, d, packed);
         let to = ScoresOut { to: ds, stride, rows };
-        self.products.scores(packed, panel(value_tiles.slice(words)), 1.0, to);
+        self.products.scores(packed, panel(value_tiles.slice(words)), to);
 
         let isa = self.kernels.isa;
         let mut sums = [0.0; MAX_ROWS];
-        isa.vectorize(Softmax { scores: p, stride, lens, sums: &mut sums });
+        let scale = self.scale;
+        isa.vectorize(Softmax { scale, scores: p, stride, lens, sums: &mut sums });
         for (row, &len) in lens.iter().enumerate() {
             let place = self.place(chunk, first + row);
             let tiles = row * stride..row * stride + len.next_multiple_of(TILE);
@@ -375,7 +380,8 @@ impl<P: Products> Backward<'_, P> {
         }
 
         let mixed = lane.mixed.slice(rows * d);
-        self.products.mix(Weights { rows: ds, stride, lens }, panel(key_rows.slice(words)), mixed);
+        let (ds, keys) = (Weights { rows: ds, stride, lens }, panel(key_rows.slice(words)));
+        self.products.mix(ds, keys, mixed, &mut lane.products);
         for (row, mixed) in mixed.chunks_exact(d).enumerate() {
             let place = self.place(chunk, first + row);
             // SAFETY: families do not overlap, and each row and head belongs to one task.

@@ -60,7 +60,14 @@ pub(super) fn run<P: Products>(
             item
         };
         let mut item = Some(find(thread, &mut lane.tiles));
+        let mut head = None;
         while let Some(current) = item {
+            // The next rows of a head find its values as the products left them.
+            if head.replace((current.seq.first_row, current.kv_head))
+                != Some((current.seq.first_row, current.kv_head))
+            {
+                lane.products.forget();
+            }
             // Taken ahead of time, to fetch its keys while the current one is finished.
             next_tiles.clear();
             let number = next.fetch_add(1, Ordering::Relaxed);
@@ -80,13 +87,13 @@ pub(super) fn run<P: Products>(
 impl<P: Products> Forward<'_, P> {
     /// Items of one kv head of a sequence.
     fn chunks(&self, seq: &AttnSeq<'_>) -> usize {
-        (seq.rows * self.group).div_ceil(MAX_ROWS)
+        (seq.rows * self.group).div_ceil(P::ROWS)
     }
 
     fn item<'a>(&self, seq: &'a AttnSeq<'a>, number: usize) -> Item<'a> {
         let chunks = self.chunks(seq);
-        let first = number % chunks * MAX_ROWS;
-        let rows = (seq.rows * self.group - first).min(MAX_ROWS);
+        let first = number % chunks * P::ROWS;
+        let rows = (seq.rows * self.group - first).min(P::ROWS);
         Item { seq, kv_head: number / chunks, first, rows }
     }
 
@@ -138,11 +145,13 @@ impl<P: Products> Forward<'_, P> {
         let stride = stride(positions);
         let scores = lane.scores.slice(rows * stride);
         let to = ScoresOut { to: scores, stride, rows };
-        self.products.scores(packed, keys, self.task.scale, to);
+        self.products.scores(packed, keys, to);
         let mut sums = [0.0; MAX_ROWS];
-        self.kernels.isa.vectorize(Softmax { scores, stride, lens, sums: &mut sums });
+        let scale = self.task.scale;
+        self.kernels.isa.vectorize(Softmax { scale, scores, stride, lens, sums: &mut sums });
         let mixed = lane.mixed.slice(rows * d);
-        self.products.mix(Weights { rows: scores, stride, lens }, values, mixed);
+        let weights = Weights { rows: scores, stride, lens };
+        self.products.mix(weights, values, mixed, &mut lane.products);
         for (row, mixed) in mixed.chunks_exact(d).enumerate() {
             let place = self.place(item, row);
             // SAFETY: sequences do not overlap, and each row and head belongs to one item.

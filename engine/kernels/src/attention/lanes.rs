@@ -9,7 +9,7 @@
 //! R is at most [`ROWS`]. An accumulator is one output's whole chain (from tile to tile it waits in the
 //! output), so R cannot be seen in the results.
 
-use super::tiles::{Panel, Products, ScoresOut, Weights};
+use super::tiles::{Buffers, Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
 use crate::cpu::Isa;
 use crate::gemm::convert::round_bf16;
@@ -26,6 +26,8 @@ const POSITIONS: usize = 4;
 pub(super) struct Lanes(pub(super) Isa);
 
 impl Products for Lanes {
+    const ROWS: usize = 2 * ROWS;
+
     fn pack(self, dtype: Dtype, rows: &[f32], _d: usize, out: &mut [u32]) {
         for (word, &x) in out.iter_mut().zip(rows) {
             *word = match dtype {
@@ -35,15 +37,15 @@ impl Products for Lanes {
         }
     }
 
-    fn scores(self, x: &[u32], keys: Panel<'_>, scale: f32, out: ScoresOut<'_>) {
-        self.0.vectorize(Scores { x, keys, scale, out });
+    fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>) {
+        self.0.vectorize(Scores { x, keys, out });
     }
 
-    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: &mut [f32]) {
+    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: &mut [f32], _buffers: &mut Buffers) {
         self.0.vectorize(Mix { p, values, out });
     }
 
-    fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32]) {
+    fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32], _buffers: &mut Buffers) {
         self.0.vectorize(MixTransposed { p, x, out });
     }
 }
@@ -66,7 +68,6 @@ macro_rules! by_rows {
 struct Scores<'a> {
     x: &'a [u32],
     keys: Panel<'a>,
-    scale: f32,
     out: ScoresOut<'a>,
 }
 
@@ -105,10 +106,9 @@ impl Scores<'_> {
                 }
             }
         }
-        let scale = s.splat(self.scale);
         for (r, &sum) in sums.iter().enumerate() {
             let at = (row + r) * self.out.stride + tile * TILE;
-            s.write(&mut self.out.to[..at + TILE], at, s.mul(sum, scale));
+            s.write(&mut self.out.to[..at + TILE], at, sum);
         }
     }
 }

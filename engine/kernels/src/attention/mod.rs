@@ -16,6 +16,8 @@
 //! key and value once per item. Leaves out sliding windows, soft caps and sinks.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 mod backward;
 mod forward;
@@ -28,7 +30,7 @@ mod tiles;
 pub use backward::{AttnBackward, AttnFamily};
 
 use crate::kv::{KvCache, TILE};
-use crate::{Kernels, Level};
+use crate::{Kernels, KvDtype, Level};
 use tiles::{Grow, MAX_ROWS};
 
 /// The rows of one sequence in a call of [`Kernels::attention`].
@@ -81,6 +83,7 @@ struct Lane {
     /// Keys, then values of a cache of integers, as tiles of f32; and where these begin.
     expanded: Grow<u32>,
     expanded_tiles: Vec<usize>,
+    products: tiles::Buffers,
     backward: backward::Buffers,
 }
 
@@ -128,6 +131,12 @@ impl Kernels {
             return reference::forward(kv, &task, out);
         }
         #[cfg(target_arch = "x86_64")]
+        if let KvDtype::Plain(dtype) = kv.dtype()
+            && let Some(tiled) = amx::Tiled::new(self.isa, dtype, kv.head_dim())
+        {
+            return forward::run(self, tiled, (kv, task), out, scratch);
+        }
+        #[cfg(target_arch = "x86_64")]
         if let Some(token) = self.isa.avx512() {
             return forward::run(self, avx512::Fast::new(token), (kv, task), out, scratch);
         }
@@ -148,6 +157,10 @@ impl Kernels {
         task.check();
         if self.level() == Level::Reference {
             return reference::backward(task);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(tiled) = amx::Tiled::new(self.isa, task.dtype, task.head_dim) {
+            return backward::run(self, tiled, task, scratch);
         }
         #[cfg(target_arch = "x86_64")]
         if let Some(token) = self.isa.avx512() {

@@ -214,7 +214,10 @@ fn ragged_batches_agree_with_the_definition() {
                 let found = run_batch(&kernels(level, 2), dtype, shape, seed as u64);
                 for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
                     let what = format!("{level} {dtype:?} {shape:?} sequence {i}");
-                    assert_close(found, expected, 2e-6, &what);
+                    // With tiles the weights of values are rounded to bf16.
+                    let tiled = level == Level::Amx && dtype == KvDtype::Plain(Dtype::Bf16);
+                    let tolerance = if tiled && shape.d % 32 == 0 { 4e-3 } else { 2e-6 };
+                    assert_close(found, expected, tolerance, &what);
                 }
             }
         }

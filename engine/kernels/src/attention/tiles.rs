@@ -5,8 +5,8 @@ use crate::Dtype;
 use crate::kv::TILE;
 use crate::simd::{Job, LANES, Simd};
 
-/// Most rows of one product: with two tiles of keys they fill 24 of 32 registers.
-pub(super) const MAX_ROWS: usize = 12;
+/// Most rows of one product, whatever computes it.
+pub(super) const MAX_ROWS: usize = 32;
 
 /// Keys or values of one head of one sequence.
 #[derive(Clone, Copy)]
@@ -59,21 +59,39 @@ pub(super) struct Weights<'a> {
     pub(super) lens: &'a [usize],
 }
 
-/// The products. All sums are f32 chains in ascending order of what is summed over, one for each
-/// output, whatever the number of rows and tiles.
+/// The products. All sums are f32, in an order that depends on what is summed over only, whatever the
+/// number of rows and tiles: chains in ascending order, but for those of AMX tiles.
 pub(super) trait Products: Copy + Send + Sync {
-    /// Rounds rows of `d` elements into the left operand of `scores`; `out` has `rows.len()` words.
+    /// Most rows of one product.
+    const ROWS: usize;
+
+    /// Rounds rows of `d` elements into the left operand of `scores`; `out` has `rows.len()` words, on a line.
     fn pack(self, dtype: Dtype, rows: &[f32], d: usize, out: &mut [u32]);
 
-    /// `out[r][j] = scale * (x_r . k_j)` for all positions of all tiles of `keys`, `lens.len()` rows.
-    fn scores(self, x: &[u32], keys: Panel<'_>, scale: f32, out: ScoresOut<'_>);
+    /// `out[r][j] = x_r . k_j` for all positions of all tiles of `keys`; one more tile may be written to.
+    fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>);
 
     /// `out[r] = sum over j < lens[r] of p_rj v_j`; `out` is `[rows][d]`.
-    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: &mut [f32]);
+    ///
+    /// `buffers` may hold values of an earlier call with the same tiles: see [`Buffers::forget`].
+    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: &mut [f32], buffers: &mut Buffers);
 
     /// `out[j] += sum over r with lens[r] > j of p_rj x_r`; `x` is `[rows][d]`, `out` `[positions][d]`
     /// with whole tiles of positions. Any number of rows.
-    fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32]);
+    fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32], buffers: &mut Buffers);
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use super::amx::Buffers;
+
+/// What products keep from one to the next: nothing.
+#[cfg(not(target_arch = "x86_64"))]
+#[derive(Default)]
+pub(super) struct Buffers;
+
+#[cfg(not(target_arch = "x86_64"))]
+impl Buffers {
+    pub(super) fn forget(&mut self) {}
 }
 
 /// Where `scores` go: `rows` rows, `stride` apart.
@@ -112,9 +130,10 @@ impl<T: Copy + Default> Grow<T> {
     }
 }
 
-/// Turns scores into exp(score - maximum), in place, and gives the sums. Each row uses only its first
-/// `len` scores, and becomes zero from there to the end of the tile.
+/// Turns scores into exp(scale * score - maximum), in place, and gives the sums. Each row uses only its
+/// first `len` scores, and becomes zero from there to the end of the tile.
 pub(super) struct Softmax<'a> {
+    pub(super) scale: f32,
     pub(super) scores: &'a mut [f32],
     pub(super) stride: usize,
     pub(super) lens: &'a [usize],
@@ -132,19 +151,21 @@ impl Job for Softmax<'_> {
                 row[..len.next_multiple_of(LANES)].split_at_mut(len / LANES * LANES);
             let tail_len = len % LANES;
             let (whole, _) = whole.as_chunks_mut::<LANES>();
-            let mut max = s.load_tail(&tail[..tail_len], f32::NEG_INFINITY);
+            let scale = s.splat(self.scale);
+            let mut max = s.mul(s.load_tail(&tail[..tail_len], f32::NEG_INFINITY), scale);
             for chunk in whole.iter() {
-                max = s.max(s.load(chunk), max);
+                max = s.max(s.mul(s.load(chunk), scale), max);
             }
             let max = s.splat(s.max_lane(max));
             let mut total = s.splat(0.0);
             for chunk in whole {
-                let p = s.exp(s.sub(s.load(chunk), max));
+                let p = s.exp(s.sub(s.mul(s.load(chunk), scale), max));
                 s.store(chunk, p);
                 total = s.add(total, p);
             }
             if tail_len > 0 {
-                let p = s.exp(s.sub(s.load_tail(&tail[..tail_len], f32::NEG_INFINITY), max));
+                let score = s.load_tail(&tail[..tail_len], f32::NEG_INFINITY);
+                let p = s.exp(s.sub(s.mul(score, scale), max));
                 total = s.add(total, p);
                 s.store_tail(&mut tail[..tail_len], p);
                 tail[tail_len..].fill(0.0);

@@ -9,8 +9,7 @@
 //!
 //! few rows:  for each panel, for each group     weights come from memory: each step asks for a
 //!                                               share of the next panel
-//! many rows: for each group:                    its rows as tiles, one behind the other
-//!                for each panel                these stay in the second-level cache
+//! many rows: for each group, for each panel     these stay in the second-level cache
 //! ```
 //!
 //! An operand's rows are allocated in multiples of 32, so a group may run past the last row; what it
@@ -19,12 +18,12 @@
 //! end of [`tiles`] are the only part that needs the processor: [`Multiply`] states their contract,
 //! and the tests run everything else on an emulation of it. Leaves out f32 (AVX-512 does that).
 
-use std::cell::RefCell;
-
 use super::Write;
 use super::buffer::{Line, WORDS};
+use super::convert::pack_line;
 use super::pack::widened;
 use super::product::{Product, Rectangle};
+use crate::Dtype;
 use crate::cpu::{Amx, Isa};
 use crate::disjoint::Disjoint;
 
@@ -34,55 +33,60 @@ pub(super) const GROUP: usize = 2 * WORDS;
 /// the panel takes to come from memory.
 pub(super) const FEW_ROWS: usize = 4 * GROUP;
 
-thread_local! {
-    /// The rows of one group as tiles, kept from product to product.
-    static GROUP_TILES: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
-}
-
 /// The outputs of a group, row-major, two lines a row.
 #[repr(C, align(64))]
 struct Group([[f32; GROUP]; GROUP]);
 
-/// The product of 32 rows and two blocks.
-struct Multiply<'a> {
-    x: Rows<'a>,
-    /// `16 * depth` lines each: 16 pairs of inputs for every line of `x`.
-    w: [&'a [Line]; 2],
-    depth: usize,
+/// The product of up to 32 rows and two blocks of 16 outputs.
+pub(crate) struct Multiply<'a> {
+    /// Lines of 32 inputs.
+    pub(crate) x: Rows<'a>,
+    /// 16 rows each, of 16 outputs, a row for each pair of inputs.
+    pub(crate) w: [Rows<'a>; 2],
+    /// Steps of 32 inputs.
+    pub(crate) depth: usize,
     /// What to ask for meanwhile, this many lines a step; need not be memory.
-    ahead: (*const Line, usize),
+    pub(crate) ahead: (*const Line, usize),
 }
 
-/// 32 rows of `depth` lines: line `k` of row `r` is line `r * row + k * step`.
+/// Rows that tiles are loaded from: row `r` at step `k` is line `r * row + k * step`.
 #[derive(Clone, Copy)]
-struct Rows<'a> {
-    lines: &'a [Line],
-    row: usize,
-    step: usize,
+pub(crate) struct Rows<'a> {
+    pub(crate) lines: &'a [Line],
+    pub(crate) row: usize,
+    pub(crate) step: usize,
+}
+
+impl Rows<'_> {
+    /// What makes the pointers of the tile loads stay inside the slice.
+    fn check(&self, rows: usize, depth: usize) {
+        let last = (rows - 1) * self.row + depth.saturating_sub(1) * self.step;
+        assert!(depth == 0 || self.lines.len() > last, "line {last} of {}", self.lines.len());
+    }
 }
 
 impl<'a> Multiply<'a> {
-    fn new(p: &Product<'a>, x: Rows<'a>, block: usize, blocks: usize) -> Self {
-        let block = |b: usize| &p.w[(block + b) * p.block_lines..][..p.block_lines];
-        let depth = p.block_lines / WORDS;
-        let ahead = (std::ptr::null(), 0);
-        Self { x, w: [block(0), block(blocks - 1)], depth, ahead }
+    fn new(p: &Product<'a>, x: Rows<'a>, blocks: [usize; 2]) -> Self {
+        let w = blocks.map(|block| Rows {
+            lines: &p.w[block * p.block_lines..][..p.block_lines],
+            row: 1,
+            step: WORDS,
+        });
+        Self { x, w, depth: p.block_lines / WORDS, ahead: (std::ptr::null(), 0) }
     }
 
-    /// What makes the pointers of the tile loads stay inside the slices.
-    fn check(&self) {
-        let Self { x: Rows { lines, row, step }, depth, .. } = *self;
-        let last = (GROUP - 1) * row + depth.saturating_sub(1) * step;
-        assert!(lines.len() > last, "{} lines of x, line {last} is read", lines.len());
-        let lines = self.w.map(<[Line]>::len);
-        assert!(lines.iter().all(|&n| n >= depth * WORDS), "{lines:?} lines of w, depth {depth}");
+    fn check(&self, rows: usize) {
+        self.x.check(rows, self.depth);
+        self.w.iter().for_each(|w| w.check(WORDS, self.depth));
     }
 }
 
-/// Where a group's outputs go: 32 rows of two lines, `stride` elements apart.
-struct Target {
-    to: *mut f32,
-    stride: usize,
+/// Where a group's outputs go: rows of two lines, `stride` elements apart.
+pub(crate) struct Target {
+    pub(crate) to: *mut f32,
+    pub(crate) stride: usize,
+    /// What happens to what is there: with [`Write::Add`] the sum begins with it.
+    pub(crate) write: Write,
 }
 
 /// Computes a rectangle of the output.
@@ -110,48 +114,48 @@ struct Blocked<'a, F> {
 
 impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
     fn rectangle(&self, part: &Rectangle) {
-        if part.rows.len() <= FEW_ROWS {
-            return self.few_rows(part);
-        }
-        GROUP_TILES.with_borrow_mut(|tiles| {
-            for row in part.rows.clone().step_by(GROUP) {
-                let x = self.as_tiles(row, tiles);
-                for block in part.blocks.clone().step_by(2) {
-                    let blocks = 2.min(part.blocks.end - block);
-                    let multiply = Multiply::new(self.p, x, block, blocks);
-                    self.group(&multiply, row..part.rows.end, block, blocks);
-                }
+        let panel = 2 * self.p.block_lines;
+        self.each_group(part, |x, row, i, block| {
+            let blocks = 2.min(part.blocks.end - block);
+            let mut multiply = Multiply::new(self.p, x, [block, block + blocks - 1]);
+            if let Some((group, share)) = i
+                && block + 2 < part.blocks.end
+            {
+                let next = multiply.w[0].lines.as_ptr().wrapping_add(panel);
+                multiply.ahead = (next.wrapping_add(group * share * multiply.depth), share);
             }
+            self.group(&multiply, row..part.rows.end, block, blocks);
         });
     }
 
-    fn few_rows(&self, part: &Rectangle) {
-        let panel = 2 * self.p.block_lines;
-        let share = GROUP.div_ceil(part.rows.len().div_ceil(GROUP).max(1));
-        for block in part.blocks.clone().step_by(2) {
-            let blocks = 2.min(part.blocks.end - block);
-            for (i, row) in part.rows.clone().step_by(GROUP).enumerate() {
-                let lines = &self.p.x[row * self.p.stride..][..GROUP * self.p.stride];
-                let x = Rows { lines, row: self.p.stride, step: 1 };
-                let mut multiply = Multiply::new(self.p, x, block, blocks);
-                if block + 2 < part.blocks.end {
-                    let next = multiply.w[0].as_ptr().wrapping_add(panel);
-                    multiply.ahead = (next.wrapping_add(i * share * multiply.depth), share);
+    /// Calls `group` with the rows of every group, the first of them, and every other block. Where there
+    /// are few rows it also says which of the groups that is, and how many lines it is to ask for at each
+    /// step so that all of them ask for two blocks.
+    fn each_group(
+        &self,
+        part: &Rectangle,
+        mut group: impl FnMut(Rows<'_>, usize, Option<(usize, usize)>, usize),
+    ) {
+        let rows = part.rows.clone().step_by(GROUP);
+        if part.rows.len() <= FEW_ROWS {
+            let share = GROUP.div_ceil(rows.len().max(1));
+            for block in part.blocks.clone().step_by(2) {
+                for (i, row) in rows.clone().enumerate() {
+                    group(self.rows(row), row, Some((i, share)), block);
                 }
-                self.group(&multiply, row..part.rows.end, block, blocks);
             }
+            return;
+        }
+        for row in rows {
+            let x = self.rows(row);
+            part.blocks.clone().step_by(2).for_each(|block| group(x, row, None, block));
         }
     }
 
-    /// The rows from `row` on as tiles, the 32 lines of one step one behind the other.
-    fn as_tiles<'t>(&self, row: usize, tiles: &'t mut Vec<Line>) -> Rows<'t> {
-        let (stride, depth) = (self.p.stride, self.p.block_lines / WORDS);
-        tiles.resize(tiles.len().max(GROUP * depth), Line::ZERO);
-        let rows = &self.p.x[row * stride..][..GROUP * stride];
-        for (k, to) in tiles.chunks_exact_mut(GROUP).take(depth).enumerate() {
-            to.iter_mut().zip(rows[k..].iter().step_by(stride)).for_each(|(to, line)| *to = *line);
-        }
-        Rows { lines: tiles, row: 1, step: GROUP }
+    /// The group of rows from `row` on.
+    fn rows(&self, row: usize) -> Rows<'_> {
+        let stride = self.p.stride;
+        Rows { lines: &self.p.x[row * stride..][..GROUP * stride], row: stride, step: 1 }
     }
 
     /// Computes a group and writes what of it there is.
@@ -168,10 +172,11 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
         if whole && p.bias.is_none() && p.write == Write::Set {
             let last = p.place(rows.start + GROUP - 1, block, blocks);
             let to = self.out.pointer(place.start, last.end);
-            return (self.multiply)(multiply, &Target { to, stride: p.outputs });
+            return (self.multiply)(multiply, &Target { to, stride: p.outputs, write: Write::Set });
         }
         let mut sums = Group([[0.0; GROUP]; GROUP]);
-        (self.multiply)(multiply, &Target { to: sums.0.as_mut_ptr().cast(), stride: GROUP });
+        let to = sums.0.as_mut_ptr().cast();
+        (self.multiply)(multiply, &Target { to, stride: GROUP, write: Write::Set });
         for (row, sums) in rows.zip(&sums.0) {
             let place = p.place(row, block, blocks);
             // SAFETY: no other task has outputs of this row and these blocks.
@@ -179,6 +184,76 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
             store(self.isa, p, sums, block, to);
         }
     }
+}
+
+/// Computes a rectangle of `swiglu`: `part` counts blocks of gates, with those of `up` the same number of
+/// blocks further on. Writes rows of `out` in lines of two blocks, which are this task's.
+pub(super) fn gated_rectangle(token: Amx, p: &Gated<'_>, part: &Rectangle) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let tiles = tiles::Tiles::new(token);
+        let multiply = |multiply: &Multiply<'_>, to: &Target| {
+            // SAFETY: `gated` gives groups of its own.
+            unsafe { tiles.multiply(multiply, to) };
+        };
+        let (isa, out) = (Isa::Amx(token), &Disjoint::new(&mut []));
+        Blocked { isa, p: &p.product, out, multiply }.gated(p, part);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (token, p, part);
+}
+
+/// A product whose outputs are gates and, as many blocks further on, what they let through.
+pub(super) struct Gated<'a> {
+    pub(super) product: Product<'a>,
+    /// Blocks of gates.
+    pub(super) gates: usize,
+    /// Rows of `stride` lines.
+    pub(super) out: Disjoint<'a, Line>,
+    pub(super) stride: usize,
+}
+
+impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
+    /// Two blocks of gates at a time, a line of every row of the output.
+    fn gated(&self, gated: &Gated<'_>, part: &Rectangle) {
+        let mut sums = [const { Group([[0.0; GROUP]; GROUP]) }; 2];
+        self.each_group(part, |x, row, i, block| {
+            for (half, sums) in sums.iter_mut().enumerate() {
+                let blocks = [block + half, gated.gates + block + half];
+                let mut multiply = Multiply::new(self.p, x, blocks);
+                if let Some((group, share)) = i
+                    && block + 2 < part.blocks.end
+                {
+                    // The first half asks for the next gates, the second for what they let through.
+                    let next = &self.p.w[(half * gated.gates + block + 2) * self.p.block_lines..];
+                    let skip = group * share * multiply.depth;
+                    multiply.ahead = (next.as_ptr().wrapping_add(skip), share);
+                }
+                let to = sums.0.as_mut_ptr().cast();
+                (self.multiply)(&multiply, &Target { to, stride: GROUP, write: Write::Set });
+            }
+            for (r, row) in (row..part.rows.end).take(GROUP).enumerate() {
+                let at = row * gated.stride + block / 2;
+                // SAFETY: the line is this task's.
+                let to = &mut unsafe { gated.out.part(at, at + 1) }[0];
+                activate(self.isa, [&sums[0].0[r], &sums[1].0[r]], to);
+            }
+        });
+    }
+}
+
+widened! {
+    /// Rounds `silu(gate) * up` of two blocks, each given as its gates and its ups.
+    fn activate(sums: [&[f32; GROUP]; 2], to: &mut Line) = activate_body
+}
+
+#[inline(always)]
+fn activate_body(isa: Isa, sums: [&[f32; GROUP]; 2], to: &mut Line) {
+    let mut values = [0.0; GROUP];
+    for (sums, values) in sums.into_iter().zip(values.chunks_exact_mut(WORDS)) {
+        isa.vectorize(crate::swiglu::Forward { gate_up: sums, inter: WORDS, out: values });
+    }
+    pack_line(Dtype::Bf16, &values, to);
 }
 
 widened! {
@@ -206,50 +281,65 @@ pub(crate) mod tiles {
     use std::arch::asm;
     use std::marker::PhantomData;
 
-    use super::{Amx, Line, Multiply, Target};
+    use super::{Amx, GROUP, Line, Multiply, Target, WORDS, Write};
 
-    /// Eight tiles of 16 rows by 64 bytes, held by this thread while this value lives.
+    /// Eight tiles of up to 16 rows by 64 bytes, held by this thread while this value lives.
     ///
     /// Bound to its thread: the configuration is the thread's.
-    pub(crate) struct Tiles(PhantomData<*const ()>);
+    pub(crate) struct Tiles {
+        /// Rows of x and of the sums.
+        rows: usize,
+        thread: PhantomData<*const ()>,
+    }
 
     /// The operand of `ldtilecfg`: palette 1; bytes per row from byte 16 on, rows from byte 48 on.
     #[repr(C, align(64))]
     pub(super) struct Configuration(pub(super) [u8; 64]);
 
     impl Configuration {
-        pub(super) const fn all_full() -> Self {
+        /// For products of that many rows, from 1 to 32: those of the sums 0 to 3 and of x, 4 and 5.
+        pub(super) const fn of_rows(rows: usize) -> Self {
+            let upper = if rows < WORDS { rows } else { WORDS };
+            let lower = if rows > WORDS { rows - WORDS } else { upper };
+            let rows = [upper, upper, lower, lower, upper, lower, WORDS, WORDS];
             let mut bytes = [0; 64];
             bytes[0] = 1;
             let mut tile = 0;
             while tile < 8 {
                 bytes[16 + 2 * tile] = 64;
-                bytes[48 + tile] = 16;
+                bytes[48 + tile] = rows[tile] as u8;
                 tile += 1;
             }
             Self(bytes)
         }
     }
 
-    static CONFIGURATION: Configuration = Configuration::all_full();
-
     impl Tiles {
-        /// Configures this thread's tiles.
-        pub(crate) fn new(_token: Amx) -> Self {
+        /// Configures this thread's tiles for groups of 32 rows.
+        pub(crate) fn new(token: Amx) -> Self {
+            Self::of_rows(token, GROUP)
+        }
+
+        /// Configures this thread's tiles for products of `rows` rows, 1 to 32.
+        pub(crate) fn of_rows(_token: Amx, rows: usize) -> Self {
+            assert!((1..=GROUP).contains(&rows), "{rows} rows of tiles");
             // SAFETY: the token proves AMX; the configuration is valid for palette 1.
-            unsafe { configure(&CONFIGURATION) };
-            Self(PhantomData)
+            unsafe { configure(&Configuration::of_rows(rows)) };
+            Self { rows, thread: PhantomData }
         }
 
         /// # Safety
-        /// The target's 32 rows of 32 elements may be written.
-        pub(super) unsafe fn multiply(&self, operands: &Multiply<'_>, to: &Target) {
-            operands.check();
-            let multiply = match operands.ahead.1 {
-                0 => multiply::<0>,
-                ..=8 => multiply::<8>,
-                ..=16 => multiply::<16>,
-                _ => multiply::<32>,
+        /// The target's rows, as many as configured, of 32 elements may be written.
+        pub(crate) unsafe fn multiply(&self, operands: &Multiply<'_>, to: &Target) {
+            operands.check(self.rows);
+            let multiply = match (operands.ahead.1, to.write, self.rows > WORDS) {
+                (0, Write::Set, true) => multiply::<0, true, false>,
+                (0, Write::Set, false) => multiply::<0, false, false>,
+                (_, Write::Add, true) => multiply::<0, true, true>,
+                (_, Write::Add, false) => multiply::<0, false, true>,
+                (..=8, ..) => multiply::<8, true, false>,
+                (..=16, ..) => multiply::<16, true, false>,
+                _ => multiply::<32, true, false>,
             };
             // SAFETY: the tiles are configured; `check` holds for the operands; promised for the target.
             unsafe { multiply(operands, to) };
@@ -282,52 +372,73 @@ pub(crate) mod tiles {
     /// `to[m][n] = sum over i, pairs of inputs, of x[m][2i] w[i][n][0] + x[m][2i + 1] w[i][n][1]`,
     /// 16 pairs at a time: the evens of these and the odds of these are each summed in ascending
     /// order by fused multiply-adds that flush denormals, then both, then added to the tile. Asks for
-    /// `AHEAD` lines a step.
+    /// `AHEAD` lines a step; `BOTH` says that there are rows from the 16th on, `ADD` that the tiles
+    /// begin with what is in the target.
     ///
     /// # Safety
     /// This thread holds [`Tiles`], [`Multiply::check`] passes, and the target may be written.
-    unsafe fn multiply<const AHEAD: usize>(operands: &Multiply<'_>, target: &Target) {
-        let x = operands.x;
-        let row = target.stride * size_of::<f32>();
-        let to = target.to.cast::<u8>();
+    unsafe fn multiply<const AHEAD: usize, const BOTH: bool, const ADD: bool>(
+        operands: &Multiply<'_>,
+        target: &Target,
+    ) {
+        let (x, [w, other]) = (operands.x, operands.w);
+        let line = size_of::<Line>();
         // SAFETY: by `check`, every load stays inside the slices (prefetches may not, and need not);
-        // the stores fill the 32 rows of the target.
+        // the stores fill the rows of the target.
         unsafe {
             asm!(
+                ".if {add}",
+                "lea {next}, [{to} + {row}*8]", "lea {next}, [{next} + {row}*8]",
+                "tileloadd tmm0, [{to} + {row}*1]",
+                "tileloadd tmm1, [{to} + {row}*1 + 64]",
+                ".if {both}",
+                "tileloadd tmm2, [{next} + {row}*1]",
+                "tileloadd tmm3, [{next} + {row}*1 + 64]",
+                ".endif",
+                ".else",
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                ".endif",
                 "test {depth}, {depth}", "jz 3f",
                 "2:",
-                "tileloadd tmm6, [{w0} + {line}*1]",
+                "tileloadd tmm6, [{w0} + {ws}*1]",
                 "tileloadd tmm4, [{x0} + {xs}*1]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{w1} + {line}*1]",
+                "tileloadd tmm7, [{w1} + {ws}*1]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
+                ".if {both}",
                 "tileloadd tmm5, [{x1} + {xs}*1]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
+                ".endif",
                 ".rept {ahead}",
                 "prefetcht1 [{next}]", "add {next}, 64",
                 ".endr",
-                "add {x0}, {step}", "add {x1}, {step}", "add {w0}, 1024", "add {w1}, 1024",
+                "add {x0}, {x_step}", "add {x1}, {x_step}",
+                "add {w0}, {w_step}", "add {w1}, {w_step}",
                 "dec {depth}", "jnz 2b",
                 "3:",
-                "tilestored [{to0} + {row}*1], tmm0",
-                "tilestored [{to0} + {row}*1 + 64], tmm1",
-                "tilestored [{to1} + {row}*1], tmm2",
-                "tilestored [{to1} + {row}*1 + 64], tmm3",
+                "tilestored [{to} + {row}*1], tmm0",
+                "tilestored [{to} + {row}*1 + 64], tmm1",
+                ".if {both}",
+                "lea {to}, [{to} + {row}*8]", "lea {to}, [{to} + {row}*8]",
+                "tilestored [{to} + {row}*1], tmm2",
+                "tilestored [{to} + {row}*1 + 64], tmm3",
+                ".endif",
                 ahead = const AHEAD,
+                both = const BOTH as usize,
+                add = const ADD as usize,
                 x0 = inout(reg) x.lines.as_ptr() => _,
-                x1 = inout(reg) x.lines.as_ptr().wrapping_add(16 * x.row) => _,
-                w0 = inout(reg) operands.w[0].as_ptr() => _,
-                w1 = inout(reg) operands.w[1].as_ptr() => _,
+                x1 = inout(reg) x.lines.as_ptr().wrapping_add(WORDS * x.row) => _,
+                w0 = inout(reg) w.lines.as_ptr() => _,
+                w1 = inout(reg) other.lines.as_ptr() => _,
                 next = inout(reg) operands.ahead.0 => _,
                 depth = inout(reg) operands.depth => _,
-                xs = in(reg) x.row * size_of::<Line>(),
-                step = in(reg) x.step * size_of::<Line>(),
-                line = in(reg) size_of::<Line>(),
-                row = in(reg) row,
-                to0 = in(reg) to,
-                to1 = in(reg) to.wrapping_add(16 * row),
+                xs = in(reg) x.row * line,
+                x_step = in(reg) x.step * line,
+                ws = in(reg) w.row * line,
+                w_step = in(reg) w.step * line,
+                row = in(reg) target.stride * size_of::<f32>(),
+                to = inout(reg) target.to => _,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
@@ -341,7 +452,7 @@ mod tests {
     use super::*;
     use crate::gemm::convert::{high, low, round_bf16};
     use crate::gemm::{Operand, Write};
-    use crate::{Dtype, Kernels, Level, Matrix};
+    use crate::{Kernels, Level, Matrix};
 
     fn flushed(x: f32) -> f32 {
         if x.is_subnormal() { 0.0_f32.copysign(x) } else { x }
@@ -353,7 +464,7 @@ mod tests {
 
     /// `tdpbf16ps` as documented, in the order of `tiles::multiply`.
     fn emulated(operands: &Multiply<'_>, to: &Target) {
-        operands.check();
+        operands.check(GROUP);
         let Rows { lines, row, step: next } = operands.x;
         for (m, n) in (0..GROUP * GROUP).map(|i| (i / GROUP, i % GROUP)) {
             let mut sum = 0.0;
@@ -361,7 +472,8 @@ mod tests {
                 let (mut evens, mut odds) = (0.0, 0.0);
                 for pair in 0..WORDS {
                     let x = lines[m * row + step * next].0[pair];
-                    let w = operands.w[n / WORDS][step * WORDS + pair].0[n % WORDS];
+                    let w = &operands.w[n / WORDS];
+                    let w = w.lines[step * w.step + pair * w.row].0[n % WORDS];
                     evens = fma(evens, low(x), low(w));
                     odds = fma(odds, high(x), high(w));
                 }
@@ -373,7 +485,7 @@ mod tests {
     }
 
     fn target(sums: &mut [[f32; GROUP]; GROUP]) -> Target {
-        Target { to: sums.as_mut_ptr().cast(), stride: GROUP }
+        Target { to: sums.as_mut_ptr().cast(), stride: GROUP, write: Write::Set }
     }
 
     struct Case {
@@ -416,7 +528,9 @@ mod tests {
 
     #[test]
     fn loops_around_the_tiles_agree_with_f64_sums() {
-        for (m, n, k) in [(1, 1, 1), (3, 17, 33), (32, 32, 64), (33, 48, 31), (65, 50, 95), (163, 50, 95)] {
+        for (m, n, k) in
+            [(1, 1, 1), (3, 17, 33), (32, 32, 64), (33, 48, 31), (65, 50, 95), (163, 50, 95)]
+        {
             let case = Case::new(m, n, k);
             let mut out = vec![0.5; m * n];
             case.product(0..m, Write::Add, &mut out);
@@ -450,15 +564,15 @@ mod tests {
         let (x, w) = ([Line([tiny.to_bits(); WORDS]); GROUP], [Line([0x3f80_3f80; WORDS]); WORDS]);
         let mut sums = [[1.0; GROUP]; GROUP];
         let x = Rows { lines: &x, row: 1, step: 1 };
-        let ahead = (std::ptr::null(), 0);
-        emulated(&Multiply { x, w: [&w, &w], depth: 1, ahead }, &target(&mut sums));
+        let (w, ahead) = (Rows { lines: &w, row: 1, step: WORDS }, (std::ptr::null(), 0));
+        emulated(&Multiply { x, w: [w, w], depth: 1, ahead }, &target(&mut sums));
         assert_eq!(sums, [[0.0; GROUP]; GROUP]);
     }
 
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn the_configuration_has_eight_full_tiles() {
-        let bytes = tiles::Configuration::all_full().0;
+        let bytes = tiles::Configuration::of_rows(GROUP).0;
         let mut expected = [0; 64];
         expected[0] = 1;
         for tile in 0..8 {
@@ -482,8 +596,9 @@ mod tests {
         let held = tiles::Tiles::new(token);
         for ((row, step), share) in [((7, 1), 0), ((1, 32), 8), ((7, 1), 16), ((7, 1), 32)] {
             let x = Rows { lines: &x, row, step };
-            let operands =
-                Multiply { x, w: [&w, &w[..]], depth: 7, ahead: (w.as_ptr(), share) };
+            let ahead = (w.as_ptr(), share);
+            let w = Rows { lines: &w, row: 1, step: WORDS };
+            let operands = Multiply { x, w: [w, w], depth: 7, ahead };
             let mut sums = [[[0.0; GROUP]; GROUP]; 2];
             // SAFETY: the target is all of the sums.
             unsafe { held.multiply(&operands, &target(&mut sums[0])) };

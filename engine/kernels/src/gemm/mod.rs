@@ -117,6 +117,18 @@ impl Kernels {
         Product { bias, write, ..Product::new(x, w, rows) }.run(self, out);
     }
 
+    /// Sets `out` to the rounded `silu(g) * u` of `[g | u] = x W^T`, to the bits of [`Kernels::matmul`],
+    /// [`Kernels::swiglu`] and [`Kernels::operand`], without writing g and u anywhere; `false`, and
+    /// nothing done, where no kernel does so.
+    pub(crate) fn matmul_swiglu(&self, x: &Operand, w: &Matrix, out: &mut Operand) -> bool {
+        let product = Product::new(x, w, 0..w.rows());
+        match product.gates(self.isa) {
+            Some(gates) if x.rows() > 0 => product.run_gated(self, gates, out),
+            _ => return false,
+        }
+        true
+    }
+
     /// `dx[m, k] = sum_j dy[m, j] w[rows.start + j, k]`, set or added.
     ///
     /// `dy` is `[M, rows.len()]` in the format of `w`, `dx` `[M, K]`.

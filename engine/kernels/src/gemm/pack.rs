@@ -332,7 +332,7 @@ fn interleave(dtype: Dtype, rows: &[Line], at: usize, block_lines: usize, target
 
 /// Word `j` of line `i` becomes word `i` of line `j`.
 #[inline(always)]
-fn transpose(isa: Isa, square: &Square) -> Square {
+pub(crate) fn transpose(isa: Isa, square: &Square) -> Square {
     #[cfg(target_arch = "x86_64")]
     if isa.avx512().is_some() {
         // SAFETY: the token proves AVX-512.

@@ -6,9 +6,10 @@
 
 use std::ops::Range;
 
+use super::amx::Gated;
 use super::buffer::{Line, WORDS};
 use super::{Operand, Write, amx, avx2, avx512, portable};
-use crate::cpu::Isa;
+use crate::cpu::{Amx, Isa};
 use crate::disjoint::Disjoint;
 use crate::{Dtype, Kernels, Matrix};
 
@@ -136,6 +137,43 @@ impl<'a> Product<'a> {
             |chunk: &usize| (row_chunks * blocks.div_ceil(*chunk)).div_ceil(threads) * chunk;
         let chunks = (1..=TASKS_PER_THREAD).rev().map(of_tasks);
         (row_chunk, chunks.min_by_key(busiest).unwrap_or(BLOCK_CHUNK))
+    }
+
+    /// Whether [`Self::run_gated`] computes this product, its outputs being `gates` blocks of gates and as
+    /// many of what they let through.
+    pub(super) fn gates(&self, isa: Isa) -> Option<(Amx, usize)> {
+        let Isa::Amx(token) = isa else { return None };
+        let gates = self.outputs / (2 * WORDS);
+        let whole = self.outputs == 2 * WORDS * gates && gates.is_multiple_of(2);
+        (self.dtype == Dtype::Bf16 && whole).then_some((token, gates))
+    }
+
+    /// Computes `silu(gate) * up` of all rows into `out`, rounded.
+    pub(super) fn run_gated(
+        self,
+        kernels: &Kernels,
+        (token, gates): (Amx, usize),
+        out: &mut Operand,
+    ) {
+        out.reshape(self.dtype, self.rows, gates * WORDS);
+        let (rows, threads) = (self.rows, kernels.pool.threads());
+        // Of a rectangle the gates are half of the weights.
+        let (row_chunk, block_chunk) = match rows > amx::FEW_ROWS {
+            true => self.tiled_chunks(threads),
+            false => self.chunks(threads),
+        };
+        let block_chunk = (block_chunk / 2).next_multiple_of(2);
+        let stride = out.stride();
+        let gated = Gated { product: self, gates, out: out.disjoint(), stride };
+        let row_chunks = rows.div_ceil(row_chunk);
+        kernels.pool.run(row_chunks * gates.div_ceil(block_chunk), &|task| {
+            let (row, block) = (task % row_chunks * row_chunk, task / row_chunks * block_chunk);
+            let part = Rectangle {
+                rows: row..rows.min(row + row_chunk),
+                blocks: block..gates.min(block + block_chunk),
+            };
+            amx::gated_rectangle(token, &gated, &part);
+        });
     }
 
     /// Rows and blocks of a rectangle of many rows with tiles.
