@@ -37,6 +37,9 @@ pub enum Sent {
 /// Takes the events of one request.
 pub type Sink = Box<dyn FnMut(Event) -> Sent + Send>;
 
+/// Called when the events of a step have gone to their sinks, for owners of sinks who hand them on together.
+pub type AfterEvents = Box<dyn FnMut() -> Sent + Send>;
+
 /// What whoever drives the engine is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -152,6 +155,15 @@ impl Service {
     pub fn submit(&self, request: Request, sink: Sink) -> Result<RequestId> {
         let asked = Instant::now();
         self.ask(|reply| Command::Submit { request: Box::new(request), sink, reply, asked })
+    }
+
+    /// Has `call` called on the engine's thread whenever sinks have had events, after the last of them; as a
+    /// sink, it must not block. It is dropped when it says [`Sent::Gone`], and with the engine's thread or
+    /// [`Guests`]: what sinks got and it was not called for may be handed on then. Reaches the engine
+    /// before requests that are submitted later.
+    pub fn after_events(&self, call: AfterEvents) {
+        // A stopped engine has no events.
+        let _stopped = self.commands.send(Command::AfterEvents(call));
     }
 
     /// Ends a request; its sink gets the ends of its samples. Nothing happens if it is over.

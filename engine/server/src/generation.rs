@@ -1,13 +1,13 @@
 //! Requests on their way through the engine, from the side of an HTTP handler.
 //!
-//! The engine's thread pushes events into a bounded channel; the handler pulls them. Whoever drops a
-//! [`Generation`] before its end aborts what is left of it: that is how a client that has gone away
-//! gives its blocks back.
+//! The engine's thread puts events into the [`Outbox`](crate::outbox::Outbox), whence they come into a bounded
+//! channel; the handler pulls them. Whoever drops a [`Generation`] before its end aborts what is left of it:
+//! that is how a client that has gone away gives its blocks back.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::{ErrorKind, Event, Request, RequestId, Sent, Service};
+use engine::{ErrorKind, Event, Request, RequestId, Service};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
@@ -58,14 +58,11 @@ impl Generation {
             open,
         };
         for (prompt, request) in requests.into_iter().enumerate() {
-            let (sender, tokens) = (sender.clone(), request.prompt.len());
-            let max_tokens = request.params.max_tokens;
+            let (outbox, sender) = (Arc::clone(&app.outbox), sender.clone());
+            let (tokens, max_tokens) = (request.prompt.len(), request.params.max_tokens);
             let sink = move |event: Event| {
                 let choice = prompt * samples + sample(&event);
-                match sender.try_send((choice, event)) {
-                    Ok(()) => Sent::Ok,
-                    Err(_) => Sent::Gone,
-                }
+                outbox.put(&sender, (choice, event))
             };
             let id = generation.service.submit(request, Box::new(sink)).map_err(|e| failed(&e))?;
             generation.live.begin(id);
