@@ -76,6 +76,13 @@ pub struct Status {
     pub failure: Option<String>,
 }
 
+impl Status {
+    /// Share of the KV blocks in use, 0 to 1.
+    pub fn kv_usage(&self) -> f64 {
+        self.stats.used_blocks as f64 / self.stats.total_blocks.max(1) as f64
+    }
+}
+
 /// An engine that many threads can use at once.
 pub struct Service {
     commands: Sender<Command>,
