@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use engine::{Event, LogprobsMode, RequestId, SamplingParams, Service};
+use engine::{Event, LogprobsMode, SamplingParams, Service};
 use tokio::sync::watch;
 
 use crate::access::Keys;
@@ -301,19 +301,14 @@ pub(crate) fn now_s() -> u64 {
 pub(crate) struct Live {
     draining: AtomicBool,
     visits: watch::Sender<usize>,
-    requests: Mutex<HashSet<RequestId>>,
+    /// What runs for the visitors, and its names.
     pub(crate) named: Arc<Named>,
 }
 
 impl Live {
     fn new() -> Self {
         let visits = watch::Sender::new(0);
-        Self {
-            draining: AtomicBool::new(false),
-            visits,
-            requests: Mutex::new(HashSet::new()),
-            named: Arc::new(Named::default()),
-        }
+        Self { draining: AtomicBool::new(false), visits, named: Arc::new(Named::default()) }
     }
 
     /// Counts one visitor in until the guard is dropped.
@@ -347,23 +342,6 @@ impl Live {
         let mut visits = self.visits.subscribe();
         // The sender lives as long as `self`, so waiting cannot fail.
         let _ = visits.wait_for(|visits| *visits == 0).await;
-    }
-
-    /// The engine's requests that run for the visitors.
-    pub(crate) fn requests(&self) -> Vec<RequestId> {
-        self.locked().iter().copied().collect()
-    }
-
-    pub(crate) fn begin(&self, request: RequestId) {
-        self.locked().insert(request);
-    }
-
-    pub(crate) fn end(&self, request: RequestId) {
-        self.locked().remove(&request);
-    }
-
-    fn locked(&self) -> std::sync::MutexGuard<'_, HashSet<RequestId>> {
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -84,7 +84,7 @@ pub(crate) async fn reports(app: &App) -> Infallible {
     loop {
         sleep(every.max(Duration::from_millis(1))).await;
         let now = Served::now(app);
-        let open = app.live.requests().len();
+        let open = app.live.named.running();
         if let Some(report) = now.since(&before, &app.service.status(), open) {
             app.log(&LogEvent::Load(report));
         }
