@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::model::ModelSource;
 use crate::pause::{Gate, PauseMode};
 use crate::request::{Event, Request, RequestId};
-use crate::service::{Phase, Sent, Sink, Status};
+use crate::service::{AfterEvents, Phase, Sent, Sink, Status};
 use crate::timings::{Stopwatch, Timings};
 use crate::update::WeightsUpdate;
 use scheduler::WeightsVersion;
@@ -31,6 +31,7 @@ const IDLE: Duration = Duration::from_millis(500);
 /// What a service asks for.
 pub(crate) enum Command {
     Submit { request: Box<Request>, sink: Sink, reply: Sender<Result<RequestId>>, asked: Instant },
+    AfterEvents(AfterEvents),
     Abort(RequestId),
     Pause { mode: PauseMode, reply: Sender<Result<()>> },
     Resume { reply: Sender<Result<()>> },
@@ -50,6 +51,8 @@ pub struct Guests {
     commands: Receiver<Command>,
     /// Where the events of each request go, and how many of its samples have not ended.
     sinks: HashMap<RequestId, (Sink, usize)>,
+    /// Who wants to know that sinks have had the events of a step.
+    after: Vec<AfterEvents>,
     status: Arc<Mutex<Status>>,
     watch: Stopwatch,
     gate: Gate,
@@ -64,7 +67,8 @@ impl Guests {
         timings: Arc<Mutex<Timings>>,
     ) -> Self {
         let (watch, gate) = (Stopwatch::new(timings), Gate::default());
-        Self { commands, sinks: HashMap::new(), status, watch, gate, broken: None }
+        let (sinks, after) = (HashMap::new(), Vec::new());
+        Self { commands, sinks, after, status, watch, gate, broken: None }
     }
 
     /// Takes in what was asked, runs one batch if there is one, and hands the guests their events; returns
@@ -178,6 +182,7 @@ impl Guests {
                 // A caller that has left no longer waits for the answer; its sink will say so.
                 let _left = reply.send(added);
             }
+            Command::AfterEvents(call) => self.after.push(call),
             Command::Abort(id) => {
                 // Whoever drives the engine may have requests of its own, which no guest may end.
                 if self.sinks.contains_key(&id) {
@@ -234,6 +239,7 @@ impl Guests {
                 self.gate.left(id);
             }
         }
+        self.after.retain_mut(|call| call() == Sent::Ok);
         others
     }
 

@@ -46,7 +46,7 @@ pub use request::{
     Request, RequestId, SamplingParams, StopReason, StopText, Token,
 };
 pub use scheduler::{PrefixCache, WeightsVersion};
-pub use service::{Phase, Sent, Service, Sink, Status};
+pub use service::{AfterEvents, Phase, Sent, Service, Sink, Status};
 pub use text::{ChatTemplate, Message, Tokenizer};
 pub use timings::Timings;
 pub use update::WeightsUpdate;

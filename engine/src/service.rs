@@ -37,6 +37,9 @@ pub enum Sent {
 /// Takes the events of one request.
 pub type Sink = Box<dyn FnMut(Event) -> Sent + Send>;
 
+/// Called when the events of a step have gone to their sinks, for owners of sinks who hand them on together.
+pub type AfterEvents = Box<dyn FnMut() -> Sent + Send>;
+
 /// What whoever drives the engine is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -71,6 +74,13 @@ pub struct Status {
     pub heartbeat: Instant,
     /// Set when the engine has failed and its thread ended: why.
     pub failure: Option<String>,
+}
+
+impl Status {
+    /// Share of the KV blocks in use, 0 to 1.
+    pub fn kv_usage(&self) -> f64 {
+        self.stats.used_blocks as f64 / self.stats.total_blocks.max(1) as f64
+    }
 }
 
 /// An engine that many threads can use at once.
@@ -152,6 +162,15 @@ impl Service {
     pub fn submit(&self, request: Request, sink: Sink) -> Result<RequestId> {
         let asked = Instant::now();
         self.ask(|reply| Command::Submit { request: Box::new(request), sink, reply, asked })
+    }
+
+    /// Has `call` called on the engine's thread whenever sinks have had events, after the last of them; as a
+    /// sink, it must not block. It is dropped when it says [`Sent::Gone`], and with the engine's thread or
+    /// [`Guests`]: what sinks got and it was not called for may be handed on then. Reaches the engine
+    /// before requests that are submitted later.
+    pub fn after_events(&self, call: AfterEvents) {
+        // A stopped engine has no events.
+        let _stopped = self.commands.send(Command::AfterEvents(call));
     }
 
     /// Ends a request; its sink gets the ends of its samples. Nothing happens if it is over.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use engine::{LogprobsMode, RequestId, SamplingParams, Service};
+use engine::{Event, LogprobsMode, SamplingParams, Service};
 use tokio::sync::watch;
 
 use crate::access::Keys;
@@ -21,6 +21,7 @@ use crate::limits::Limits;
 use crate::load_report::LoadReport;
 use crate::metrics::{Metrics, MetricsNames};
 use crate::named::{Name, Named};
+use crate::outbox::Outbox;
 use crate::request_log::RequestLog;
 use crate::run_state::RunState;
 use crate::structured::Grammars;
@@ -196,6 +197,8 @@ pub(crate) struct App {
     pub(crate) defaults: SamplingParams,
     pub(crate) live: Arc<Live>,
     pub(crate) metrics: Arc<Metrics>,
+    /// Events with the choice of their request that they belong to.
+    pub(crate) outbox: Arc<Outbox<(usize, Event)>>,
     pub(crate) grammars: Grammars,
     /// Looked for by the first chat.
     pub(crate) controls: OnceLock<Controls>,
@@ -207,6 +210,11 @@ pub(crate) struct App {
 }
 
 impl App {
+    /// # Errors
+    /// When the configuration is invalid.
+    ///
+    /// # Panics
+    /// Outside of an async runtime.
     pub(crate) fn new(service: Arc<Service>, config: ServerConfig) -> Result<Arc<Self>> {
         if config.model_names.is_empty() {
             return Err(Error::config("model_names is empty, at least one is needed"));
@@ -221,6 +229,7 @@ impl App {
             defaults,
             live: Arc::new(Live::new()),
             metrics: Arc::new(Metrics::new()),
+            outbox: Outbox::open(&service),
             grammars: Grammars::default(),
             controls: OnceLock::new(),
             salts: RandomState::new(),
@@ -292,19 +301,14 @@ pub(crate) fn now_s() -> u64 {
 pub(crate) struct Live {
     draining: AtomicBool,
     visits: watch::Sender<usize>,
-    requests: Mutex<HashSet<RequestId>>,
+    /// What runs for the visitors, and its names.
     pub(crate) named: Arc<Named>,
 }
 
 impl Live {
     fn new() -> Self {
         let visits = watch::Sender::new(0);
-        Self {
-            draining: AtomicBool::new(false),
-            visits,
-            requests: Mutex::new(HashSet::new()),
-            named: Arc::new(Named::default()),
-        }
+        Self { draining: AtomicBool::new(false), visits, named: Arc::new(Named::default()) }
     }
 
     /// Counts one visitor in until the guard is dropped.
@@ -338,23 +342,6 @@ impl Live {
         let mut visits = self.visits.subscribe();
         // The sender lives as long as `self`, so waiting cannot fail.
         let _ = visits.wait_for(|visits| *visits == 0).await;
-    }
-
-    /// The engine's requests that run for the visitors.
-    pub(crate) fn requests(&self) -> Vec<RequestId> {
-        self.locked().iter().copied().collect()
-    }
-
-    pub(crate) fn begin(&self, request: RequestId) {
-        self.locked().insert(request);
-    }
-
-    pub(crate) fn end(&self, request: RequestId) {
-        self.locked().remove(&request);
-    }
-
-    fn locked(&self) -> std::sync::MutexGuard<'_, HashSet<RequestId>> {
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

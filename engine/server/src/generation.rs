@@ -1,18 +1,18 @@
 //! Requests on their way through the engine, from the side of an HTTP handler.
 //!
-//! The engine's thread pushes events into a bounded channel; the handler pulls them. Whoever drops a
-//! [`Generation`] before its end aborts what is left of it: that is how a client that has gone away
-//! gives its blocks back.
+//! The engine's thread puts events into the [`Outbox`](crate::outbox::Outbox), whence they come into a bounded
+//! channel; the handler pulls them. Whoever drops a [`Generation`] before its end aborts what is left of it:
+//! that is how a client that has gone away gives its blocks back.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::{ErrorKind, Event, Request, RequestId, Sent, Service};
+use engine::{ErrorKind, Event, Request, RequestId, Service};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
 use crate::api_error::ApiError;
-use crate::app::{App, Live};
+use crate::app::App;
 use crate::metrics::{Metrics, Timer};
 use crate::params::refusal;
 
@@ -24,7 +24,6 @@ const MAX_LAG: usize = 64 * LAG_PER_SAMPLE;
 /// Events of several requests, as one sequence.
 pub(crate) struct Generation {
     service: Arc<Service>,
-    live: Arc<Live>,
     metrics: Arc<Metrics>,
     timer: Timer,
     /// When the answer has to be whole, and how long that was from its begin.
@@ -49,7 +48,6 @@ impl Generation {
         let (sender, events) = mpsc::channel((LAG_PER_SAMPLE * open).clamp(1, MAX_LAG));
         let mut generation = Self {
             service: Arc::clone(&app.service),
-            live: Arc::clone(&app.live),
             metrics: Arc::clone(&app.metrics),
             timer: Timer::new(requests.len(), samples),
             deadline: app.config.request_timeout.map(|limit| (Instant::now() + limit, limit)),
@@ -58,17 +56,13 @@ impl Generation {
             open,
         };
         for (prompt, request) in requests.into_iter().enumerate() {
-            let (sender, tokens) = (sender.clone(), request.prompt.len());
-            let max_tokens = request.params.max_tokens;
+            let (outbox, sender) = (Arc::clone(&app.outbox), sender.clone());
+            let (tokens, max_tokens) = (request.prompt.len(), request.params.max_tokens);
             let sink = move |event: Event| {
                 let choice = prompt * samples + sample(&event);
-                match sender.try_send((choice, event)) {
-                    Ok(()) => Sent::Ok,
-                    Err(_) => Sent::Gone,
-                }
+                outbox.put(&sender, (choice, event))
             };
             let id = generation.service.submit(request, Box::new(sink)).map_err(|e| failed(&e))?;
-            generation.live.begin(id);
             generation.metrics.begun(tokens, samples, max_tokens);
             generation.ids.push(id);
         }
@@ -125,11 +119,8 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        for id in &self.ids {
-            self.live.end(*id);
-            if self.open > 0 {
-                self.service.abort(*id);
-            }
+        if self.open > 0 {
+            self.ids.iter().for_each(|id| self.service.abort(*id));
         }
         self.metrics.aborted(self.open);
     }

@@ -38,6 +38,7 @@ mod logprobs;
 mod metrics;
 mod named;
 mod openapi;
+mod outbox;
 mod page;
 mod params;
 mod prompt_params;

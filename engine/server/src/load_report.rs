@@ -65,15 +65,14 @@ impl Served {
             return None;
         }
         let seconds = self.at.saturating_duration_since(before.at).as_secs_f64().max(1e-9);
-        let share = |part: u64, whole: u64| part as f64 / whole.max(1) as f64;
         let stats = &status.stats;
         Some(LoadReport {
             prompt_tokens_per_s: prompt as f64 / seconds,
             generation_tokens_per_s: generated as f64 / seconds,
             running: status.running,
             waiting: status.waiting,
-            kv_usage: share(stats.used_blocks as u64, stats.total_blocks as u64),
-            prefix_hit_rate: share(stats.hit_tokens, stats.query_tokens),
+            kv_usage: status.kv_usage(),
+            prefix_hit_rate: stats.hit_tokens as f64 / stats.query_tokens.max(1) as f64,
         })
     }
 }
@@ -85,7 +84,7 @@ pub(crate) async fn reports(app: &App) -> Infallible {
     loop {
         sleep(every.max(Duration::from_millis(1))).await;
         let now = Served::now(app);
-        let open = app.live.requests().len();
+        let open = app.live.named.running();
         if let Some(report) = now.since(&before, &app.service.status(), open) {
             app.log(&LogEvent::Load(report));
         }

@@ -1,4 +1,4 @@
-//! The names by which a client can end a request that it has no connection to.
+//! What runs for the visitors, and the names by which a client can end a request that it has no connection to.
 //!
 //! A request answers to its `x-request-id` (the client's own, else the one the server made), to
 //! `request_id` of its body and to the `id` of its answer. Names a client chooses may be shared by
@@ -12,7 +12,7 @@ use engine::{RequestId, Service};
 use crate::access::{MAX_ID_BYTES, is_plain_name};
 use crate::fields::BadField;
 
-/// The requests that can be ended by name.
+/// The requests that are being served.
 #[derive(Debug, Default)]
 pub(crate) struct Named {
     entries: Mutex<Entries>,
@@ -30,6 +30,13 @@ struct Entry {
     requests: Vec<RequestId>,
     /// Set before the engine has it, too: then it ends as soon as the engine does.
     aborted: bool,
+}
+
+impl Entry {
+    fn abort(&mut self, service: &Service) {
+        self.aborted = true;
+        self.requests.iter().for_each(|request| service.abort(*request));
+    }
 }
 
 impl Named {
@@ -51,12 +58,21 @@ impl Named {
             let known = entry.names.iter().filter_map(|name| asked.get(name.as_str()));
             let known: Vec<&str> = known.copied().collect();
             if !known.is_empty() {
-                entry.aborted = true;
-                entry.requests.iter().for_each(|request| service.abort(*request));
+                entry.abort(service);
                 found.extend(known);
             }
         }
         names.iter().filter(|name| found.remove(name.as_str())).cloned().collect()
+    }
+
+    /// Ends all requests, those that the engine has not got yet too.
+    pub(crate) fn abort_all(&self, service: &Service) {
+        self.locked().map.values_mut().for_each(|entry| entry.abort(service));
+    }
+
+    /// How many of the engine's requests are being served.
+    pub(crate) fn running(&self) -> usize {
+        self.locked().map.values().map(|entry| entry.requests.len()).sum()
     }
 
     fn locked(&self) -> MutexGuard<'_, Entries> {

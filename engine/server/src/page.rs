@@ -56,13 +56,11 @@ pub(crate) async fn page(State(app): State<Arc<App>>) -> Response {
 /// run (`rl`, else null). A rate of tokens is the difference of two answers.
 pub(crate) async fn state(State(app): State<Arc<App>>) -> Json<Value> {
     let status = app.service.status();
-    let total = status.stats.total_blocks;
-    let used = status.stats.used_blocks;
     Json(json!({
         "model": app.model_name(),
         "running": status.running,
         "waiting": status.waiting,
-        "kv_usage": if total == 0 { 0.0 } else { used as f64 / total as f64 },
+        "kv_usage": status.kv_usage(),
         "generated_tokens": status.generated_tokens,
         "heartbeat_ms": u64::try_from(status.heartbeat.elapsed().as_millis()).unwrap_or(u64::MAX),
         "rl": curves(app.config.run.as_ref()),

@@ -90,9 +90,7 @@ async fn drain(app: &App, shutdown: impl Future<Output = ()>, stop: watch::Sende
     app.log(&LogEvent::Draining { running: app.live.visits() });
     if timeout(app.config.shutdown_timeout, app.live.idle()).await.is_err() {
         app.log(&LogEvent::DrainTimeout { running: app.live.visits() });
-        for request in app.live.requests() {
-            app.service.abort(request);
-        }
+        app.live.named.abort_all(&app.service);
         // Whoever does not leave now is cut off when the process ends.
         let _cut = timeout(LAST_WORDS, app.live.idle()).await;
     }

@@ -4,13 +4,17 @@
 //! gets comments. Dropping the stream, as happens when the client leaves, drops the job and so aborts it.
 
 use std::convert::Infallible;
+use std::ops::ControlFlow;
+use std::pin::Pin;
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use engine::Event;
 use futures_util::stream;
-use tokio::time::timeout;
+use serde::Serialize;
+use tokio::time::{Instant, Sleep, sleep};
 
 use crate::api_error::ApiError;
 use crate::job::Job;
@@ -42,9 +46,19 @@ pub(crate) trait Wording: Send + 'static {
     }
 }
 
+/// Appends an event that says `data` in JSON.
+pub(crate) fn push(text: &mut String, data: &impl Serialize) {
+    let json = serde_json::to_string(data).expect("what is sent has string keys");
+    let parts = ["data: ", &json, "\n\n"];
+    text.reserve(parts.iter().map(|part| part.len()).sum());
+    text.extend(parts);
+}
+
 /// The answer that says `opening` and then what `wording` makes of its job's events.
-pub(crate) fn response(wording: impl Wording, opening: String) -> Response {
-    let told = Told { wording, ready: opening, over: false };
+pub(crate) fn response(mut wording: impl Wording, opening: String) -> Response {
+    let silence = Silence::begin(wording.job().keep_alive);
+    // Passed on by value for every piece, so in a box.
+    let told = Box::new(Told { wording, ready: opening, silence, over: false });
     let body = stream::unfold(told, async |mut told| {
         let bytes = told.next().await?;
         Some((Ok::<_, Infallible>(bytes), told))
@@ -62,6 +76,7 @@ struct Told<W> {
     wording: W,
     /// What is to be sent next.
     ready: String,
+    silence: Silence,
     over: bool,
 }
 
@@ -73,12 +88,19 @@ impl<W: Wording> Told<W> {
             if self.over {
                 return None;
             }
-            let patience = self.wording.job().keep_alive;
+            self.silence.restart();
             // Cut short before the next event only, so nothing is lost.
-            match timeout(patience, self.gather(&mut text)).await {
-                Err(_elapsed) => text.push_str(KEEP_ALIVE),
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
+            let gathered = tokio::select! {
+                biased;
+                gathered = gather(&mut self.wording, &mut text) => gathered,
+                () = self.silence.lasted() => {
+                    text.push_str(KEEP_ALIVE);
+                    continue;
+                }
+            };
+            match gathered {
+                Ok(flow) => self.over = flow.is_break(),
+                Err(error) => {
                     self.wording.fail(&error, &mut text);
                     self.over = true;
                 }
@@ -86,21 +108,77 @@ impl<W: Wording> Told<W> {
         }
         Some(Bytes::from(text))
     }
+}
 
-    /// Appends the next event, and those that have come with it, to `text`, which stays a piece.
-    async fn gather(&mut self, text: &mut String) -> Result<(), ApiError> {
-        let mut next = self.wording.job().generation.next().await?;
-        if next.is_none() {
-            self.wording.finish(text);
-            self.over = true;
+/// Appends the next event, and those that have come with it, to `text`, which stays a piece; breaks at the
+/// end.
+async fn gather(
+    wording: &mut impl Wording,
+    text: &mut String,
+) -> Result<ControlFlow<()>, ApiError> {
+    let mut next = wording.job().generation.next().await?;
+    if next.is_none() {
+        wording.finish(text);
+        return Ok(ControlFlow::Break(()));
+    }
+    while let Some((index, event)) = next {
+        wording.piece(index, event, text);
+        if text.len() >= PIECE_BYTES {
+            break;
         }
-        while let Some((index, event)) = next {
-            self.wording.piece(index, event, text);
-            if text.len() >= PIECE_BYTES {
-                break;
+        next = wording.job().generation.try_next()?;
+    }
+    Ok(ControlFlow::Continue(()))
+}
+
+/// The time for which a stream has said nothing.
+struct Silence {
+    patience: Duration,
+    since: Instant,
+    /// Runs out when the silence may have lasted long enough. Not set for every event: that takes a lock
+    /// which all timers share.
+    timer: Pin<Box<Sleep>>,
+}
+
+impl Silence {
+    fn begin(patience: Duration) -> Self {
+        Self { patience, since: Instant::now(), timer: Box::pin(sleep(patience)) }
+    }
+
+    fn restart(&mut self) {
+        self.since = Instant::now();
+    }
+
+    /// Waits until it has lasted for its patience.
+    async fn lasted(&mut self) {
+        loop {
+            self.timer.as_mut().await;
+            if self.since.elapsed() >= self.patience {
+                return;
             }
-            next = self.wording.job().generation.try_next()?;
+            self.timer.as_mut().reset(self.since + self.patience);
         }
-        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_silence_lasts_from_what_was_said_last() {
+        let patience = Duration::from_millis(2);
+        let mut silence = Silence::begin(patience);
+        for _ in 0..2 {
+            silence.restart();
+            silence.lasted().await;
+            assert!(silence.since.elapsed() >= patience);
+        }
+        // The timer has run out, and something was said meanwhile.
+        silence.patience = Duration::from_secs(3600);
+        silence.restart();
+        let lasted = tokio::time::timeout(patience, silence.lasted()).await;
+        assert!(lasted.is_err());
+        assert_eq!(silence.timer.deadline(), silence.since + silence.patience);
     }
 }

@@ -10,7 +10,7 @@ use crate::chat::{self, ChunkChoice};
 use crate::completions::{self, TextChoice};
 use crate::echo::Opener;
 use crate::job::{Api, Delivery, Job, StreamUsage};
-use crate::sse::{self, DONE, Wording};
+use crate::sse::{self, DONE, Wording, push};
 use crate::tool_calls::CallParser;
 
 /// The answer to `job` as a stream.
@@ -136,9 +136,4 @@ impl Wording for Streamer {
         }
         text.push_str(DONE);
     }
-}
-
-fn push(text: &mut String, chunk: &Chunk<'_>) {
-    let json = serde_json::to_string(chunk).expect("chunks have string keys");
-    text.push_str(&format!("data: {json}\n\n"));
 }

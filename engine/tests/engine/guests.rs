@@ -1,11 +1,12 @@
 //! An engine that its owner drives and that serves others meanwhile.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
 use engine::decoder::ParamMut;
 use engine::{
-    Dtype, Engine, Event, FinishReason, Guests, Host, Request, RequestId, SamplingParams, Service,
-    Sink, Token, WeightsUpdate,
+    Dtype, Engine, Event, FinishReason, Guests, Host, Request, RequestId, SamplingParams, Sent,
+    Service, Sink, Token, WeightsUpdate,
 };
 
 use crate::support::{Answers, Model, answer, collect, greedy, load, prompt, sampled, sink};
@@ -191,4 +192,41 @@ fn lingering_ends_with_the_service_and_submitting_with_the_guests() {
     assert_eq!(error.to_string(), "the engine has stopped");
     let error = service.stop().err().unwrap();
     assert_eq!(error.to_string(), "the engine belongs to whoever drives it");
+}
+
+#[test]
+fn the_end_of_a_step_is_told_once_and_after_all_its_events() {
+    let mut engine = load(Model::Llama, |_| {});
+    let (service, mut guests) = Service::attach(&engine);
+    let events = [1, 2].map(|n| {
+        let request = Request::new(prompt(n as u64, 20), SamplingParams { n, ..sampled(40) });
+        submit(&service, (&mut guests, &mut engine), request).1
+    });
+    guests.step(&mut engine).unwrap();
+    let tokens = move || -> usize {
+        let new = events.iter().flat_map(Receiver::try_iter);
+        new.filter(|event| matches!(event, Event::Token(_))).count()
+    };
+    assert!(tokens() > 2);
+    let (tell, told) = channel();
+    service.after_events(Box::new(move || {
+        tell.send(tokens()).unwrap();
+        Sent::Ok
+    }));
+    let held = Arc::new(());
+    let hold = Arc::clone(&held);
+    service.after_events(Box::new(move || {
+        let _hold = &hold;
+        Sent::Gone
+    }));
+    for _ in 0..10 {
+        // The first request may have ended while the second was handed in.
+        let running = engine.load_counts().0;
+        assert!(running >= 2);
+        guests.step(&mut engine).unwrap();
+        assert_eq!(told.try_iter().collect::<Vec<_>>(), [running]);
+        assert_eq!(Arc::strong_count(&held), 1, "one that has gone is dropped");
+    }
+    drop(guests);
+    assert!(told.recv().is_err(), "dropped with the guests");
 }

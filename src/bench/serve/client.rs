@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use engine::Tokenizer;
 use engine::text::SkipSpecial;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -143,9 +145,9 @@ impl Target {
                     done = true;
                     continue;
                 }
-                let event: Value =
+                let event =
                     serde_json::from_str(&event).map_err(|error| format!("event: {error}"))?;
-                outcome.take(&event, (sent, &mut last))?;
+                outcome.take(event, (sent, &mut last))?;
             }
             if !answer.more().await? {
                 break;
@@ -160,23 +162,51 @@ impl Target {
     }
 }
 
+/// What is read of an event: the client takes little from a server on the same machine.
+#[derive(Deserialize)]
+struct StreamEvent {
+    error: Option<Value>,
+    usage: Option<Usage>,
+    choices: Option<Vec<Choice>>,
+}
+
+#[derive(Default, Deserialize)]
+struct Usage {
+    prompt_tokens: Option<usize>,
+    completion_tokens: Option<usize>,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    text: Option<String>,
+    delta: Option<Delta>,
+    finish_reason: Option<IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+struct Delta {
+    content: Option<String>,
+}
+
 impl Outcome {
     /// Takes in an event of the stream.
     fn take(
         &mut self,
-        event: &Value,
+        event: StreamEvent,
         (sent, last): (Instant, &mut Option<Instant>),
     ) -> Result<(), String> {
-        if let Some(error) = event.get("error") {
+        if let Some(error) = event.error {
             return Err(error["message"].as_str().unwrap_or("an error").to_owned());
         }
-        let count = |key: &str| event["usage"][key].as_u64().map(|count| count as usize);
-        self.input_tokens = count("prompt_tokens").unwrap_or(self.input_tokens);
-        self.output_tokens = count("completion_tokens").unwrap_or(self.output_tokens);
-        let Some(choice) = event["choices"].get(0) else { return Ok(()) };
-        let text = choice["text"].as_str().or_else(|| choice["delta"]["content"].as_str());
+        let usage = event.usage.unwrap_or_default();
+        self.input_tokens = usage.prompt_tokens.unwrap_or(self.input_tokens);
+        self.output_tokens = usage.completion_tokens.unwrap_or(self.output_tokens);
+        let Some(choice) = event.choices.unwrap_or_default().into_iter().next() else {
+            return Ok(());
+        };
+        let text = choice.text.or(choice.delta.and_then(|delta| delta.content));
         let text = text.unwrap_or_default();
-        if text.is_empty() && choice["finish_reason"].is_null() {
+        if text.is_empty() && choice.finish_reason.is_none() {
             return Ok(());
         }
         let now = Instant::now();
@@ -184,7 +214,7 @@ impl Outcome {
             None => self.ttft_s = (now - sent).as_secs_f64(),
             Some(last) => self.itl_s.push((now - last).as_secs_f32()),
         }
-        self.text.push_str(text);
+        self.text.push_str(&text);
         Ok(())
     }
 }

@@ -46,12 +46,10 @@ pub(super) fn cache_labels(plan: &MemoryPlan, config: &EngineConfig) -> String {
 
 fn gauges(out: &mut String, names: &Names<'_>, sources: &Sources<'_>) {
     let Sources { status, cache, .. } = sources;
-    let stats = &status.stats;
-    let usage = stats.used_blocks as f64 / stats.total_blocks.max(1) as f64;
     let gauges = [
         ("num_requests_running", "Sequences that run.", status.running as f64),
         ("num_requests_waiting", "Sequences that wait.", status.waiting as f64),
-        ("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.", usage),
+        ("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.", status.kv_usage()),
         ("weights_version", "How often the weights have changed.", status.version.0 as f64),
     ];
     for (name, help, value) in gauges {

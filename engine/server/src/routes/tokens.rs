@@ -34,7 +34,7 @@ impl Tokens {
             "choices": choices,
             "usage": usage,
         });
-        text.push_str(&format!("data: {event}\n\n"));
+        sse::push(text, &event);
     }
 }
 

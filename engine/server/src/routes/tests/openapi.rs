@@ -116,8 +116,8 @@ fn minus(names: &Names, others: &[&Names]) -> Names {
     names.iter().filter(known).cloned().collect()
 }
 
-#[test]
-fn fields_are_documented_where_they_are_read_and_read_where_they_are_documented() {
+#[tokio::test]
+async fn fields_are_documented_where_they_are_read_and_read_where_they_are_documented() {
     let server = Server::new();
     let document = document();
     let none = Names::new();
