@@ -41,8 +41,9 @@ pub struct Matrix {
 impl Matrix {
     /// All weights zero.
     pub fn zeros(dtype: Dtype, rows: usize, cols: usize) -> Self {
-        let mut matrix = Self { dtype, rows: 0, cols: 0, block_lines: 0, buffer: Buffer::zeros(0) };
-        matrix.reshape(dtype, rows, cols);
+        let mut matrix = Self { dtype, rows, cols, block_lines: 0, buffer: Buffer::zeros(0) };
+        matrix.block_lines = Self::lines_of(dtype, cols);
+        matrix.buffer = Buffer::shared_zeros(rows.div_ceil(WORDS) * matrix.block_lines);
         matrix
     }
 
@@ -129,13 +130,17 @@ impl Matrix {
         &mut self.buffer[block * len..][..len]
     }
 
-    /// Takes another shape; the content is unspecified until every block is written whole.
-    pub(crate) fn reshape(&mut self, dtype: Dtype, rows: usize, cols: usize) {
+    fn lines_of(dtype: Dtype, cols: usize) -> usize {
         let padded = match dtype {
             Dtype::F32 => cols,
             Dtype::Bf16 => cols.next_multiple_of(BF16_DEPTH),
         };
-        let block_lines = padded / per_word(dtype);
+        padded / per_word(dtype)
+    }
+
+    /// Takes another shape; the content is unspecified until every block is written whole.
+    pub(crate) fn reshape(&mut self, dtype: Dtype, rows: usize, cols: usize) {
+        let block_lines = Self::lines_of(dtype, cols);
         self.buffer.reserve(rows.div_ceil(WORDS) * block_lines);
         (self.dtype, self.rows, self.cols, self.block_lines) = (dtype, rows, cols, block_lines);
     }

@@ -6,6 +6,7 @@
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Words in a [`Line`], which is also the number of weight rows in a block.
 pub(crate) const WORDS: usize = 16;
@@ -22,11 +23,55 @@ impl Line {
     pub(crate) const ZERO: Self = Self([0; WORDS]);
 }
 
+/// Sizes of buffers that share huge pages with others, and of the memory that they share.
+const SHARED_BYTES: std::ops::RangeInclusive<usize> = 64 << 10..=16 << 20;
+const SLAB_BYTES: usize = 64 << 20;
+
 /// An owned, aligned, initialised array of lines.
 pub(crate) struct Buffer {
     start: NonNull<Line>,
     len: usize,
+    /// What the lines are part of, if they are not by themselves.
+    slab: Option<Arc<Slab>>,
 }
+
+/// Memory on huge pages that is handed out from its beginning to its end, and freed when all of its
+/// buffers are: for the weights of a model, which come and go together. One matrix after the other, even
+/// of less than a huge page, is then read at the full speed of memory; of small pages each needs a walk
+/// through the tables, two of them nested in a virtual machine.
+struct Slab(NonNull<Line>);
+
+/// The slab that is handed out at present, and how many of its lines are.
+static OPEN: Mutex<Option<(Arc<Slab>, usize)>> = Mutex::new(None);
+
+impl Slab {
+    const LINES: usize = SLAB_BYTES / size_of::<Line>();
+
+    /// `len` lines that nobody else has, with anything in them.
+    fn take(len: usize) -> (NonNull<Line>, Arc<Self>) {
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let (slab, used) = match open.take() {
+            Some((slab, used)) if used + len <= Self::LINES => (slab, used),
+            _ => (Arc::new(Self(Buffer::allocate(Self::LINES))), 0),
+        };
+        // SAFETY: the slab has that many lines.
+        let start = unsafe { slab.0.add(used) };
+        *open = Some((Arc::clone(&slab), used + len));
+        (start, slab)
+    }
+}
+
+impl Drop for Slab {
+    fn drop(&mut self) {
+        // SAFETY: allocated with the same layout; no buffer has a part of it any more.
+        unsafe { dealloc(self.0.as_ptr().cast(), Buffer::layout(Self::LINES)) };
+    }
+}
+
+// SAFETY: a slab only frees memory; its parts are the buffers'.
+unsafe impl Send for Slab {}
+// SAFETY: as above.
+unsafe impl Sync for Slab {}
 
 // SAFETY: the buffer owns its memory and hands it out only as slices under the borrow rules.
 unsafe impl Send for Buffer {}
@@ -36,9 +81,28 @@ unsafe impl Sync for Buffer {}
 impl Buffer {
     /// `len` lines of zeros.
     pub(crate) fn zeros(len: usize) -> Self {
-        if len == 0 {
-            return Self { start: NonNull::dangling(), len };
+        let start = match len {
+            0 => NonNull::dangling(),
+            _ => Self::allocate(len),
+        };
+        // SAFETY: the memory is `len` lines long; all-zero is a valid line.
+        unsafe { start.write_bytes(0, len) };
+        Self { start, len, slab: None }
+    }
+
+    /// As [`Buffer::zeros`], for what is kept as long as others that are made at the same time.
+    pub(crate) fn shared_zeros(len: usize) -> Self {
+        if !SHARED_BYTES.contains(&(len * size_of::<Line>())) {
+            return Self::zeros(len);
         }
+        let (start, slab) = Slab::take(len);
+        // SAFETY: as in `zeros`.
+        unsafe { start.write_bytes(0, len) };
+        Self { start, len, slab: Some(slab) }
+    }
+
+    /// `len` lines, at least one, with anything in them.
+    fn allocate(len: usize) -> NonNull<Line> {
         let layout = Self::layout(len);
         // SAFETY: the layout is not of size 0.
         let memory = unsafe { alloc(layout) };
@@ -46,9 +110,7 @@ impl Buffer {
         if layout.size() >= HUGE_PAGE_BYTES {
             ask_for_huge_pages(memory as usize, layout.size());
         }
-        // SAFETY: the memory is `len` lines long; all-zero is a valid line.
-        unsafe { start.write_bytes(0, len) };
-        Self { start, len }
+        start
     }
 
     /// Makes room for `len` lines; what was written before is lost when it has to grow.
@@ -70,7 +132,7 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.len > 0 {
+        if self.len > 0 && self.slab.is_none() {
             // SAFETY: allocated by `zeros` with the same layout.
             unsafe { dealloc(self.start.as_ptr().cast(), Self::layout(self.len)) };
         }
@@ -119,6 +181,23 @@ fn ask_for_huge_pages(_address: usize, _bytes: usize) {}
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn buffers_that_share_memory_have_parts_of_their_own() {
+        let lines = SHARED_BYTES.start() / size_of::<Line>();
+        let mut buffers: Vec<Buffer> = (0..40).map(|i| Buffer::shared_zeros(lines + i)).collect();
+        for (i, buffer) in buffers.iter_mut().enumerate() {
+            assert!(buffer.slab.is_some() && buffer.iter().all(|line| *line == Line::ZERO));
+            buffer.fill(Line([i as u32 + 1; WORDS]));
+        }
+        buffers.truncate(20);
+        let more = Buffer::shared_zeros(lines);
+        assert!(more.iter().all(|line| *line == Line::ZERO));
+        for (i, buffer) in buffers.iter().enumerate() {
+            assert!(buffer.iter().all(|line| line.0 == [i as u32 + 1; WORDS]), "buffer {i}");
+        }
+        assert!(Buffer::shared_zeros(1).slab.is_none());
+    }
 
     #[test]
     fn buffers_are_aligned_zeroed_and_growable() {

@@ -92,7 +92,7 @@ impl<'a> Product<'a> {
             Isa::Amx(_) if self.dtype == Dtype::Bf16 && rows > amx::FEW_ROWS => {
                 self.tiled_chunks(threads)
             }
-            _ => self.chunks(threads),
+            isa => self.chunks(isa, threads),
         };
         let row_chunks = rows.div_ceil(row_chunk);
         let (isa, out) = (kernels.isa, Disjoint::new(out));
@@ -119,7 +119,7 @@ impl<'a> Product<'a> {
     }
 
     /// Rows and blocks of a rectangle.
-    fn chunks(&self, threads: usize) -> (usize, usize) {
+    fn chunks(&self, isa: Isa, threads: usize) -> (usize, usize) {
         let row_bytes = size_of::<u32>() * self.depth.max(1);
         let fit = (ROW_CHUNK_BYTES / row_bytes).next_multiple_of(ROW_CHUNK);
         let row_chunks = self.rows.div_ceil(fit);
@@ -127,7 +127,11 @@ impl<'a> Product<'a> {
         let blocks = self.outputs.div_ceil(WORDS);
         let products = row_chunk.min(self.rows).max(READ_PRODUCTS) * self.depth.max(1) * WORDS;
         let smallest = TASK_PRODUCTS.div_ceil(products);
-        let unit = if self.rows < MANY_ROWS { BLOCK_CHUNK } else { ROWS_BLOCK_CHUNK };
+        let (unit, most) = match isa {
+            Isa::Amx(_) if self.dtype == Dtype::Bf16 => (ROWS_BLOCK_CHUNK, TILED_TASKS),
+            _ if self.rows < MANY_ROWS => (BLOCK_CHUNK, TASKS_PER_THREAD),
+            _ => (ROWS_BLOCK_CHUNK, TASKS_PER_THREAD),
+        };
         let of_tasks = |per_thread: usize| {
             let tasks = (threads * per_thread).div_ceil(row_chunks);
             blocks.div_ceil(tasks).max(smallest).next_multiple_of(unit)
@@ -135,8 +139,8 @@ impl<'a> Product<'a> {
         // What the busiest thread has to do decides; of equals, the smallest tasks.
         let busiest =
             |chunk: &usize| (row_chunks * blocks.div_ceil(*chunk)).div_ceil(threads) * chunk;
-        let chunks = (1..=TASKS_PER_THREAD).rev().map(of_tasks);
-        (row_chunk, chunks.min_by_key(busiest).unwrap_or(BLOCK_CHUNK))
+        let chunks = (1..=most).rev().map(of_tasks);
+        (row_chunk, chunks.min_by_key(busiest).unwrap_or(unit))
     }
 
     /// Whether [`Self::run_gated`] computes this product, its outputs being `gates` blocks of gates and as
@@ -160,7 +164,7 @@ impl<'a> Product<'a> {
         // Of a rectangle the gates are half of the weights.
         let (row_chunk, block_chunk) = match rows > amx::FEW_ROWS {
             true => self.tiled_chunks(threads),
-            false => self.chunks(threads),
+            false => self.chunks(kernels.isa, threads),
         };
         let block_chunk = (block_chunk / 2).next_multiple_of(2);
         let stride = out.stride();

@@ -177,7 +177,7 @@ impl QuantMatrix {
     pub fn zeros(format: QuantFormat, rows: usize, cols: usize) -> Self {
         assert!(cols.is_multiple_of(super::X_GROUP), "{cols} columns, limit is a multiple of 32");
         let lanes = format.bytes(rows, cols).div_ceil(2) as usize;
-        Self { format, rows, cols, buffer: Buffer::zeros(lanes.div_ceil(LANES)) }
+        Self { format, rows, cols, buffer: Buffer::shared_zeros(lanes.div_ceil(LANES)) }
     }
 
     /// How the weights are stored.
