@@ -23,7 +23,7 @@ pub(crate) const TILE: usize = 16;
 pub(crate) const MAX_HEAD_DIM: usize = 256;
 
 /// Below this many rows a write is not worth waking the other threads.
-const SERIAL_ROWS: usize = 128;
+const SERIAL_ROWS: usize = 16;
 
 /// Words of a huge page, where the cache begins if it is larger than that.
 const HUGE_PAGE_WORDS: usize = (2 << 20) / 4;

@@ -426,7 +426,7 @@ macro_rules! score_kernel {
                     // SAFETY: the tile has this line.
                     *keys = unsafe { _mm512_loadu_si512(tile.wrapping_add(word * TILE).cast()) };
                 }
-                if at.ahead[0].is_some() {
+                if at.ahead.iter().any(Option::is_some) {
                     at.ahead.iter().for_each(|tile| fetch_line(*tile, word));
                 }
                 // SAFETY: x has R rows of words.

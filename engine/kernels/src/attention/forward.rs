@@ -8,6 +8,10 @@ use crate::simd::{Job, Simd};
 use crate::{Dtype, Kernels, KvDtype};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+/// Bytes of keys and values of an item up to which those of the next are fetched meanwhile, so that they
+/// still are in a second-level cache when they are needed; of a longer one the keys, one product ahead.
+const AHEAD_BYTES: usize = 256 << 10;
+
 /// Everything an item needs to know.
 struct Forward<'a, P> {
     kernels: &'a Kernels,
@@ -73,8 +77,8 @@ pub(super) fn run<P: Products>(
             let number = next.fetch_add(1, Ordering::Relaxed);
             item = (number < items).then(|| find(number, &mut next_tiles));
             let ahead = match &item {
-                Some(next) if next.first == 0 => Ahead::Tiles(&next_tiles),
-                _ => Ahead::Nothing,
+                Some(next) if next.first == 0 => &*next_tiles,
+                _ => &[],
             };
             pass.compute(&current, lane, ahead, &out);
             std::mem::swap(&mut lane.tiles, &mut next_tiles);
@@ -105,8 +109,8 @@ impl<P: Products> Forward<'_, P> {
         (token * self.task.heads + head) * self.kv.head_dim()
     }
 
-    /// Works on an item whose tiles are in `lane`; `ahead` are the keys to fetch meanwhile.
-    fn compute(&self, item: &Item<'_>, lane: &mut Lane, ahead: Ahead<'_>, out: &Disjoint<'_, f32>) {
+    /// Works on an item whose tiles are in `lane`; `next` are those of the next one, to fetch meanwhile.
+    fn compute(&self, item: &Item<'_>, lane: &mut Lane, next: &[usize], out: &Disjoint<'_, f32>) {
         let d = self.kv.head_dim();
         let rows = item.rows;
         let mut lens = [0; MAX_ROWS];
@@ -119,19 +123,17 @@ impl<P: Products> Forward<'_, P> {
         let (keys, values) = match self.kv.dtype() {
             KvDtype::Int8 => self.expand(item, tiles, (expanded, expanded_tiles)),
             KvDtype::Plain(dtype) => {
-                let keys = Panel {
-                    dtype,
-                    words: self.kv.words(),
-                    tiles,
-                    shift: 0,
-                    head_words: self.kv.head_words(),
+                let (head_words, shift) = (self.kv.head_words(), self.kv.values_after());
+                let tile_bytes = 2 * TILE * head_words * size_of::<u32>();
+                let (keys, values) = match tiles.len() * tile_bytes <= AHEAD_BYTES {
+                    true => (Ahead::Tiles(next, 0), Ahead::Tiles(next, shift)),
                     // Later items of this head find the values in the processor's cache.
-                    ahead: match item.first {
-                        0 => Ahead::Behind(self.kv.values_after()),
-                        _ => Ahead::Nothing,
-                    },
+                    false if item.first > 0 => (Ahead::Nothing, Ahead::Tiles(next, 0)),
+                    false => (Ahead::Behind(shift), Ahead::Tiles(next, 0)),
                 };
-                (keys, Panel { shift: self.kv.values_after(), ahead, ..keys })
+                let words = self.kv.words();
+                let keys = Panel { dtype, words, tiles, shift: 0, head_words, ahead: keys };
+                (keys, Panel { shift, ahead: values, ..keys })
             }
         };
 

@@ -29,8 +29,8 @@ pub(super) enum Ahead<'a> {
     Nothing,
     /// The tile that many words behind each of the product's own.
     Behind(usize),
-    /// The tiles that begin there.
-    Tiles(&'a [usize]),
+    /// The tiles that begin that many words behind those.
+    Tiles(&'a [usize], usize),
 }
 
 impl<'a> Panel<'a> {
@@ -44,7 +44,7 @@ impl<'a> Panel<'a> {
         let start = match self.ahead {
             Ahead::Nothing => None,
             Ahead::Behind(words) => Some(self.tiles[i] + words),
-            Ahead::Tiles(tiles) => tiles.get(i).copied(),
+            Ahead::Tiles(tiles, shift) => tiles.get(i).map(|start| start + shift),
         };
         start.map(|start| self.words.as_ptr().wrapping_add(start))
     }

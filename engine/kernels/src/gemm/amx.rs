@@ -93,7 +93,7 @@ pub(crate) struct Target {
 pub(super) fn rectangle(token: Amx, p: &Product<'_>, part: &Rectangle, out: &Disjoint<'_, f32>) {
     #[cfg(target_arch = "x86_64")]
     {
-        let tiles = tiles::Tiles::new(token);
+        let tiles = tiles::Tiles::of_rows(token, part.rows.len().min(GROUP));
         let multiply = |multiply: &Multiply<'_>, to: &Target| {
             // SAFETY: `Blocked` gives targets that are its own.
             unsafe { tiles.multiply(multiply, to) };
@@ -191,7 +191,7 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
 pub(super) fn gated_rectangle(token: Amx, p: &Gated<'_>, part: &Rectangle) {
     #[cfg(target_arch = "x86_64")]
     {
-        let tiles = tiles::Tiles::new(token);
+        let tiles = tiles::Tiles::of_rows(token, part.rows.len().min(GROUP));
         let multiply = |multiply: &Multiply<'_>, to: &Target| {
             // SAFETY: `gated` gives groups of its own.
             unsafe { tiles.multiply(multiply, to) };
@@ -339,7 +339,8 @@ pub(crate) mod tiles {
                 (_, Write::Add, false) => multiply::<0, false, true>,
                 (..=8, ..) => multiply::<8, true, false>,
                 (..=16, ..) => multiply::<16, true, false>,
-                _ => multiply::<32, true, false>,
+                (.., true) => multiply::<32, true, false>,
+                _ => multiply::<32, false, false>,
             };
             // SAFETY: the tiles are configured; `check` holds for the operands; promised for the target.
             unsafe { multiply(operands, to) };
