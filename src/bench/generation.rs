@@ -34,10 +34,16 @@ impl Bench {
     pub(crate) fn load(
         source: &ModelSource,
         config: &EngineConfig,
-        longest: usize,
+        (sequences, longest): (usize, usize),
         terminal: &Terminal,
     ) -> Result<Self> {
-        let config = EngineConfig { useful_model_len: Some(longest), ..config.clone() };
+        // A cache of what they take at most is in use after the first run, which does not count: memory that
+        // is touched for the first time takes the system longer than the kernels.
+        let config = EngineConfig {
+            useful_model_len: Some(longest),
+            max_num_seqs: config.max_num_seqs.min(sequences),
+            ..config.clone()
+        };
         let engine = model::load_source(source, &config, terminal)?;
         let room = engine.max_model_len();
         if longest > room {

@@ -27,7 +27,7 @@ pub(crate) fn run(args: &LatencyArgs, terminal: &Terminal) -> Result<()> {
     let config = model::serving_config(&args.common, &args.engine)?;
     let source = model::open(&args.model, terminal)?;
     let longest = args.input_len + args.output_len;
-    let mut bench = Bench::load(&source, &config, longest, terminal)?;
+    let mut bench = Bench::load(&source, &config, (args.batch_size, longest), terminal)?;
     let shape = Shape {
         count: args.batch_size,
         input: args.input_len,

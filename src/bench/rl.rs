@@ -43,7 +43,8 @@ pub(crate) fn run(args: &RlBenchArgs, terminal: &Terminal) -> Result<()> {
     let config = model::training_config(&args.common, &args.engine, "engine bench rl")?;
     let source = model::open(&args.model, terminal)?;
     let longest = args.prompt_len + args.response_len;
-    let mut bench = Bench::load(&source, &config, longest, terminal)?;
+    let sequences = args.prompts.saturating_mul(args.group);
+    let mut bench = Bench::load(&source, &config, (sequences, longest), terminal)?;
     let shape = Shape {
         count: args.prompts,
         input: args.prompt_len,

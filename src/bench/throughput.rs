@@ -21,7 +21,8 @@ pub(crate) fn run(args: &ThroughputArgs, terminal: &Terminal) -> Result<()> {
     let config = model::serving_config(&args.common, &args.engine)?;
     let seed = args.common.seed;
     let (source, dataset) = open(&args.model, &args.dataset, (args.num_prompts, seed), terminal)?;
-    let mut bench = Bench::load(&source, &config, dataset.longest(), terminal)?;
+    let sequences = args.num_prompts.saturating_mul(args.n);
+    let mut bench = Bench::load(&source, &config, (sequences, dataset.longest()), terminal)?;
     let constraint = args.json_schema.as_deref().map(|text| bench.constraint(text)).transpose()?;
     let sampling = Sampling { n: args.n, logprobs: args.logprobs, constraint, seed };
     let (mut seconds, mut last) = (Vec::new(), Vec::new());

@@ -55,7 +55,7 @@ fn norm(ctx: &mut Ctx<'_>, shape: &Shape) {
     }
     let (kernels, width) = (ctx.kernels, shape.hidden);
     let mut parts = Parts::new(shape, ROWS * width);
-    let (x, mut out) = (numbers(parts.all()), vec![0.0; parts.all()]);
+    let (x, mut out) = (numbers(parts.all()), numbers(parts.all()));
     let weight = vec![1.0; width];
     let work = Work { bytes: 2 * 4 * parts.len, flop: 4 * parts.len };
     ctx.time((NORM, shape, format!("{ROWS} rows of {width}")), work, || {
@@ -87,7 +87,7 @@ fn swiglu(ctx: &mut Ctx<'_>, shape: &Shape) {
     }
     let (kernels, inter) = (ctx.kernels, shape.inter);
     let mut parts = Parts::new(shape, ROWS * 2 * inter);
-    let (x, mut out) = (numbers(parts.all()), vec![0.0; parts.all() / 2]);
+    let (x, mut out) = (numbers(parts.all()), numbers(parts.all() / 2));
     let work = Work { bytes: 3 * 4 * ROWS * inter, flop: 5 * ROWS * inter };
     ctx.time((SWIGLU, shape, format!("{ROWS} rows of 2 x {inter}")), work, || {
         let part = parts.next();
@@ -105,6 +105,8 @@ fn kv_write(ctx: &mut Ctx<'_>, shape: &Shape) {
     let layers = shape.copies(bytes).min(256);
     let mut kv = KvCache::new(dtype, layers, ROWS / 16, 16, shape.kv_heads, shape.head_dim);
     let (k, slots) = (numbers(ROWS * width), (0..ROWS as u32).collect::<Vec<_>>());
+    // The system hands out the cache's memory when it is first written to.
+    (0..layers).for_each(|layer| kernels.kv_write(&mut kv, layer, &k, &k, &slots));
     let mut layer = 0;
     let work = Work { bytes: bytes + 2 * 4 * k.len(), flop: 0 };
     ctx.time((KV_WRITE, shape, format!("{ROWS} rows of 2 x {width}")), work, || {
