@@ -2,10 +2,10 @@
 //!
 //! ```text
 //! a group of 32 rows and a panel of 2 blocks (32 outputs):
-//!     four 16 x 16 tiles = 0
+//!     four 16 x 16 tiles = 0, or what is in out
 //!     for each 32 inputs, ascending:            2 tiles of x, 2 of w, 4 tile products
 //!         even and odd inputs are summed apart by the instruction, then added to the tile
-//!     out = tiles + bias (+ out)
+//!     out = tiles (+ bias)
 //!
 //! few rows:  for each panel, for each group     weights come from memory: each step asks for a
 //!                                               share of the next panel
@@ -169,19 +169,33 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
         let p = self.p;
         let place = p.place(rows.start, block, blocks);
         let whole = rows.len() >= GROUP && place.len() == GROUP;
-        if whole && p.bias.is_none() && p.write == Write::Set {
+        if whole && p.bias.is_none() {
             let last = p.place(rows.start + GROUP - 1, block, blocks);
             let to = self.out.pointer(place.start, last.end);
-            return (self.multiply)(multiply, &Target { to, stride: p.outputs, write: Write::Set });
+            return (self.multiply)(multiply, &Target { to, stride: p.outputs, write: p.write });
         }
         let mut sums = Group([[0.0; GROUP]; GROUP]);
-        let to = sums.0.as_mut_ptr().cast();
-        (self.multiply)(multiply, &Target { to, stride: GROUP, write: Write::Set });
-        for (row, sums) in rows.zip(&sums.0) {
+        let rows = rows.take(GROUP).map(|row| {
             let place = p.place(row, block, blocks);
             // SAFETY: no other task has outputs of this row and these blocks.
-            let to = unsafe { self.out.part(place.start, place.end) };
-            store(self.isa, p, sums, block, to);
+            unsafe { self.out.part(place.start, place.end) }
+        });
+        if p.write == Write::Add {
+            rows.clone().zip(&mut sums.0).for_each(|(to, sums)| {
+                sums[..to.len()].copy_from_slice(to);
+            });
+        }
+        let to = sums.0.as_mut_ptr().cast();
+        (self.multiply)(multiply, &Target { to, stride: GROUP, write: p.write });
+        for (to, sums) in rows.zip(&sums.0) {
+            match p.bias {
+                Some(bias) => {
+                    let bias = &bias[block * WORDS..][..to.len()];
+                    let sums = sums.iter().zip(bias).map(|(sum, bias)| sum + bias);
+                    to.iter_mut().zip(sums).for_each(|(to, sum)| *to = sum);
+                }
+                None => to.copy_from_slice(&sums[..to.len()]),
+            }
         }
     }
 }
@@ -256,26 +270,6 @@ fn activate_body(isa: Isa, sums: [&[f32; GROUP]; 2], to: &mut Line) {
     pack_line(Dtype::Bf16, &values, to);
 }
 
-widened! {
-    /// Adds bias and earlier values as asked and writes one row of a group.
-    fn store(
-        p: &Product<'_>, sums: &[f32; GROUP], block: usize, to: &mut [f32]
-    ) = store_body
-}
-
-#[inline(always)]
-fn store_body(_isa: Isa, p: &Product<'_>, sums: &[f32; GROUP], block: usize, to: &mut [f32]) {
-    match p.bias {
-        Some(bias) => {
-            let bias = &bias[block * WORDS..][..to.len()];
-            for ((to, &sum), bias) in to.iter_mut().zip(sums).zip(bias) {
-                p.write.apply(to, sum + bias);
-            }
-        }
-        None => to.iter_mut().zip(sums).for_each(|(to, &sum)| p.write.apply(to, sum)),
-    }
-}
-
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod tiles {
     use std::arch::asm;
@@ -332,15 +326,19 @@ pub(crate) mod tiles {
         /// The target's rows, as many as configured, of 32 elements may be written.
         pub(crate) unsafe fn multiply(&self, operands: &Multiply<'_>, to: &Target) {
             operands.check(self.rows);
-            let multiply = match (operands.ahead.1, to.write, self.rows > WORDS) {
-                (0, Write::Set, true) => multiply::<0, true, false>,
-                (0, Write::Set, false) => multiply::<0, false, false>,
-                (_, Write::Add, true) => multiply::<0, true, true>,
-                (_, Write::Add, false) => multiply::<0, false, true>,
-                (..=8, ..) => multiply::<8, true, false>,
-                (..=16, ..) => multiply::<16, true, false>,
-                (.., true) => multiply::<32, true, false>,
-                _ => multiply::<32, false, false>,
+            let multiply = match (operands.ahead.1, self.rows > WORDS, to.write == Write::Add) {
+                (0, true, false) => multiply::<0, true, false>,
+                (0, true, true) => multiply::<0, true, true>,
+                (0, false, false) => multiply::<0, false, false>,
+                (0, false, true) => multiply::<0, false, true>,
+                (..=8, true, false) => multiply::<8, true, false>,
+                (..=8, true, true) => multiply::<8, true, true>,
+                (..=16, true, false) => multiply::<16, true, false>,
+                (..=16, true, true) => multiply::<16, true, true>,
+                (_, true, false) => multiply::<32, true, false>,
+                (_, true, true) => multiply::<32, true, true>,
+                (_, false, false) => multiply::<32, false, false>,
+                (_, false, true) => multiply::<32, false, true>,
             };
             // SAFETY: the tiles are configured; `check` holds for the operands; promised for the target.
             unsafe { multiply(operands, to) };
@@ -389,12 +387,13 @@ pub(crate) mod tiles {
         unsafe {
             asm!(
                 ".if {add}",
-                "lea {next}, [{to} + {row}*8]", "lea {next}, [{next} + {row}*8]",
                 "tileloadd tmm0, [{to} + {row}*1]",
                 "tileloadd tmm1, [{to} + {row}*1 + 64]",
                 ".if {both}",
-                "tileloadd tmm2, [{next} + {row}*1]",
-                "tileloadd tmm3, [{next} + {row}*1 + 64]",
+                "shl {row}, 4", "add {to}, {row}", "shr {row}, 4",
+                "tileloadd tmm2, [{to} + {row}*1]",
+                "tileloadd tmm3, [{to} + {row}*1 + 64]",
+                "shl {row}, 4", "sub {to}, {row}", "shr {row}, 4",
                 ".endif",
                 ".else",
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
@@ -438,7 +437,7 @@ pub(crate) mod tiles {
                 x_step = in(reg) x.step * line,
                 ws = in(reg) w.row * line,
                 w_step = in(reg) w.step * line,
-                row = in(reg) target.stride * size_of::<f32>(),
+                row = inout(reg) target.stride * size_of::<f32>() => _,
                 to = inout(reg) target.to => _,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
@@ -468,7 +467,9 @@ mod tests {
         operands.check(GROUP);
         let Rows { lines, row, step: next } = operands.x;
         for (m, n) in (0..GROUP * GROUP).map(|i| (i / GROUP, i % GROUP)) {
-            let mut sum = 0.0;
+            // SAFETY: a target has 32 rows of 32 elements.
+            let to_element = unsafe { &mut *to.to.add(m * to.stride + n) };
+            let mut sum = if to.write == Write::Add { *to_element } else { 0.0 };
             for step in 0..operands.depth {
                 let (mut evens, mut odds) = (0.0, 0.0);
                 for pair in 0..WORDS {
@@ -480,8 +481,7 @@ mod tests {
                 }
                 sum = flushed(sum + flushed(evens + odds));
             }
-            // SAFETY: a target has 32 rows of 32 elements.
-            unsafe { to.to.add(m * to.stride + n).write(sum) };
+            *to_element = sum;
         }
     }
 
