@@ -76,7 +76,7 @@ impl Linear {
 
 /// The left operand of products with a [`Linear`], rounded as its weights want it.
 pub struct Input {
-    full: Operand,
+    pub(crate) full: Operand,
     quantised: QuantOperand,
 }
 
@@ -151,5 +151,58 @@ impl Kernels {
         self.linear(x, w, 0..w.rows(), None, Write::Set, gate_up);
         self.swiglu(gate_up, w.rows() / 2, act);
         self.input(act, next, out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Random, bits, every_level};
+
+    fn rows(x: &Operand) -> Vec<u32> {
+        let mut all = vec![0.0; x.rows() * x.cols()];
+        all.chunks_exact_mut(x.cols()).enumerate().for_each(|(row, to)| x.row_to_f32(row, to));
+        bits(&all)
+    }
+
+    /// What a layer has in one operation gives the bits of the operations it is made of.
+    #[test]
+    fn fused_operations_give_the_bits_of_their_parts() {
+        let mut random = Random::new(5);
+        for (m, hidden, inter) in [(1, 48, 64), (40, 96, 32), (150, 40, 96), (3, 32, 48)] {
+            let (x, scale) = (random.vec(m * hidden, 2.0), random.vec(hidden, 1.0));
+            let wide = random.vec(2 * inter * hidden, 1.0);
+            for (kernels, dtype) in every_level(2)
+                .flat_map(|k| [Dtype::F32, Dtype::Bf16].map(|dtype| (k.level(), dtype)))
+            {
+                let kernels = Kernels::new(kernels, 2).expect("an available level");
+                let mut w = Matrix::zeros(dtype, 2 * inter, hidden);
+                kernels.load_matrix(&wide, &mut w);
+                let (w, next) =
+                    (Linear::Full(w), Linear::Full(Matrix::zeros(dtype, hidden, inter)));
+                let mut norm = vec![0.0; x.len()];
+                let (mut whole, mut parts) = (Input::new(dtype), Input::new(dtype));
+                kernels.normed_input((&x, &scale, 1e-5), &w, &mut norm, &mut whole);
+                kernels.rms_norm(&x, &scale, 1e-5, &mut norm);
+                kernels.input(&norm, &w, &mut parts);
+                assert_eq!(rows(whole.full()), rows(parts.full()), "norm {} {m}", kernels.level());
+
+                let (mut gate_up, mut act) = (vec![0.0; m * 2 * inter], vec![0.0; m * inter]);
+                let (input, mut gated) = (parts, Input::new(dtype));
+                let buffers = (&mut gate_up[..], &mut act[..]);
+                kernels.gated((&input, &w), &next, buffers, &mut gated);
+                kernels.linear(&input, &w, 0..2 * inter, None, Write::Set, &mut gate_up);
+                kernels.swiglu(&gate_up, inter, &mut act);
+                let mut expected = Input::new(dtype);
+                kernels.input(&act, &next, &mut expected);
+                assert_eq!(
+                    rows(gated.full()),
+                    rows(expected.full()),
+                    "gates {} {} {m}",
+                    kernels.level(),
+                    dtype.name()
+                );
+            }
+        }
     }
 }

@@ -8,9 +8,10 @@
 //! of a layer norm. A row's sums run over 16 lanes in ascending order and then the fixed tree.
 
 use crate::{
-    Kernels,
+    Input, Kernels, Linear,
     cpu::Isa,
     disjoint::Disjoint,
+    gemm::pack::pack_rows,
     simd::{Job, LANES, Simd},
     split::whole_rows,
 };
@@ -49,6 +50,43 @@ impl Kernels {
             // SAFETY: every row belongs to one task.
             let out = unsafe { out.part(from, to) };
             self.isa.vectorize(Forward { x: &x[from..to], weight, eps, out });
+        });
+    }
+
+    /// [`Kernels::rms_norm`] of `x`, rounded for products with `next` as [`Kernels::input`] does; what is in
+    /// `norm`, as long as `x`, is unspecified then.
+    ///
+    /// # Panics
+    /// When the lengths do not agree.
+    pub fn normed_input(
+        &self,
+        (x, weight, eps): (&[f32], &[f32], f32),
+        next: &Linear,
+        norm: &mut [f32],
+        out: &mut Input,
+    ) {
+        let cols = weight.len();
+        let dtype = match next {
+            Linear::Full(w) if !matches!(self.isa, Isa::Reference) => w.dtype(),
+            _ => {
+                self.rms_norm(x, weight, eps, norm);
+                return self.input(norm, next, out);
+            }
+        };
+        let rows = whole_rows(x.len(), cols);
+        assert_eq!(next.cols(), cols, "inputs of the product against the norm's");
+        out.full.reshape(dtype, rows, cols);
+        let stride = out.full.stride();
+        let out = out.full.disjoint();
+        self.split_rows(rows, cols, &|range| {
+            let mut normed = vec![0.0; cols];
+            for row in range {
+                let x = &x[row * cols..][..cols];
+                self.isa.vectorize(Forward { x, weight, eps, out: &mut normed });
+                // SAFETY: every row belongs to one task.
+                let to = unsafe { out.part(row * stride, (row + 1) * stride) };
+                pack_rows(self.isa, dtype, &normed, cols, stride, to);
+            }
         });
     }
 

@@ -64,11 +64,17 @@ fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
     s.div(one, s.add(one, s.exp(s.sub(s.splat(0.0), x))))
 }
 
+/// g s u.
+#[inline(always)]
+pub(crate) fn swiglu<S: Simd>(s: S, g: S::V, u: S::V) -> S::V {
+    s.mul(s.mul(g, sigmoid(s, g)), u)
+}
+
 /// Some whole rows of the forward pass.
-pub(crate) struct Forward<'a> {
-    pub(crate) gate_up: &'a [f32],
-    pub(crate) inter: usize,
-    pub(crate) out: &'a mut [f32],
+struct Forward<'a> {
+    gate_up: &'a [f32],
+    inter: usize,
+    out: &'a mut [f32],
 }
 
 impl Job for Forward<'_> {
@@ -80,9 +86,7 @@ impl Job for Forward<'_> {
         for (gate_up, out) in rows.zip(self.out.chunks_exact_mut(self.inter)) {
             let (gate, up) = gate_up.split_at(self.inter);
             for at in (0..self.inter).step_by(LANES) {
-                let g = s.read(gate, at, 0.0);
-                let silu = s.mul(g, sigmoid(s, g));
-                s.write(out, at, s.mul(silu, s.read(up, at, 0.0)));
+                s.write(out, at, swiglu(s, s.read(gate, at, 0.0), s.read(up, at, 0.0)));
             }
         }
     }

@@ -156,8 +156,7 @@ impl Decoder {
     ) {
         let Work { norm, input, attn, .. } = work;
         let eps = self.config.rms_eps;
-        kernels.rms_norm(&layer.x, &weights.attn_norm, eps, norm);
-        kernels.input(norm, &weights.qkv, input);
+        kernels.normed_input((&layer.x, &weights.attn_norm, eps), &weights.qkv, norm, input);
         self.project_qkv(kernels, weights, input, batch.positions, layer);
         kernels.kv_write(kv, kv_layer, &layer.k, &layer.v, batch.slots);
         batch.copies.iter().for_each(|(from, to)| kv.copy_slot(kv_layer, *from, *to));
@@ -173,8 +172,7 @@ impl Decoder {
         hand_on(kernels, keep, &mut layer.x, &mut layer.mid);
         let all = 0..weights.o.rows();
         kernels.linear(input, &weights.o, all, None, Write::Add, &mut layer.mid);
-        kernels.rms_norm(&layer.mid, &weights.mlp_norm, eps, norm);
-        kernels.input(norm, &weights.gate_up, input);
+        kernels.normed_input((&layer.mid, &weights.mlp_norm, eps), &weights.gate_up, norm, input);
     }
 
     fn gate_up(

@@ -21,11 +21,12 @@
 use super::Write;
 use super::buffer::{Line, WORDS};
 use super::convert::pack_line;
-use super::pack::widened;
 use super::product::{Product, Rectangle};
 use crate::Dtype;
 use crate::cpu::{Amx, Isa};
 use crate::disjoint::Disjoint;
+use crate::simd::{Job, Simd};
+use crate::swiglu::swiglu;
 
 /// Rows and outputs of a group of tiles.
 pub(super) const GROUP: usize = 2 * WORDS;
@@ -246,28 +247,37 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
                 let to = sums.0.as_mut_ptr().cast();
                 (self.multiply)(&multiply, &Target { to, stride: GROUP, write: Write::Set });
             }
-            for (r, row) in (row..part.rows.end).take(GROUP).enumerate() {
-                let at = row * gated.stride + block / 2;
-                // SAFETY: the line is this task's.
-                let to = &mut unsafe { gated.out.part(at, at + 1) }[0];
-                activate(self.isa, [&sums[0].0[r], &sums[1].0[r]], to);
-            }
+            let rows = row..part.rows.end.min(row + GROUP);
+            self.isa.vectorize(Activate { sums: &sums, gated, rows, line: block / 2 });
         });
     }
 }
 
-widened! {
-    /// Rounds `silu(gate) * up` of two blocks, each given as its gates and its ups.
-    fn activate(sums: [&[f32; GROUP]; 2], to: &mut Line) = activate_body
+/// Rounds `silu(gate) * up` of two blocks, each given as its gates and its ups, into a line of every row.
+struct Activate<'a> {
+    sums: &'a [Group; 2],
+    gated: &'a Gated<'a>,
+    rows: std::ops::Range<usize>,
+    line: usize,
 }
 
-#[inline(always)]
-fn activate_body(isa: Isa, sums: [&[f32; GROUP]; 2], to: &mut Line) {
-    let mut values = [0.0; GROUP];
-    for (sums, values) in sums.into_iter().zip(values.chunks_exact_mut(WORDS)) {
-        isa.vectorize(crate::swiglu::Forward { gate_up: sums, inter: WORDS, out: values });
+impl Job for Activate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (r, row) in self.rows.enumerate() {
+            let mut values = [0.0; GROUP];
+            for (sums, values) in self.sums.iter().zip(values.as_chunks_mut::<WORDS>().0) {
+                let [gate, up] = [0, 1].map(|i| s.load(&sums.0[r].as_chunks::<WORDS>().0[i]));
+                s.store(values, swiglu(s, gate, up));
+            }
+            let at = row * self.gated.stride + self.line;
+            // SAFETY: the line is this task's.
+            let to = &mut unsafe { self.gated.out.part(at, at + 1) }[0];
+            pack_line(Dtype::Bf16, &values, to);
+        }
     }
-    pack_line(Dtype::Bf16, &values, to);
 }
 
 #[cfg(target_arch = "x86_64")]

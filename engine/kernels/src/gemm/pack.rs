@@ -87,7 +87,7 @@ fn pack_block_body(
 
 widened! {
     /// Rounds rows of `cols` values into rows of `stride` lines, filled up with zeros.
-    pub(super) fn pack_rows(
+    pub(crate) fn pack_rows(
         dtype: Dtype, rows: &[f32], cols: usize, stride: usize, to: &mut [Line]
     ) = pack_rows_body
 }
