@@ -42,6 +42,10 @@ pub use handles::Handle;
 use ffi::{Fault, ffi};
 use memory::{array, fill, text, token_ids, write};
 
+/// Activations and keys on lines and huge pages: what the library computes with is its own memory.
+#[global_allocator]
+static ALLOCATOR: kernels::HugePages = kernels::HugePages;
+
 /// The version of the ABI: `ENGINE_ABI_VERSION` of the header.
 #[unsafe(no_mangle)]
 pub extern "C" fn engine_abi_version() -> u32 {

@@ -184,33 +184,44 @@ mod tests {
         Layout::from_size_align(size, 4).expect("a small alignment")
     }
 
+    /// The bytes of a block, which nobody else uses.
+    fn bytes<'a>(memory: *mut u8, size: usize) -> &'a mut [u8] {
+        // SAFETY: a block of that size, written or zero; the tests look at it in one place at a time.
+        unsafe { std::slice::from_raw_parts_mut(memory, size) }
+    }
+
+    fn zeroed(size: usize) -> *mut u8 {
+        // SAFETY: the layout has a size.
+        unsafe { HugePages.alloc_zeroed(layout(size)) }
+    }
+
+    fn free(memory: *mut u8, size: usize) {
+        // SAFETY: allocated with this layout, and not used any more.
+        unsafe { HugePages.dealloc(memory, layout(size)) };
+    }
+
     #[test]
     fn memory_is_on_lines_zero_if_asked_and_can_be_written() {
         for size in SIZES {
-            // SAFETY: within the block, which is given back once.
-            unsafe {
-                let memory = HugePages.alloc_zeroed(layout(size));
-                assert!(size < LINE_FROM || memory.addr().is_multiple_of(LINE), "{size}");
-                assert_eq!([memory.read(), memory.add(size - 1).read()], [0; 2], "{size}");
-                memory.write_bytes(7, size);
-                HugePages.dealloc(memory, layout(size));
-            }
+            let memory = zeroed(size);
+            assert!(size < LINE_FROM || memory.addr().is_multiple_of(LINE), "{size}");
+            assert!(bytes(memory, size).iter().all(|&byte| byte == 0), "{size}");
+            bytes(memory, size).fill(7);
+            free(memory, size);
         }
     }
 
     #[test]
     fn what_was_there_survives_a_change_of_size() {
         for (from, to) in SIZES.into_iter().flat_map(|from| SIZES.map(|to| (from, to))) {
-            // SAFETY: within the blocks, each given back once.
-            unsafe {
-                let memory = HugePages.alloc(layout(from));
-                memory.write(1);
-                memory.add(from - 1).write(2);
-                let moved = HugePages.realloc(memory, layout(from), to);
-                assert!(moved.read() == 1 || from == 1, "{from} to {to}");
-                assert!(to < from || moved.add(from - 1).read() == 2, "{from} to {to}");
-                HugePages.dealloc(moved, layout(to));
-            }
+            let memory = zeroed(from);
+            let pattern = |i: usize| (i % 251) as u8;
+            bytes(memory, from).iter_mut().enumerate().for_each(|(i, byte)| *byte = pattern(i));
+            // SAFETY: allocated with this layout; the new size is not 0.
+            let moved = unsafe { HugePages.realloc(memory, layout(from), to) };
+            let kept = &bytes(moved, to.min(from));
+            assert!(kept.iter().enumerate().all(|(i, &byte)| byte == pattern(i)), "{from} to {to}");
+            free(moved, to);
         }
     }
 

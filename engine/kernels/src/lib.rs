@@ -34,7 +34,7 @@ pub use adamw::AdamW;
 pub use attention::{Attention, AttnBackward, AttnFamily, AttnScratch, AttnSeq};
 pub use cpu::{Level, features};
 pub use dtype::{Dtype, KvDtype};
-pub use gemm::{Operand, Scratch, Write};
+pub use gemm::{Operand, Part, Scratch, Write};
 pub use head::{HeadBackward, HeadScratch, ROW_BLOCK};
 pub use huge::HugePages;
 pub use kv::KvCache;

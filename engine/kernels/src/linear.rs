@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::{Dtype, Kernels, Matrix, Operand, QuantMatrix, QuantOperand, Write};
+use crate::{Dtype, Kernels, Matrix, Operand, Part, QuantMatrix, QuantOperand, Write};
 
 /// Weights `[rows, cols]` of a product `y = x W^T`.
 pub enum Linear {
@@ -127,6 +127,19 @@ impl Kernels {
         match w {
             Linear::Full(w) => self.matmul(&x.full, w, rows, bias, write, out),
             Linear::Quantised(w) => self.quant_matmul(&x.quantised, w, rows, bias, write, out),
+        }
+    }
+
+    /// [`Kernels::linear`] with several ranges of `w`, set, as one operation.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn linear_parts<const N: usize>(&self, x: &Input, w: &Linear, parts: [Part<'_>; N]) {
+        match w {
+            Linear::Full(w) => self.matmul_parts(&x.full, w, Write::Set, parts),
+            Linear::Quantised(w) => parts.into_iter().for_each(|Part { rows, bias, out }| {
+                self.quant_matmul(&x.quantised, w, rows, bias, Write::Set, out);
+            }),
         }
     }
 

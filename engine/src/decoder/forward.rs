@@ -7,7 +7,7 @@
 //! logits = W_head rms_norm(x)
 //! ```
 
-use kernels::{Attention, AttnSeq, Dtype, Input, Kernels, KvCache, RopeTable, Write};
+use kernels::{Attention, AttnSeq, Dtype, Input, Kernels, KvCache, Part, RopeTable, Write};
 
 use super::tape::{Keep, LayerTape, Tape, Work};
 use super::weights::{LayerWeights, Weights};
@@ -196,23 +196,21 @@ impl Decoder {
         layer: &mut LayerTape,
     ) {
         let (q, kv) = (self.q_width(), self.kv_width());
-        let bias = |rows: std::ops::Range<usize>| weights.qkv_bias.as_ref().map(|b| &b[rows]);
-        let project = |rows: std::ops::Range<usize>, out: &mut [f32]| {
-            kernels.linear(input, &weights.qkv, rows.clone(), bias(rows), Write::Set, out);
+        let LayerTape { q: q_out, k: k_out, v: v_out, q_in, k_in, .. } = layer;
+        let (q_to, k_to) = match &weights.qk_norm {
+            None => (&mut *q_out, &mut *k_out),
+            Some(_) => (&mut *q_in, &mut *k_in),
         };
-        match &weights.qk_norm {
-            None => {
-                project(0..q, &mut layer.q);
-                project(q..q + kv, &mut layer.k);
-            }
-            Some((q_norm, k_norm)) => {
-                project(0..q, &mut layer.q_in);
-                project(q..q + kv, &mut layer.k_in);
-                kernels.rms_norm(&layer.q_in, q_norm, self.config.rms_eps, &mut layer.q);
-                kernels.rms_norm(&layer.k_in, k_norm, self.config.rms_eps, &mut layer.k);
-            }
+        let part = |rows: std::ops::Range<usize>, out| {
+            let bias = weights.qkv_bias.as_ref().map(|bias| &bias[rows.clone()]);
+            Part { rows, bias, out }
+        };
+        let parts = [part(0..q, q_to), part(q..q + kv, k_to), part(q + kv..q + 2 * kv, v_out)];
+        kernels.linear_parts(input, &weights.qkv, parts);
+        if let Some((q_norm, k_norm)) = &weights.qk_norm {
+            kernels.rms_norm(q_in, q_norm, self.config.rms_eps, q_out);
+            kernels.rms_norm(k_in, k_norm, self.config.rms_eps, k_out);
         }
-        project(q + kv..q + 2 * kv, &mut layer.v);
         kernels.rope(&mut layer.q, self.config.heads, positions, &self.rope);
         kernels.rope(&mut layer.k, self.config.kv_heads, positions, &self.rope);
     }

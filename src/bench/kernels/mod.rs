@@ -248,9 +248,12 @@ fn measure(
 
 /// Values between -1 and 1 without a pattern that matters.
 fn numbers(len: usize) -> Vec<f32> {
-    (0..len as u32)
-        .map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0)
-        .collect()
+    let mixed = |i: u32| {
+        let i = (i ^ i >> 16).wrapping_mul(0x85eb_ca6b);
+        let i = (i ^ i >> 13).wrapping_mul(0xc2b2_ae35);
+        i ^ i >> 16
+    };
+    (0..len as u32).map(|i| (mixed(i) >> 8) as f32 / 8_388_608.0 - 1.0).collect()
 }
 
 /// One figure as JSON.

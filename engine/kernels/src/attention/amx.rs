@@ -301,10 +301,9 @@ fn round(_proof: Avx512Bf16, values: &[f32], to: &mut [Line]) {
     for line in to {
         let (here, rest) = left.split_at(left.len().min(STEP));
         let (low, high) = here.split_at(here.len().min(TILE));
+        let pairs = _mm512_cvtne2ps_pbh(load(high), load(low));
         // SAFETY: any 512 bits are a line.
-        *line = unsafe {
-            std::mem::transmute::<__m512bh, Line>(_mm512_cvtne2ps_pbh(load(high), load(low)))
-        };
+        *line = unsafe { std::mem::transmute::<__m512bh, Line>(pairs) };
         left = rest;
     }
 }
@@ -368,9 +367,10 @@ fn pair_rows(_proof: Avx512Bf16, even: Option<&[f32]>, odd: Option<&[f32]>, to: 
                 Some(values) => unsafe { _mm512_loadu_ps(values.as_ptr()) },
                 None => _mm512_setzero_ps(),
             };
-        // SAFETY: any 256 bits are halves.
-        let [even, odd] = [even, odd].map(|row| unsafe {
-            std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(values(row)))
+        let [even, odd] = [even, odd].map(|row| {
+            let halves = _mm512_cvtneps_pbh(values(row));
+            // SAFETY: any 256 bits are halves.
+            unsafe { std::mem::transmute::<__m256bh, __m256i>(halves) }
         });
         let pair = _mm512_or_si512(
             _mm512_cvtepu16_epi32(even),

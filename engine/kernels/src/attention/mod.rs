@@ -6,14 +6,15 @@
 //!
 //! **Row invariance.** Each number of a row's result is one chain of operations in the order of the
 //! elements (scores) or positions (maximum, sum in 16 lanes by tiles of 16, output) that ends at the
-//! row's own position. Which rows share a tile, how a prompt was cut, where the blocks lie and which
-//! thread works change nothing, not even a bit. What the cache holds behind a row's position is
-//! computed with where that is cheaper, but reaches no result, not even as NaN times zero.
+//! row's own position; with AMX tiles a link of the chain is 32 of them, filled up with zeros. Which
+//! rows share a tile, how a prompt was cut, where the blocks lie and which thread works change nothing,
+//! not even a bit. What the cache holds behind a row's position is computed with where that is cheaper,
+//! but reaches no result, not even as NaN times zero.
 //!
-//! Work item: up to [`MAX_ROWS`] rows (token, query head of a group) of one sequence and kv head; so
-//! keys and values are loaded once for all of them. Integers of the cache are expanded to f32 once for
-//! an item, into a buffer of its thread. Costs 4 d FLOP per (row, position) and reads each
-//! key and value once per item. Leaves out sliding windows, soft caps and sinks.
+//! Work item: as many rows (token, query head of a group) of one sequence and kv head as the products
+//! take at once; so keys and values are loaded once for all of them. Integers of the cache are expanded
+//! to f32 once for an item, into a buffer of its thread. Costs 4 d FLOP per (row, position) and reads
+//! each key and value once per item. Leaves out sliding windows, soft caps and sinks.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

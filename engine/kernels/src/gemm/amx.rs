@@ -478,7 +478,7 @@ mod tests {
         let Rows { lines, row, step: next } = operands.x;
         for (m, n) in (0..GROUP * GROUP).map(|i| (i / GROUP, i % GROUP)) {
             // SAFETY: a target has 32 rows of 32 elements.
-            let to_element = unsafe { &mut *to.to.add(m * to.stride + n) };
+            let to_element = unsafe { &mut *to.to.wrapping_add(m * to.stride + n) };
             let mut sum = if to.write == Write::Add { *to_element } else { 0.0 };
             for step in 0..operands.depth {
                 let (mut evens, mut odds) = (0.0, 0.0);

@@ -47,6 +47,16 @@ impl Write {
     }
 }
 
+/// A range of a product's weights, and where its outputs go.
+pub struct Part<'a> {
+    /// Rows of the weights, from a multiple of 16 on.
+    pub rows: Range<usize>,
+    /// One number for each of them.
+    pub bias: Option<&'a [f32]>,
+    /// `[M, rows.len()]`.
+    pub out: &'a mut [f32],
+}
+
 /// Reusable memory of the backward products: both operands, transposed.
 pub struct Scratch {
     left: Operand,
@@ -103,18 +113,38 @@ impl Kernels {
         write: Write,
         out: &mut [f32],
     ) {
-        check_range(w, &rows);
+        self.matmul_parts(x, w, write, [Part { rows, bias, out }]);
+    }
+
+    /// [`Kernels::matmul`] with several ranges of the weights as one operation.
+    ///
+    /// # Panics
+    /// As there.
+    pub(crate) fn matmul_parts<const N: usize>(
+        &self,
+        x: &Operand,
+        w: &Matrix,
+        write: Write,
+        parts: [Part<'_>; N],
+    ) {
         assert_eq!(x.dtype(), w.dtype(), "format of the left operand against the weights'");
         assert_eq!(x.cols(), w.cols(), "columns of the left operand against the weights'");
-        let n = rows.len();
-        assert_eq!(out.len(), x.rows() * n, "output length against {} rows of {n}", x.rows());
-        if let Some(bias) = bias {
-            assert_eq!(bias.len(), n, "bias length against {n} outputs");
+        for Part { rows, bias, out } in &parts {
+            check_range(w, rows);
+            let n = rows.len();
+            assert_eq!(out.len(), x.rows() * n, "output length against {} rows of {n}", x.rows());
+            let biases = bias.map_or(n, <[f32]>::len);
+            assert_eq!(biases, n, "bias length against {n} outputs");
         }
         if self.level() == Level::Reference {
-            return reference::matmul(x, w, rows, bias, write, out);
+            return parts.into_iter().for_each(|Part { rows, bias, out }| {
+                reference::matmul(x, w, rows, bias, write, out);
+            });
         }
-        Product { bias, write, ..Product::new(x, w, rows) }.run(self, out);
+        let products = parts.map(|Part { rows, bias, out }| {
+            (Product { bias, write, ..Product::new(x, w, rows) }, out)
+        });
+        Product::run_all(self, products);
     }
 
     /// Sets `out` to the rounded `silu(g) * u` of `[g | u] = x W^T`, to the bits of [`Kernels::matmul`],

@@ -81,29 +81,54 @@ impl<'a> Product<'a> {
     }
 
     /// Computes all outputs.
-    pub(super) fn run(&self, kernels: &Kernels, out: &mut [f32]) {
-        assert_eq!(out.len(), self.rows * self.outputs, "output length against the product");
-        if out.is_empty() {
-            return;
-        }
-        let (rows, blocks) = (self.rows, self.outputs.div_ceil(WORDS));
+    pub(super) fn run(self, kernels: &Kernels, out: &mut [f32]) {
+        Self::run_all(kernels, [(self, out)]);
+    }
+
+    /// Computes all outputs of several products, which the threads take as one operation.
+    pub(super) fn run_all<const N: usize>(kernels: &Kernels, products: [(Self, &mut [f32]); N]) {
+        let products = products.map(|(product, out)| {
+            assert_eq!(out.len(), product.rows * product.outputs, "outputs against the product");
+            let chunks = product.rectangles(kernels);
+            (product, Disjoint::new(out), chunks)
+        });
+        let tasks = |(p, _, chunks): &(Self, Disjoint<'_, f32>, (usize, usize))| p.tasks(*chunks);
+        kernels.pool.run(products.iter().map(tasks).sum(), &|mut task| {
+            for product in &products {
+                let (p, out, chunks) = product;
+                match task.checked_sub(tasks(product)) {
+                    None => return p.rectangle(kernels.isa, &p.part(task, *chunks), out),
+                    Some(later) => task = later,
+                }
+            }
+        });
+    }
+
+    /// Rows and blocks of a rectangle.
+    fn rectangles(&self, kernels: &Kernels) -> (usize, usize) {
         let threads = kernels.pool.threads();
-        let (row_chunk, block_chunk) = match kernels.isa {
-            Isa::Amx(_) if self.dtype == Dtype::Bf16 && rows > amx::FEW_ROWS => {
+        match kernels.isa {
+            _ if self.rows == 0 || self.outputs == 0 => (1, 1),
+            Isa::Amx(_) if self.dtype == Dtype::Bf16 && self.rows > amx::FEW_ROWS => {
                 self.tiled_chunks(threads)
             }
             isa => self.chunks(isa, threads),
-        };
-        let row_chunks = rows.div_ceil(row_chunk);
-        let (isa, out) = (kernels.isa, Disjoint::new(out));
-        kernels.pool.run(row_chunks * blocks.div_ceil(block_chunk), &|task| {
-            let (row, block) = (task % row_chunks * row_chunk, task / row_chunks * block_chunk);
-            let part = Rectangle {
-                rows: row..rows.min(row + row_chunk),
-                blocks: block..blocks.min(block + block_chunk),
-            };
-            self.rectangle(isa, &part, &out);
-        });
+        }
+    }
+
+    /// How many rectangles there are.
+    fn tasks(&self, (row_chunk, block_chunk): (usize, usize)) -> usize {
+        self.rows.div_ceil(row_chunk) * self.outputs.div_ceil(WORDS).div_ceil(block_chunk)
+    }
+
+    /// One of them.
+    fn part(&self, task: usize, (row_chunk, block_chunk): (usize, usize)) -> Rectangle {
+        let row_chunks = self.rows.div_ceil(row_chunk);
+        let (row, block) = (task % row_chunks * row_chunk, task / row_chunks * block_chunk);
+        Rectangle {
+            rows: row..self.rows.min(row + row_chunk),
+            blocks: block..self.outputs.div_ceil(WORDS).min(block + block_chunk),
+        }
     }
 
     fn rectangle(&self, isa: Isa, part: &Rectangle, out: &Disjoint<'_, f32>) {
@@ -160,14 +185,10 @@ impl<'a> Product<'a> {
         out: &mut Operand,
     ) {
         out.reshape(self.dtype, self.rows, gates * WORDS);
-        let (rows, threads) = (self.rows, kernels.pool.threads());
         // Of a rectangle the gates are half of the weights.
-        let (row_chunk, block_chunk) = match rows > amx::FEW_ROWS {
-            true => self.tiled_chunks(threads),
-            false => self.chunks(kernels.isa, threads),
-        };
+        let (row_chunk, block_chunk) = self.rectangles(kernels);
         let block_chunk = (block_chunk / 2).next_multiple_of(2);
-        let stride = out.stride();
+        let (rows, stride) = (self.rows, out.stride());
         let gated = Gated { product: self, gates, out: out.disjoint(), stride };
         let row_chunks = rows.div_ceil(row_chunk);
         kernels.pool.run(row_chunks * gates.div_ceil(block_chunk), &|task| {
