@@ -205,13 +205,13 @@ impl Products for Tiled {
             // SAFETY: the proof of AVX-512 is there.
             unsafe { pair_rows(self.bf16, row(2 * pair), row(2 * pair + 1), to) };
         }
-        let held = Tiles::new(self.token);
         let positions = p.lens[rows - 1].next_multiple_of(TILE);
         grow(&mut buffers.weights, POSITIONS * depth);
         for position in (0..positions).step_by(POSITIONS) {
             self.columns(p, position, depth, &mut buffers.weights);
             let x = Rows { lines: &buffers.weights, row: depth, step: 1 };
             let here = POSITIONS.min(positions - position);
+            let held = Tiles::of_rows(self.token, here);
             for column in (0..d).step_by(STEP) {
                 let w = |column: usize| Rows {
                     lines: &buffers.pairs[column / WORDS..],
@@ -227,14 +227,8 @@ impl Products for Tiled {
                 let out = &mut out[position * d + column..];
                 assert!(out.len() >= (here - 1) * d + STEP, "{} elements of output", out.len());
                 let to = Target { to: out.as_mut_ptr(), stride: d, write: Write::Add };
-                if here == POSITIONS {
-                    // SAFETY: the rows are there, by the assertion.
-                    unsafe { held.multiply(&multiply, &to) };
-                } else {
-                    let half = Tiles::of_rows(self.token, here);
-                    // SAFETY: as above.
-                    unsafe { half.multiply(&multiply, &to) };
-                }
+                // SAFETY: the rows are there, by the assertion.
+                unsafe { held.multiply(&multiply, &to) };
             }
         }
     }
