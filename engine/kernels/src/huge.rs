@@ -19,6 +19,7 @@ const LINE_FROM: usize = 4 << 10;
 const LINE: usize = 64;
 /// From this size on memory is mapped by itself.
 const MAP_FROM: usize = HUGE_PAGE;
+/// Bytes of a huge page.
 pub(crate) const HUGE_PAGE: usize = 2 << 20;
 
 /// See the module's text; the type has no state.
@@ -47,6 +48,11 @@ fn on_a_line(layout: Layout) -> Layout {
 
 fn is_mapped(layout: Layout) -> bool {
     map::AVAILABLE && layout.size() >= MAP_FROM && layout.align() <= HUGE_PAGE
+}
+
+/// Advises the system to back `len` bytes of the caller's by huge pages; a refusal changes nothing.
+pub(crate) fn ask_for_huge_pages(memory: *const u8, len: usize) {
+    map::advise(memory, len);
 }
 
 // SAFETY: every block comes from the system or a mapping of its own, chosen by the layout alone, so that
@@ -147,9 +153,14 @@ mod map {
                 unsafe { munmap(at, len) };
             }
         }
-        // SAFETY: advice about the new mapping; a refusal changes nothing.
-        unsafe { madvise(memory, len, MADV_HUGEPAGE) };
+        advise(memory.cast(), len);
         memory.cast()
+    }
+
+    /// See [`super::ask_for_huge_pages`].
+    pub(super) fn advise(memory: *const u8, len: usize) {
+        // SAFETY: advice changes no content; the system refuses it for what is not mapped.
+        let _refused = unsafe { madvise(memory.cast_mut().cast(), len, MADV_HUGEPAGE) };
     }
 
     /// # Safety
@@ -167,6 +178,8 @@ mod map {
     pub(super) fn map(_size: usize) -> *mut u8 {
         std::ptr::null_mut()
     }
+
+    pub(super) fn advise(_memory: *const u8, _len: usize) {}
 
     /// # Safety
     /// Never called.

@@ -14,7 +14,7 @@
 
 use crate::disjoint::Disjoint;
 use crate::gemm::convert::{element, pair, per_word};
-use crate::{Dtype, Kernels, KvDtype};
+use crate::{Dtype, Kernels, KvDtype, huge};
 
 /// Positions in one tile of keys: the lanes of a 512-bit register.
 pub(crate) const TILE: usize = 16;
@@ -26,7 +26,7 @@ pub(crate) const MAX_HEAD_DIM: usize = 256;
 const SERIAL_ROWS: usize = 16;
 
 /// Words of a huge page, where the cache begins if it is larger than that.
-const HUGE_PAGE_WORDS: usize = (2 << 20) / 4;
+const HUGE_PAGE_WORDS: usize = huge::HUGE_PAGE / 4;
 
 /// Keys and values of all layers, in blocks of positions.
 ///
@@ -414,26 +414,11 @@ pub(crate) fn zeroed(len: usize) -> (Vec<u32>, usize) {
     let words = vec![0; len + align];
     let lead = words.as_ptr().align_offset(4 * align).min(align);
     if len >= HUGE_PAGE_WORDS {
-        ask_for_huge_pages(&words[lead..]);
+        let cache = &words[lead..];
+        huge::ask_for_huge_pages(cache.as_ptr().cast(), size_of_val(cache));
     }
     (words, lead)
 }
-
-/// Advises the system to back the words by huge pages; a refusal changes nothing.
-#[cfg(all(target_os = "linux", not(miri)))]
-fn ask_for_huge_pages(words: &[u32]) {
-    use std::ffi::{c_int, c_void};
-    const MADV_HUGEPAGE: c_int = 14;
-    unsafe extern "C" {
-        fn madvise(address: *mut c_void, bytes: usize, advice: c_int) -> c_int;
-    }
-    let address = words.as_ptr().cast_mut().cast();
-    // SAFETY: advice about memory that the caller holds; its content is not touched.
-    let _refused = unsafe { madvise(address, size_of_val(words), MADV_HUGEPAGE) };
-}
-
-#[cfg(any(not(target_os = "linux"), miri))]
-fn ask_for_huge_pages(_words: &[u32]) {}
 
 #[cfg(test)]
 mod tests {

@@ -156,7 +156,7 @@ impl Decoder {
                 None => &tape.layers[l],
                 Some(input) => {
                     let layer = &mut tape.layers[0];
-                    layer.x.copy_from_slice(input);
+                    kernels.copy(&mut layer.x, input);
                     let to = (&mut *layer, &mut tape.work);
                     self.layer(kernels, weights, batch, (&mut *kv, 0), to);
                     layer

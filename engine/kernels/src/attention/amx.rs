@@ -15,6 +15,7 @@
 //! Values that are not finite would reach rows which do not see them, as zero times infinity: rows of such
 //! a product are mixed one by one, each with what it sees.
 
+use super::avx512::fetch_line;
 use super::tiles::{Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
 use crate::cpu::{Amx, Avx512Bf16, Isa};
@@ -91,9 +92,8 @@ impl Tiled {
             let out = &mut out[column..];
             assert!(out.len() >= (rows - 1) * d + STEP, "{} elements of output", out.len());
             let to = Target { to: out.as_mut_ptr(), stride: d, write: Write::Set };
-            let ahead = (std::ptr::null(), 0);
             // SAFETY: the rows are there, by the assertion.
-            unsafe { held.multiply(&Multiply { x, w, depth, ahead }, &to) };
+            unsafe { held.multiply(&Multiply::of(x, w, depth), &to) };
         }
     }
 
@@ -120,9 +120,7 @@ impl Tiled {
                 continue;
             }
             let words = values.tile(tile);
-            if let Some(ahead) = values.tile_ahead(tile) {
-                (0..values.head_words).for_each(|line| fetch_line(ahead, line));
-            }
+            fetch_ahead(values, tile);
             for (i, to) in to.chunks_exact_mut(pair_lines).enumerate() {
                 let row = |i: usize| &words[i * values.head_words..][..values.head_words];
                 let [even, odd] = [2 * i, 2 * i + 1].map(|i| (i < seen).then(|| row(i)));
@@ -156,22 +154,14 @@ impl Products for Tiled {
         for tile in (0..tiles).step_by(2) {
             let w = |tile: usize| {
                 let tile = tile.min(tiles - 1);
-                if let Some(ahead) = keys.tile_ahead(tile) {
-                    (0..keys.head_words).for_each(|line| fetch_line(ahead, line));
-                }
+                fetch_ahead(keys, tile);
                 Rows { lines: as_lines(keys.tile(tile)), row: 1, step: WORDS }
             };
-            let multiply = Multiply {
-                x,
-                w: [w(tile), w(tile + 1)],
-                depth: d / STEP,
-                ahead: (std::ptr::null(), 0),
-            };
+            let multiply = Multiply::of(x, [w(tile), w(tile + 1)], d / STEP);
             let to = out.to[tile * TILE..].as_mut_ptr();
+            let to = Target { to, stride: out.stride, write: Write::Set };
             // SAFETY: rows have room for an even number of tiles, by the assertion.
-            unsafe {
-                held.multiply(&multiply, &Target { to, stride: out.stride, write: Write::Set })
-            };
+            unsafe { held.multiply(&multiply, &to) };
         }
     }
 
@@ -218,12 +208,7 @@ impl Products for Tiled {
                     row: pair_lines,
                     step: d,
                 };
-                let multiply = Multiply {
-                    x,
-                    w: [w(column), w(column + WORDS)],
-                    depth,
-                    ahead: (std::ptr::null(), 0),
-                };
+                let multiply = Multiply::of(x, [w(column), w(column + WORDS)], depth);
                 let out = &mut out[position * d + column..];
                 assert!(out.len() >= (here - 1) * d + STEP, "{} elements of output", out.len());
                 let to = Target { to: out.as_mut_ptr(), stride: d, write: Write::Add };
@@ -283,9 +268,12 @@ fn grow(lines: &mut Vec<Line>, len: usize) {
     }
 }
 
-fn fetch_line(tile: *const u32, line: usize) {
-    // SAFETY: a prefetch may be given any address.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(tile.wrapping_add(line * TILE).cast()) };
+/// Asks for what will be needed next, in the place of a tile.
+fn fetch_ahead(panel: Panel<'_>, tile: usize) {
+    let ahead = panel.tile_ahead(tile);
+    if ahead.is_some() {
+        (0..panel.head_words).for_each(|line| fetch_line(ahead, line));
+    }
 }
 
 /// Rounds values into lines, filled up with zeros.

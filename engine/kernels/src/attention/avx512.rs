@@ -332,7 +332,7 @@ unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask
 
 /// Asks for one line of a tile.
 #[inline(always)]
-fn fetch_line(tile: Option<*const u32>, line: usize) {
+pub(super) fn fetch_line(tile: Option<*const u32>, line: usize) {
     if let Some(tile) = tile {
         // SAFETY: a prefetch may be given any address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(tile.wrapping_add(line * TILE).cast()) };

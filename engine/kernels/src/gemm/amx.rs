@@ -67,13 +67,18 @@ impl Rows<'_> {
 }
 
 impl<'a> Multiply<'a> {
+    /// One that asks for nothing meanwhile.
+    pub(crate) fn of(x: Rows<'a>, w: [Rows<'a>; 2], depth: usize) -> Self {
+        Self { x, w, depth, ahead: (std::ptr::null(), 0) }
+    }
+
     fn new(p: &Product<'a>, x: Rows<'a>, blocks: [usize; 2]) -> Self {
         let w = blocks.map(|block| Rows {
             lines: &p.w[block * p.block_lines..][..p.block_lines],
             row: 1,
             step: WORDS,
         });
-        Self { x, w, depth: p.block_lines / WORDS, ahead: (std::ptr::null(), 0) }
+        Self::of(x, w, p.block_lines / WORDS)
     }
 
     fn check(&self, rows: usize) {

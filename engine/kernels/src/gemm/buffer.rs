@@ -8,11 +8,10 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::huge::{HUGE_PAGE, ask_for_huge_pages};
+
 /// Words in a [`Line`], which is also the number of weight rows in a block.
 pub(crate) const WORDS: usize = 16;
-
-/// From this size on huge pages are asked for.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// One cache line, one 512-bit register, one row of an AMX tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,8 +106,8 @@ impl Buffer {
         // SAFETY: the layout is not of size 0.
         let memory = unsafe { alloc(layout) };
         let Some(start) = NonNull::new(memory.cast::<Line>()) else { handle_alloc_error(layout) };
-        if layout.size() >= HUGE_PAGE_BYTES {
-            ask_for_huge_pages(memory as usize, layout.size());
+        if layout.size() >= HUGE_PAGE {
+            ask_for_huge_pages(memory, layout.size());
         }
         start
     }
@@ -125,7 +124,7 @@ impl Buffer {
     fn layout(len: usize) -> Layout {
         let layout =
             Layout::array::<Line>(len).expect("a buffer is smaller than the address space");
-        let align = if layout.size() >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { layout.align() };
+        let align = if layout.size() >= HUGE_PAGE { HUGE_PAGE } else { layout.align() };
         layout.align_to(align).expect("a buffer is smaller than the address space")
     }
 }
@@ -154,29 +153,6 @@ impl DerefMut for Buffer {
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
-
-/// Advises the system to back `bytes` from `address` by huge pages; a refusal changes nothing.
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-fn ask_for_huge_pages(address: usize, bytes: usize) {
-    const MADVISE: usize = 28;
-    const MADV_HUGEPAGE: usize = 14;
-    // SAFETY: advice about memory that the caller owns; its content is not touched.
-    unsafe {
-        std::arch::asm!(
-            "syscall",
-            inlateout("rax") MADVISE => _,
-            in("rdi") address,
-            in("rsi") bytes,
-            in("rdx") MADV_HUGEPAGE,
-            lateout("rcx") _,
-            lateout("r11") _,
-            options(nostack),
-        );
-    }
-}
-
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-fn ask_for_huge_pages(_address: usize, _bytes: usize) {}
 
 #[cfg(test)]
 mod tests {

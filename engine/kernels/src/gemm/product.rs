@@ -59,6 +59,31 @@ pub(super) struct Rectangle {
     pub(super) blocks: Range<usize>,
 }
 
+/// Outputs cut into rectangles of so many rows and blocks.
+struct Cut {
+    rows: usize,
+    blocks: usize,
+    chunks: (usize, usize),
+}
+
+impl Cut {
+    /// How many rectangles there are.
+    fn tasks(&self) -> usize {
+        self.rows.div_ceil(self.chunks.0) * self.blocks.div_ceil(self.chunks.1)
+    }
+
+    /// One of them; neighbours have the same blocks.
+    fn part(&self, task: usize) -> Rectangle {
+        let (rows, blocks) = self.chunks;
+        let row_chunks = self.rows.div_ceil(rows);
+        let (row, block) = (task % row_chunks * rows, task / row_chunks * blocks);
+        Rectangle {
+            rows: row..self.rows.min(row + rows),
+            blocks: block..self.blocks.min(block + blocks),
+        }
+    }
+}
+
 impl<'a> Product<'a> {
     /// `x` times the weight rows `rows`, which start at a whole block.
     pub(super) fn new(x: &'a Operand, w: &'a Matrix, rows: Range<usize>) -> Self {
@@ -89,15 +114,15 @@ impl<'a> Product<'a> {
     pub(super) fn run_all<const N: usize>(kernels: &Kernels, products: [(Self, &mut [f32]); N]) {
         let products = products.map(|(product, out)| {
             assert_eq!(out.len(), product.rows * product.outputs, "outputs against the product");
-            let chunks = product.rectangles(kernels);
-            (product, Disjoint::new(out), chunks)
+            let blocks = product.outputs.div_ceil(WORDS);
+            let cut = Cut { rows: product.rows, blocks, chunks: product.rectangles(kernels) };
+            (product, Disjoint::new(out), cut)
         });
-        let tasks = |(p, _, chunks): &(Self, Disjoint<'_, f32>, (usize, usize))| p.tasks(*chunks);
-        kernels.pool.run(products.iter().map(tasks).sum(), &|mut task| {
-            for product in &products {
-                let (p, out, chunks) = product;
-                match task.checked_sub(tasks(product)) {
-                    None => return p.rectangle(kernels.isa, &p.part(task, *chunks), out),
+        let tasks = products.iter().map(|(_, _, cut)| cut.tasks()).sum();
+        kernels.pool.run(tasks, &|mut task| {
+            for (product, out, cut) in &products {
+                match task.checked_sub(cut.tasks()) {
+                    None => return product.rectangle(kernels.isa, &cut.part(task), out),
                     Some(later) => task = later,
                 }
             }
@@ -113,21 +138,6 @@ impl<'a> Product<'a> {
                 self.tiled_chunks(threads)
             }
             isa => self.chunks(isa, threads),
-        }
-    }
-
-    /// How many rectangles there are.
-    fn tasks(&self, (row_chunk, block_chunk): (usize, usize)) -> usize {
-        self.rows.div_ceil(row_chunk) * self.outputs.div_ceil(WORDS).div_ceil(block_chunk)
-    }
-
-    /// One of them.
-    fn part(&self, task: usize, (row_chunk, block_chunk): (usize, usize)) -> Rectangle {
-        let row_chunks = self.rows.div_ceil(row_chunk);
-        let (row, block) = (task % row_chunks * row_chunk, task / row_chunks * block_chunk);
-        Rectangle {
-            rows: row..self.rows.min(row + row_chunk),
-            blocks: block..self.outputs.div_ceil(WORDS).min(block + block_chunk),
         }
     }
 
@@ -188,17 +198,10 @@ impl<'a> Product<'a> {
         // Of a rectangle the gates are half of the weights.
         let (row_chunk, block_chunk) = self.rectangles(kernels);
         let block_chunk = (block_chunk / 2).next_multiple_of(2);
-        let (rows, stride) = (self.rows, out.stride());
+        let cut = Cut { rows: self.rows, blocks: gates, chunks: (row_chunk, block_chunk) };
+        let stride = out.stride();
         let gated = Gated { product: self, gates, out: out.disjoint(), stride };
-        let row_chunks = rows.div_ceil(row_chunk);
-        kernels.pool.run(row_chunks * gates.div_ceil(block_chunk), &|task| {
-            let (row, block) = (task % row_chunks * row_chunk, task / row_chunks * block_chunk);
-            let part = Rectangle {
-                rows: row..rows.min(row + row_chunk),
-                blocks: block..gates.min(block + block_chunk),
-            };
-            amx::gated_rectangle(token, &gated, &part);
-        });
+        kernels.pool.run(cut.tasks(), &|task| amx::gated_rectangle(token, &gated, &cut.part(task)));
     }
 
     /// Rows and blocks of a rectangle of many rows with tiles.
