@@ -11,6 +11,8 @@
 //!                                               share of the next panel
 //! many rows: for each group, for each panel     these stay in the second-level cache
 //! ```
+//! Tiles of the operand that the inner loop changes are loaded by `tileloaddt1`, which leaves the other
+//! one's in the first-level cache.
 //!
 //! An operand's rows are allocated in multiples of 32, so a group may run past the last row; what it
 //! computes there is dropped. An odd last block is multiplied twice and the copy dropped. Both keep
@@ -48,6 +50,15 @@ pub(crate) struct Multiply<'a> {
     pub(crate) depth: usize,
     /// What to ask for meanwhile, this many lines a step; need not be memory.
     pub(crate) ahead: (*const Line, usize),
+    /// The operand that the next product does not have.
+    pub(crate) passing: Passing,
+}
+
+/// An operand whose tiles are to leave those of the other one in the first-level cache.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Passing {
+    X,
+    W,
 }
 
 /// Rows that tiles are loaded from: row `r` at step `k` is line `r * row + k * step`.
@@ -69,7 +80,7 @@ impl Rows<'_> {
 impl<'a> Multiply<'a> {
     /// One that asks for nothing meanwhile.
     pub(crate) fn of(x: Rows<'a>, w: [Rows<'a>; 2], depth: usize) -> Self {
-        Self { x, w, depth, ahead: (std::ptr::null(), 0) }
+        Self { x, w, depth, ahead: (std::ptr::null(), 0), passing: Passing::W }
     }
 
     fn new(p: &Product<'a>, x: Rows<'a>, blocks: [usize; 2]) -> Self {
@@ -124,6 +135,9 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
         self.each_group(part, |x, row, i, block| {
             let blocks = 2.min(part.blocks.end - block);
             let mut multiply = Multiply::new(self.p, x, [block, block + blocks - 1]);
+            if i.is_some() && part.rows.len() > GROUP {
+                multiply.passing = Passing::X;
+            }
             if let Some((group, share)) = i
                 && block + 2 < part.blocks.end
             {
@@ -290,7 +304,7 @@ pub(crate) mod tiles {
     use std::arch::asm;
     use std::marker::PhantomData;
 
-    use super::{Amx, GROUP, Line, Multiply, Target, WORDS, Write};
+    use super::{Amx, GROUP, Line, Multiply, Passing, Target, WORDS, Write};
 
     /// Eight tiles of up to 16 rows by 64 bytes, held by this thread while this value lives.
     ///
@@ -341,19 +355,27 @@ pub(crate) mod tiles {
         /// The target's rows, as many as configured, of 32 elements may be written.
         pub(crate) unsafe fn multiply(&self, operands: &Multiply<'_>, to: &Target) {
             operands.check(self.rows);
-            let multiply = match (operands.ahead.1, self.rows > WORDS, to.write == Write::Add) {
-                (0, true, false) => multiply::<0, true, false>,
-                (0, true, true) => multiply::<0, true, true>,
-                (0, false, false) => multiply::<0, false, false>,
-                (0, false, true) => multiply::<0, false, true>,
-                (..=8, true, false) => multiply::<8, true, false>,
-                (..=8, true, true) => multiply::<8, true, true>,
-                (..=16, true, false) => multiply::<16, true, false>,
-                (..=16, true, true) => multiply::<16, true, true>,
-                (_, true, false) => multiply::<32, true, false>,
-                (_, true, true) => multiply::<32, true, true>,
-                (_, false, false) => multiply::<32, false, false>,
-                (_, false, true) => multiply::<32, false, true>,
+            macro_rules! products_with {
+                ($x:literal) => {
+                    match (operands.ahead.1, self.rows > WORDS, to.write == Write::Add) {
+                        (0, true, false) => multiply::<0, true, false, $x>,
+                        (0, true, true) => multiply::<0, true, true, $x>,
+                        (0, false, false) => multiply::<0, false, false, $x>,
+                        (0, false, true) => multiply::<0, false, true, $x>,
+                        (..=8, true, false) => multiply::<8, true, false, $x>,
+                        (..=8, true, true) => multiply::<8, true, true, $x>,
+                        (..=16, true, false) => multiply::<16, true, false, $x>,
+                        (..=16, true, true) => multiply::<16, true, true, $x>,
+                        (_, true, false) => multiply::<32, true, false, $x>,
+                        (_, true, true) => multiply::<32, true, true, $x>,
+                        (_, false, false) => multiply::<32, false, false, $x>,
+                        (_, false, true) => multiply::<32, false, true, $x>,
+                    }
+                };
+            }
+            let multiply = match operands.passing {
+                Passing::X => products_with!(true),
+                Passing::W => products_with!(false),
             };
             // SAFETY: the tiles are configured; `check` holds for the operands; promised for the target.
             unsafe { multiply(operands, to) };
@@ -383,15 +405,30 @@ pub(crate) mod tiles {
         unsafe { asm!("tilerelease", options(nostack, nomem)) };
     }
 
+    /// A tile's load; if the flag is set, the one that leaves what it reads out of the first-level cache.
+    macro_rules! load {
+        ($tile:literal, $passes:literal) => {
+            concat!(
+                ".if {",
+                $passes,
+                "}\ntileloaddt1 ",
+                $tile,
+                "\n.else\ntileloadd ",
+                $tile,
+                "\n.endif"
+            )
+        };
+    }
+
     /// `to[m][n] = sum over i, pairs of inputs, of x[m][2i] w[i][n][0] + x[m][2i + 1] w[i][n][1]`,
     /// 16 pairs at a time: the evens of these and the odds of these are each summed in ascending
     /// order by fused multiply-adds that flush denormals, then both, then added to the tile. Asks for
     /// `AHEAD` lines a step; `BOTH` says that there are rows from the 16th on, `ADD` that the tiles
-    /// begin with what is in the target.
+    /// begin with what is in the target, `X` that it is x that passes.
     ///
     /// # Safety
     /// This thread holds [`Tiles`], [`Multiply::check`] passes, and the target may be written.
-    unsafe fn multiply<const AHEAD: usize, const BOTH: bool, const ADD: bool>(
+    unsafe fn multiply<const AHEAD: usize, const BOTH: bool, const ADD: bool, const X: bool>(
         operands: &Multiply<'_>,
         target: &Target,
     ) {
@@ -415,13 +452,13 @@ pub(crate) mod tiles {
                 ".endif",
                 "test {depth}, {depth}", "jz 3f",
                 "2:",
-                "tileloadd tmm6, [{w0} + {ws}*1]",
-                "tileloadd tmm4, [{x0} + {xs}*1]",
+                load!("tmm6, [{w0} + {ws}*1]", "w_passes"),
+                load!("tmm4, [{x0} + {xs}*1]", "x_passes"),
                 "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{w1} + {ws}*1]",
+                load!("tmm7, [{w1} + {ws}*1]", "w_passes"),
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 ".if {both}",
-                "tileloadd tmm5, [{x1} + {xs}*1]",
+                load!("tmm5, [{x1} + {xs}*1]", "x_passes"),
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 ".endif",
@@ -442,6 +479,8 @@ pub(crate) mod tiles {
                 ahead = const AHEAD,
                 both = const BOTH as usize,
                 add = const ADD as usize,
+                x_passes = const X as usize,
+                w_passes = const !X as usize,
                 x0 = inout(reg) x.lines.as_ptr() => _,
                 x1 = inout(reg) x.lines.as_ptr().wrapping_add(WORDS * x.row) => _,
                 w0 = inout(reg) w.lines.as_ptr() => _,
@@ -580,8 +619,8 @@ mod tests {
         let (x, w) = ([Line([tiny.to_bits(); WORDS]); GROUP], [Line([0x3f80_3f80; WORDS]); WORDS]);
         let mut sums = [[1.0; GROUP]; GROUP];
         let x = Rows { lines: &x, row: 1, step: 1 };
-        let (w, ahead) = (Rows { lines: &w, row: 1, step: WORDS }, (std::ptr::null(), 0));
-        emulated(&Multiply { x, w: [w, w], depth: 1, ahead }, &target(&mut sums));
+        let w = Rows { lines: &w, row: 1, step: WORDS };
+        emulated(&Multiply::of(x, [w, w], 1), &target(&mut sums));
         assert_eq!(sums, [[0.0; GROUP]; GROUP]);
     }
 
@@ -610,11 +649,15 @@ mod tests {
             .map(|i| Line(std::array::from_fn(|j| round_bf16(case.w[(i + j) % 400]) * 0x1_0001)))
             .collect();
         let held = tiles::Tiles::new(token);
-        for ((row, step), share) in [((7, 1), 0), ((1, 32), 8), ((7, 1), 16), ((7, 1), 32)] {
+        let cases = [((7, 1), 0), ((1, 32), 8), ((7, 1), 16), ((7, 1), 32)];
+        for (((row, step), share), passing) in cases
+            .into_iter()
+            .flat_map(|case| [Passing::X, Passing::W].map(|passing| (case, passing)))
+        {
             let x = Rows { lines: &x, row, step };
             let ahead = (w.as_ptr(), share);
             let w = Rows { lines: &w, row: 1, step: WORDS };
-            let operands = Multiply { x, w: [w, w], depth: 7, ahead };
+            let operands = Multiply { ahead, passing, ..Multiply::of(x, [w, w], 7) };
             let mut sums = [[[0.0; GROUP]; GROUP]; 2];
             // SAFETY: the target is all of the sums.
             unsafe { held.multiply(&operands, &target(&mut sums[0])) };

@@ -31,8 +31,8 @@ const READ_PRODUCTS: usize = 8;
 const TASKS_PER_THREAD: usize = 8;
 /// With tiles: rows of a rectangle, bytes of weights, and tasks per thread. Multiplying is so fast there
 /// that it waits for the third-level cache, from which larger rectangles need less.
-const TILED_ROWS: usize = 512;
-const TILED_BYTES: usize = 900 << 10;
+const TILED_ROWS: usize = 256;
+const TILED_BYTES: usize = 600 << 10;
 const TILED_TASKS: usize = 2;
 
 /// `out[m, j] = sum over lines of x[m] * w[j]`, in words.

@@ -23,6 +23,8 @@ pub(crate) struct Pair(__m256, __m256);
 #[target_feature(enable = "avx2,fma")]
 #[inline]
 fn exp(x: __m256) -> __m256 {
+    // A lane whose result is 0 is 0 from here on: rounding it there costs more than the whole function.
+    let seen = _mm256_cmp_ps::<_CMP_NLE_UQ>(x, _mm256_set1_ps(EXP_LOW));
     // The second operand wins when either is NaN, so NaN passes both clamps.
     let x = _mm256_max_ps(_mm256_set1_ps(EXP_LOW), x);
     let x = _mm256_min_ps(_mm256_set1_ps(EXP_HIGH), x);
@@ -43,7 +45,7 @@ fn exp(x: __m256) -> __m256 {
     // 2^n in two factors: of a result below the normal numbers only the last product is rounded.
     let n = _mm256_cvtps_epi32(n);
     let half = _mm256_srai_epi32::<1>(n);
-    let p = _mm256_mul_ps(p, power_of_two(half));
+    let p = _mm256_mul_ps(_mm256_and_ps(seen, p), power_of_two(half));
     _mm256_mul_ps(p, power_of_two(_mm256_sub_epi32(n, half)))
 }
 
