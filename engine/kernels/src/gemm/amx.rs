@@ -16,8 +16,8 @@
 //!
 //! An operand's rows are allocated in multiples of 32, so a group may run past the last row; what it
 //! computes there is dropped. An odd last block is multiplied twice and the copy dropped. Both keep
-//! one tile shape, hence one order of summation, for every size. The three `asm!` functions at the
-//! end of [`tiles`] are the only part that needs the processor: [`Multiply`] states their contract,
+//! one tile shape, hence one order of summation, for every size. The `asm!` functions in
+//! [`tiles`] are the only part that needs the processor: [`Multiply`] states their contract,
 //! and the tests run everything else on an emulation of it. Leaves out f32 (AVX-512 does that).
 
 use super::Write;
@@ -35,6 +35,8 @@ pub(super) const GROUP: usize = 2 * WORDS;
 /// Rows up to which each panel goes past all of them before the next: more take longer to multiply than
 /// the panel takes to come from memory.
 pub(super) const FEW_ROWS: usize = 4 * GROUP;
+/// Steps of which 32 rows stay in the first-level cache while panels pass.
+const MOST_STEPS: usize = 18;
 
 /// The outputs of a group, row-major, two lines a row.
 #[repr(C, align(64))]
@@ -115,7 +117,7 @@ pub(super) fn rectangle(token: Amx, p: &Product<'_>, part: &Rectangle, out: &Dis
             // SAFETY: `Blocked` gives targets that are its own.
             unsafe { tiles.multiply(multiply, to) };
         };
-        Blocked { isa: Isa::Amx(token), p, out, multiply }.rectangle(part);
+        Blocked { p, out, multiply }.rectangle(part);
     }
     #[cfg(not(target_arch = "x86_64"))]
     super::avx512::rectangle(token.avx512, p, part, out);
@@ -123,59 +125,93 @@ pub(super) fn rectangle(token: Amx, p: &Product<'_>, part: &Rectangle, out: &Dis
 
 /// The loops around `multiply`, which writes a group's products to a target.
 struct Blocked<'a, F> {
-    isa: Isa,
     p: &'a Product<'a>,
     out: &'a Disjoint<'a, f32>,
     multiply: F,
 }
 
+/// A group of a rectangle.
+struct Place<'a> {
+    x: Rows<'a>,
+    /// The first of its rows and of its two blocks.
+    row: usize,
+    block: usize,
+    /// Where there are few rows, the group asks for the next panel: the first line and how many at each
+    /// step, so that all groups of a panel ask for all of the next.
+    ahead: Option<(usize, usize)>,
+}
+
+impl<'a> Place<'a> {
+    /// All groups of `part`, in the order that this file begins with.
+    fn all(p: &'a Product<'a>, part: &Rectangle) -> impl Iterator<Item = Self> {
+        let (first_row, first_block) = (part.rows.start, part.blocks.start);
+        let (rows, panels) = (part.rows.len().div_ceil(GROUP), part.blocks.len().div_ceil(2));
+        let few = part.rows.len() <= FEW_ROWS;
+        (0..rows * panels).map(move |i| {
+            let (row, panel) = if few { (i % rows, i / rows) } else { (i / panels, i % panels) };
+            let share = GROUP.div_ceil(rows);
+            let ahead =
+                (few && panel + 1 < panels).then(|| (row * share * p.block_lines / WORDS, share));
+            let (row, block) = (first_row + row * GROUP, first_block + 2 * panel);
+            Self { x: Rows::group(p, row), row, block, ahead }
+        })
+    }
+}
+
+impl<'a> Rows<'a> {
+    /// The group of rows from `row` on.
+    fn group(p: &'a Product<'a>, row: usize) -> Self {
+        Self { lines: &p.x[row * p.stride..][..GROUP * p.stride], row: p.stride, step: 1 }
+    }
+
+    /// What is behind the first `steps` steps.
+    fn after(self, steps: usize) -> Self {
+        Self { lines: &self.lines[steps * self.step..], ..self }
+    }
+}
+
 impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
     fn rectangle(&self, part: &Rectangle) {
-        let panel = 2 * self.p.block_lines;
-        self.each_group(part, |x, row, i, block| {
+        if part.rows.len() > FEW_ROWS {
+            return self.many_rows(part);
+        }
+        for Place { x, row, block, ahead } in Place::all(self.p, part) {
             let blocks = 2.min(part.blocks.end - block);
             let mut multiply = Multiply::new(self.p, x, [block, block + blocks - 1]);
-            if i.is_some() && part.rows.len() > GROUP {
+            if let Some((skip, share)) = ahead {
+                let next = multiply.w[0].lines.as_ptr().wrapping_add(2 * self.p.block_lines);
+                multiply.ahead = (next.wrapping_add(skip), share);
+            }
+            if part.rows.len() > GROUP {
                 multiply.passing = Passing::X;
             }
-            if let Some((group, share)) = i
-                && block + 2 < part.blocks.end
-            {
-                let next = multiply.w[0].lines.as_ptr().wrapping_add(panel);
-                multiply.ahead = (next.wrapping_add(group * share * multiply.depth), share);
-            }
-            self.group(&multiply, row..part.rows.end, block, blocks);
-        });
+            let (write, bias) = (self.p.write, self.p.bias);
+            self.group(&multiply, row..part.rows.end, block..block + blocks, (write, bias));
+        }
     }
 
-    /// Calls `group` with the rows of every group, the first of them, and every other block. Where there
-    /// are few rows it also says which of the groups that is, and how many lines it is to ask for at each
-    /// step so that all of them ask for two blocks.
-    fn each_group(
-        &self,
-        part: &Rectangle,
-        mut group: impl FnMut(Rows<'_>, usize, Option<(usize, usize)>, usize),
-    ) {
-        let rows = part.rows.clone().step_by(GROUP);
-        if part.rows.len() <= FEW_ROWS {
-            let share = GROUP.div_ceil(rows.len().max(1));
-            for block in part.blocks.clone().step_by(2) {
-                for (i, row) in rows.clone().enumerate() {
-                    group(self.rows(row), row, Some((i, share)), block);
+    /// Rows of more inputs than stay in the first-level cache go past the panels in parts, whose sums
+    /// wait in the output.
+    fn many_rows(&self, part: &Rectangle) {
+        let depth = self.p.block_lines / WORDS;
+        let parts = depth.div_ceil(MOST_STEPS).max(1);
+        let steps = depth.div_ceil(parts);
+        for row in part.rows.clone().step_by(GROUP) {
+            let x = Rows::group(self.p, row);
+            for i in 0..parts {
+                let from = i * steps;
+                let write = if i == 0 { self.p.write } else { Write::Add };
+                let bias = self.p.bias.filter(|_| i + 1 == parts);
+                for block in part.blocks.clone().step_by(2) {
+                    let blocks = 2.min(part.blocks.end - block);
+                    let all = Multiply::new(self.p, x, [block, block + blocks - 1]);
+                    let w = all.w.map(|w| w.after(from));
+                    let multiply = Multiply::of(x.after(from), w, steps.min(depth - from));
+                    let rows = row..part.rows.end;
+                    self.group(&multiply, rows, block..block + blocks, (write, bias));
                 }
             }
-            return;
         }
-        for row in rows {
-            let x = self.rows(row);
-            part.blocks.clone().step_by(2).for_each(|block| group(x, row, None, block));
-        }
-    }
-
-    /// The group of rows from `row` on.
-    fn rows(&self, row: usize) -> Rows<'_> {
-        let stride = self.p.stride;
-        Rows { lines: &self.p.x[row * stride..][..GROUP * stride], row: stride, step: 1 }
     }
 
     /// Computes a group and writes what of it there is.
@@ -183,34 +219,32 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
         &self,
         multiply: &Multiply<'_>,
         rows: std::ops::Range<usize>,
-        block: usize,
-        blocks: usize,
+        blocks: std::ops::Range<usize>,
+        (write, bias): (Write, Option<&[f32]>),
     ) {
         let p = self.p;
-        let place = p.place(rows.start, block, blocks);
-        let whole = rows.len() >= GROUP && place.len() == GROUP;
-        if whole && p.bias.is_none() {
-            let last = p.place(rows.start + GROUP - 1, block, blocks);
-            let to = self.out.pointer(place.start, last.end);
-            return (self.multiply)(multiply, &Target { to, stride: p.outputs, write: p.write });
+        let place = |row: usize| p.place(row, blocks.start, blocks.len());
+        let first = place(rows.start);
+        if rows.len() >= GROUP && first.len() == GROUP && bias.is_none() {
+            let to = self.out.pointer(first.start, place(rows.start + GROUP - 1).end);
+            return (self.multiply)(multiply, &Target { to, stride: p.outputs, write });
         }
-        let mut sums = Group([[0.0; GROUP]; GROUP]);
+        let mut sums = Group::ZERO;
         let rows = rows.take(GROUP).map(|row| {
-            let place = p.place(row, block, blocks);
+            let place = place(row);
             // SAFETY: no other task has outputs of this row and these blocks.
             unsafe { self.out.part(place.start, place.end) }
         });
-        if p.write == Write::Add {
+        if write == Write::Add {
             rows.clone().zip(&mut sums.0).for_each(|(to, sums)| {
                 sums[..to.len()].copy_from_slice(to);
             });
         }
-        let to = sums.0.as_mut_ptr().cast();
-        (self.multiply)(multiply, &Target { to, stride: GROUP, write: p.write });
+        (self.multiply)(multiply, &Target { write, ..sums.target() });
         for (to, sums) in rows.zip(&sums.0) {
-            match p.bias {
+            match bias {
                 Some(bias) => {
-                    let bias = &bias[block * WORDS..][..to.len()];
+                    let bias = &bias[blocks.start * WORDS..][..to.len()];
                     let sums = sums.iter().zip(bias).map(|(sum, bias)| sum + bias);
                     to.iter_mut().zip(sums).for_each(|(to, sum)| *to = sum);
                 }
@@ -220,21 +254,25 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
     }
 }
 
+impl Group {
+    const ZERO: Self = Self([[0.0; GROUP]; GROUP]);
+
+    /// All of it, to be set.
+    fn target(&mut self) -> Target {
+        Target { to: self.0.as_mut_ptr().cast(), stride: GROUP, write: Write::Set }
+    }
+}
+
 /// Computes a rectangle of `swiglu`: `part` counts blocks of gates, with those of `up` the same number of
 /// blocks further on. Writes rows of `out` in lines of two blocks, which are this task's.
-pub(super) fn gated_rectangle(token: Amx, p: &Gated<'_>, part: &Rectangle) {
+pub(super) fn gated_rectangle(token: Amx, gated: &Gated<'_>, part: &Rectangle) {
     #[cfg(target_arch = "x86_64")]
     {
         let tiles = tiles::Tiles::of_rows(token, part.rows.len().min(GROUP));
-        let multiply = |multiply: &Multiply<'_>, to: &Target| {
-            // SAFETY: `gated` gives groups of its own.
-            unsafe { tiles.multiply(multiply, to) };
-        };
-        let (isa, out) = (Isa::Amx(token), &Disjoint::new(&mut []));
-        Blocked { isa, p: &p.product, out, multiply }.gated(p, part);
+        Isa::Amx(token).vectorize(GatedRectangle { tiles, gated, part });
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (token, p, part);
+    let _ = (token, gated, part);
 }
 
 /// A product whose outputs are gates and, as many blocks further on, what they let through.
@@ -247,54 +285,93 @@ pub(super) struct Gated<'a> {
     pub(super) stride: usize,
 }
 
-impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
-    /// Two blocks of gates at a time, a line of every row of the output.
-    fn gated(&self, gated: &Gated<'_>, part: &Rectangle) {
-        let mut sums = [const { Group([[0.0; GROUP]; GROUP]) }; 2];
-        self.each_group(part, |x, row, i, block| {
-            for (half, sums) in sums.iter_mut().enumerate() {
-                let blocks = [block + half, gated.gates + block + half];
-                let mut multiply = Multiply::new(self.p, x, blocks);
-                if let Some((group, share)) = i
-                    && block + 2 < part.blocks.end
-                {
-                    // The first half asks for the next gates, the second for what they let through.
-                    let next = &self.p.w[(half * gated.gates + block + 2) * self.p.block_lines..];
-                    let skip = group * share * multiply.depth;
-                    multiply.ahead = (next.as_ptr().wrapping_add(skip), share);
-                }
-                let to = sums.0.as_mut_ptr().cast();
-                (self.multiply)(&multiply, &Target { to, stride: GROUP, write: Write::Set });
-            }
-            let rows = row..part.rows.end.min(row + GROUP);
-            self.isa.vectorize(Activate { sums: &sums, gated, rows, line: block / 2 });
-        });
-    }
-}
-
-/// Rounds `silu(gate) * up` of two blocks, each given as its gates and its ups, into a line of every row.
-struct Activate<'a> {
-    sums: &'a [Group; 2],
+/// A rectangle of it, two blocks of gates at a time, which make a line of every row of the output.
+///
+/// ```text
+/// for each group:  multiply its gates and ups; beside each step activate a row of the last group
+/// ```
+#[cfg(target_arch = "x86_64")]
+struct GatedRectangle<'a> {
+    tiles: tiles::Tiles,
     gated: &'a Gated<'a>,
-    rows: std::ops::Range<usize>,
-    line: usize,
+    part: &'a Rectangle,
 }
 
-impl Job for Activate<'_> {
+#[cfg(target_arch = "x86_64")]
+impl Job for GatedRectangle<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        for (r, row) in self.rows.enumerate() {
+        let Self { tiles, gated, part } = self;
+        let p = &gated.product;
+        let share = GROUP.div_ceil(2 * (p.block_lines / WORDS).max(1));
+        let mut sums = [const { [Group::ZERO, Group::ZERO] }; 2];
+        let [mut now, mut last] = sums.each_mut();
+        let mut rows = 0..0;
+        let mut line = 0;
+        for Place { x, row, block, ahead } in Place::all(p, part) {
+            let mut activation = Activation { s, gated, sums: last, rows, line, done: 0, share };
+            for (half, sums) in now.iter_mut().enumerate() {
+                let mut multiply = Multiply::new(p, x, [block + half, gated.gates + block + half]);
+                if let Some((skip, share)) = ahead {
+                    // The first half asks for the next gates, the second for what they let through.
+                    let next = &p.w[(half * gated.gates + block + 2) * p.block_lines..];
+                    multiply.ahead = (next.as_ptr().wrapping_add(skip), share);
+                }
+                // SAFETY: the target is a whole group.
+                unsafe { tiles.multiply_beside(&multiply, &sums.target(), &mut activation) };
+            }
+            debug_assert_eq!(activation.done, activation.rows.len(), "rows activated");
+            std::mem::swap(&mut now, &mut last);
+            (rows, line) = (row..part.rows.end.min(row + GROUP), block / 2);
+        }
+        let share = rows.len();
+        Activation { s, gated, sums: last, rows, line, done: 0, share }.step();
+    }
+}
+
+/// What is done beside the steps of a product: in registers, since the tiles keep memory busy.
+pub(crate) trait Beside {
+    /// A step's share. Mark it with `#[inline(always)]`.
+    fn step(&mut self);
+}
+
+impl Beside for () {
+    #[inline(always)]
+    fn step(&mut self) {}
+}
+
+/// Rounds `silu(gate) * up` of a group into a line of each of its rows. The sums of two blocks are given,
+/// each as its gates and its ups.
+#[cfg(target_arch = "x86_64")]
+struct Activation<'a, S> {
+    s: S,
+    gated: &'a Gated<'a>,
+    sums: &'a [Group; 2],
+    rows: std::ops::Range<usize>,
+    line: usize,
+    /// Rows that are done, and those of a step.
+    done: usize,
+    share: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<S: Simd> Beside for Activation<'_, S> {
+    #[inline(always)]
+    fn step(&mut self) {
+        let s = self.s;
+        for r in self.done..self.rows.len().min(self.done + self.share) {
             let mut values = [0.0; GROUP];
             for (sums, values) in self.sums.iter().zip(values.as_chunks_mut::<WORDS>().0) {
                 let [gate, up] = [0, 1].map(|i| s.load(&sums.0[r].as_chunks::<WORDS>().0[i]));
                 s.store(values, swiglu(s, gate, up));
             }
-            let at = row * self.gated.stride + self.line;
+            let at = (self.rows.start + r) * self.gated.stride + self.line;
             // SAFETY: the line is this task's.
             let to = &mut unsafe { self.gated.out.part(at, at + 1) }[0];
             pack_line(Dtype::Bf16, &values, to);
+            self.done += 1;
         }
     }
 }
@@ -304,7 +381,7 @@ pub(crate) mod tiles {
     use std::arch::asm;
     use std::marker::PhantomData;
 
-    use super::{Amx, GROUP, Line, Multiply, Passing, Target, WORDS, Write};
+    use super::{Amx, Beside, GROUP, Line, Multiply, Passing, Target, WORDS, Write};
 
     /// Eight tiles of up to 16 rows by 64 bytes, held by this thread while this value lives.
     ///
@@ -354,31 +431,41 @@ pub(crate) mod tiles {
         /// # Safety
         /// The target's rows, as many as configured, of 32 elements may be written.
         pub(crate) unsafe fn multiply(&self, operands: &Multiply<'_>, to: &Target) {
+            // SAFETY: as promised.
+            unsafe { self.multiply_beside(operands, to, &mut ()) };
+        }
+
+        /// Does something else beside each step.
+        ///
+        /// # Safety
+        /// As [`Self::multiply`].
+        #[inline(always)]
+        pub(crate) unsafe fn multiply_beside(
+            &self,
+            operands: &Multiply<'_>,
+            to: &Target,
+            beside: &mut impl Beside,
+        ) {
             operands.check(self.rows);
-            macro_rules! products_with {
-                ($x:literal) => {
-                    match (operands.ahead.1, self.rows > WORDS, to.write == Write::Add) {
-                        (0, true, false) => multiply::<0, true, false, $x>,
-                        (0, true, true) => multiply::<0, true, true, $x>,
-                        (0, false, false) => multiply::<0, false, false, $x>,
-                        (0, false, true) => multiply::<0, false, true, $x>,
-                        (..=8, true, false) => multiply::<8, true, false, $x>,
-                        (..=8, true, true) => multiply::<8, true, true, $x>,
-                        (..=16, true, false) => multiply::<16, true, false, $x>,
-                        (..=16, true, true) => multiply::<16, true, true, $x>,
-                        (_, true, false) => multiply::<32, true, false, $x>,
-                        (_, true, true) => multiply::<32, true, true, $x>,
-                        (_, false, false) => multiply::<32, false, false, $x>,
-                        (_, false, true) => multiply::<32, false, true, $x>,
-                    }
+            macro_rules! products {
+                ($ahead:literal, $both:literal, $x:literal) => {
+                    // SAFETY: the tiles are configured; `check` holds for the operands; promised for
+                    // the target.
+                    unsafe { products::<$ahead, $both, $x>(operands, to, beside) }
                 };
             }
-            let multiply = match operands.passing {
-                Passing::X => products_with!(true),
-                Passing::W => products_with!(false),
-            };
-            // SAFETY: the tiles are configured; `check` holds for the operands; promised for the target.
-            unsafe { multiply(operands, to) };
+            let x_passes = operands.passing == Passing::X;
+            match (operands.ahead.1, self.rows > WORDS, x_passes) {
+                (0, true, true) => products!(0, true, true),
+                (0, true, false) => products!(0, true, false),
+                (0, false, _) => products!(0, false, false),
+                (..=8, true, true) => products!(8, true, true),
+                (..=8, true, false) => products!(8, true, false),
+                (..=16, true, true) => products!(16, true, true),
+                (..=16, true, false) => products!(16, true, false),
+                (_, true, _) => products!(32, true, false),
+                (_, false, _) => products!(32, false, false),
+            }
         }
     }
 
@@ -420,81 +507,121 @@ pub(crate) mod tiles {
         };
     }
 
+    /// Sets the sums, tiles 0 to 3, to zero or to what is in the target.
+    ///
+    /// # Safety
+    /// This thread holds [`Tiles`], and the target may be read.
+    #[inline(always)]
+    unsafe fn begin<const BOTH: bool>(target: &Target) {
+        if target.write == Write::Set {
+            // SAFETY: no compiled code uses tiles.
+            unsafe {
+                asm!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    options(nostack, nomem),
+                );
+            }
+            return;
+        }
+        // SAFETY: no compiled code uses tiles; the rows of the target are there.
+        unsafe {
+            asm!(
+                "tileloadd tmm0, [{upper} + {stride}*1]",
+                "tileloadd tmm1, [{upper} + {stride}*1 + 64]",
+                ".if {both}",
+                "tileloadd tmm2, [{lower} + {stride}*1]",
+                "tileloadd tmm3, [{lower} + {stride}*1 + 64]",
+                ".endif",
+                both = const BOTH as usize,
+                upper = in(reg) target.to,
+                lower = in(reg) target.to.wrapping_add(WORDS * target.stride),
+                stride = in(reg) target.stride * size_of::<f32>(),
+                options(nostack, readonly),
+            );
+        }
+    }
+
     /// `to[m][n] = sum over i, pairs of inputs, of x[m][2i] w[i][n][0] + x[m][2i + 1] w[i][n][1]`,
     /// 16 pairs at a time: the evens of these and the odds of these are each summed in ascending
     /// order by fused multiply-adds that flush denormals, then both, then added to the tile. Asks for
-    /// `AHEAD` lines a step; `BOTH` says that there are rows from the 16th on, `ADD` that the tiles
-    /// begin with what is in the target, `X` that it is x that passes.
+    /// `AHEAD` lines a step; `BOTH` says that there are rows from the 16th on, `X` that it is x that passes.
     ///
     /// # Safety
     /// This thread holds [`Tiles`], [`Multiply::check`] passes, and the target may be written.
-    unsafe fn multiply<const AHEAD: usize, const BOTH: bool, const ADD: bool, const X: bool>(
+    #[inline(always)]
+    unsafe fn products<const AHEAD: usize, const BOTH: bool, const X: bool>(
         operands: &Multiply<'_>,
         target: &Target,
+        beside: &mut impl Beside,
     ) {
+        // SAFETY: promised.
+        unsafe { begin::<BOTH>(target) };
         let (x, [w, other]) = (operands.x, operands.w);
         let line = size_of::<Line>();
-        // SAFETY: by `check`, every load stays inside the slices (prefetches may not, and need not);
-        // the stores fill the rows of the target.
+        let (mut x0, mut w0, mut w1) = (x.lines.as_ptr(), w.lines.as_ptr(), other.lines.as_ptr());
+        let mut x1 = x0.wrapping_add(WORDS * x.row);
+        let mut next = operands.ahead.0;
+        for _ in 0..operands.depth {
+            // SAFETY: by `check`, every load stays inside the slices; prefetches may not, and need not.
+            unsafe {
+                asm!(
+                    load!("tmm6, [{w0} + {ws}*1]", "w_passes"),
+                    load!("tmm4, [{x0} + {xs}*1]", "x_passes"),
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    load!("tmm7, [{w1} + {ws}*1]", "w_passes"),
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    ".if {both}",
+                    load!("tmm5, [{x1} + {xs}*1]", "x_passes"),
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    ".endif",
+                    ".rept {ahead}",
+                    "prefetcht1 [{next}]", "add {next}, 64",
+                    ".endr",
+                    ahead = const AHEAD,
+                    both = const BOTH as usize,
+                    x_passes = const X as usize,
+                    w_passes = const !X as usize,
+                    x0 = in(reg) x0,
+                    x1 = in(reg) x1,
+                    w0 = in(reg) w0,
+                    w1 = in(reg) w1,
+                    next = inout(reg) next,
+                    xs = in(reg) x.row * line,
+                    ws = in(reg) w.row * line,
+                    options(nostack, readonly),
+                );
+            }
+            (x0, x1) = (x0.wrapping_add(x.step), x1.wrapping_add(x.step));
+            (w0, w1) = (w0.wrapping_add(w.step), w1.wrapping_add(w.step));
+            beside.step();
+        }
+        // SAFETY: promised.
+        unsafe { end::<BOTH>(target) };
+    }
+
+    /// Writes the sums to the target.
+    ///
+    /// # Safety
+    /// This thread holds [`Tiles`], and the target may be written.
+    #[inline(always)]
+    unsafe fn end<const BOTH: bool>(target: &Target) {
+        // SAFETY: the rows of the target are there.
         unsafe {
             asm!(
-                ".if {add}",
-                "tileloadd tmm0, [{to} + {row}*1]",
-                "tileloadd tmm1, [{to} + {row}*1 + 64]",
+                "tilestored [{upper} + {stride}*1], tmm0",
+                "tilestored [{upper} + {stride}*1 + 64], tmm1",
                 ".if {both}",
-                "shl {row}, 4", "add {to}, {row}", "shr {row}, 4",
-                "tileloadd tmm2, [{to} + {row}*1]",
-                "tileloadd tmm3, [{to} + {row}*1 + 64]",
-                "shl {row}, 4", "sub {to}, {row}", "shr {row}, 4",
+                "tilestored [{lower} + {stride}*1], tmm2",
+                "tilestored [{lower} + {stride}*1 + 64], tmm3",
                 ".endif",
-                ".else",
-                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-                ".endif",
-                "test {depth}, {depth}", "jz 3f",
-                "2:",
-                load!("tmm6, [{w0} + {ws}*1]", "w_passes"),
-                load!("tmm4, [{x0} + {xs}*1]", "x_passes"),
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                load!("tmm7, [{w1} + {ws}*1]", "w_passes"),
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                ".if {both}",
-                load!("tmm5, [{x1} + {xs}*1]", "x_passes"),
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                ".endif",
-                ".rept {ahead}",
-                "prefetcht1 [{next}]", "add {next}, 64",
-                ".endr",
-                "add {x0}, {x_step}", "add {x1}, {x_step}",
-                "add {w0}, {w_step}", "add {w1}, {w_step}",
-                "dec {depth}", "jnz 2b",
-                "3:",
-                "tilestored [{to} + {row}*1], tmm0",
-                "tilestored [{to} + {row}*1 + 64], tmm1",
-                ".if {both}",
-                "lea {to}, [{to} + {row}*8]", "lea {to}, [{to} + {row}*8]",
-                "tilestored [{to} + {row}*1], tmm2",
-                "tilestored [{to} + {row}*1 + 64], tmm3",
-                ".endif",
-                ahead = const AHEAD,
                 both = const BOTH as usize,
-                add = const ADD as usize,
-                x_passes = const X as usize,
-                w_passes = const !X as usize,
-                x0 = inout(reg) x.lines.as_ptr() => _,
-                x1 = inout(reg) x.lines.as_ptr().wrapping_add(WORDS * x.row) => _,
-                w0 = inout(reg) w.lines.as_ptr() => _,
-                w1 = inout(reg) other.lines.as_ptr() => _,
-                next = inout(reg) operands.ahead.0 => _,
-                depth = inout(reg) operands.depth => _,
-                xs = in(reg) x.row * line,
-                x_step = in(reg) x.step * line,
-                ws = in(reg) w.row * line,
-                w_step = in(reg) w.step * line,
-                row = inout(reg) target.stride * size_of::<f32>() => _,
-                to = inout(reg) target.to => _,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                upper = in(reg) target.to,
+                lower = in(reg) target.to.wrapping_add(WORDS * target.stride),
+                stride = in(reg) target.stride * size_of::<f32>(),
                 options(nostack),
             );
         }
@@ -575,9 +702,8 @@ mod tests {
             let bias: Vec<f32> = (0..self.outputs).map(|n| n as f32).collect();
             let p = Product { write, bias: Some(&bias), ..Product::new(&x, &w, 0..self.outputs) };
             let part = Rectangle { rows: 0..rows.len(), blocks: 0..self.outputs.div_ceil(WORDS) };
-            let isa = Level::detect().isa().expect("a detected level");
             let out = &Disjoint::new(out);
-            Blocked { isa, p: &p, out, multiply: emulated }.rectangle(&part);
+            Blocked { p: &p, out, multiply: emulated }.rectangle(&part);
         }
     }
 
