@@ -15,13 +15,12 @@
 //! Values that are not finite would reach rows which do not see them, as zero times infinity: rows of such
 //! a product are mixed one by one, each with what it sees.
 
-use super::avx512::fetch_line;
-use super::tiles::{Panel, Products, ScoresOut, Weights};
+use super::tiles::{Fetch, Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
 use crate::cpu::{Amx, Avx512Bf16, Isa};
 use crate::gemm::Write;
 use crate::gemm::amx::tiles::Tiles;
-use crate::gemm::amx::{Multiply, Rows, Target};
+use crate::gemm::amx::{Beside, Multiply, Rows, Target};
 use crate::gemm::buffer::{Line, WORDS};
 use crate::gemm::pack;
 use crate::kv::TILE;
@@ -104,7 +103,7 @@ impl Tiled {
     }
 
     /// Makes `buffers` hold the values of positions below `len`.
-    fn values(self, values: Panel<'_>, len: usize, buffers: &mut Buffers) {
+    fn values(self, values: Panel<'_>, len: usize, buffers: &mut Buffers, fetch: &mut Fetch<'_>) {
         let d = 2 * values.head_words;
         let pair_lines = d / WORDS;
         grow(&mut buffers.values, len.next_multiple_of(STEP) / 2 * pair_lines);
@@ -120,10 +119,10 @@ impl Tiled {
                 continue;
             }
             let words = values.tile(tile);
-            fetch_ahead(values, tile);
             for (i, to) in to.chunks_exact_mut(pair_lines).enumerate() {
                 let row = |i: usize| &words[i * values.head_words..][..values.head_words];
                 let [even, odd] = [2 * i, 2 * i + 1].map(|i| (i < seen).then(|| row(i)));
+                fetch.lines(values.head_words * 3 / 4 / (TILE / 2));
                 // SAFETY: the proof of AVX-512 is there.
                 let finite = unsafe { interleave(self.bf16, even, odd, to) };
                 if !finite {
@@ -144,37 +143,44 @@ impl Products for Tiled {
         rows.chunks_exact(d).zip(lines).for_each(|(row, to)| self.round(row, to));
     }
 
-    fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>) {
+    fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>, fetch: &mut Fetch<'_>) {
         let d = 2 * keys.head_words;
         let tiles = keys.tiles.len();
         let needed = (out.rows - 1) * out.stride + tiles.next_multiple_of(2) * TILE;
         assert!(out.to.len() >= needed, "{} scores, {needed} are written", out.to.len());
         let held = Tiles::of_rows(self.token, out.rows);
         let x = Rows { lines: as_lines(x), row: d / STEP, step: 1 };
+        // As many lines as two tiles have; a part is left for the softmax.
+        let mut beside = FetchLines(fetch, 2 * keys.head_words * 5 / 8 / (d / STEP));
         for tile in (0..tiles).step_by(2) {
             let w = |tile: usize| {
                 let tile = tile.min(tiles - 1);
-                fetch_ahead(keys, tile);
                 Rows { lines: as_lines(keys.tile(tile)), row: 1, step: WORDS }
             };
             let multiply = Multiply::of(x, [w(tile), w(tile + 1)], d / STEP);
             let to = out.to[tile * TILE..].as_mut_ptr();
             let to = Target { to, stride: out.stride, write: Write::Set };
             // SAFETY: rows have room for an even number of tiles, by the assertion.
-            unsafe { held.multiply(&multiply, &to) };
+            unsafe { held.multiply_beside(&multiply, &to, &mut beside) };
         }
     }
 
-    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: &mut [f32], buffers: &mut Buffers) {
+    fn mix(
+        self,
+        p: Weights<'_>,
+        values: Panel<'_>,
+        out: &mut [f32],
+        (buffers, fetch): (&mut Buffers, &mut Fetch<'_>),
+    ) {
         let (rows, d) = (p.lens.len(), out.len() / p.lens.len());
         let last = p.lens[rows - 1];
-        self.values(values, last, buffers);
+        self.values(values, last, buffers, fetch);
         if buffers.broken.is_none_or(|at| at >= last) {
             return self.mix_rows(p, d, buffers, out);
         }
         for (row, out) in out.chunks_exact_mut(d).enumerate() {
             buffers.forget();
-            self.values(values, p.lens[row], buffers);
+            self.values(values, p.lens[row], buffers, fetch);
             let p = Weights {
                 rows: &p.rows[row * p.stride..],
                 lens: &p.lens[row..=row],
@@ -268,11 +274,13 @@ fn grow(lines: &mut Vec<Line>, len: usize) {
     }
 }
 
-/// Asks for what will be needed next, in the place of a tile.
-fn fetch_ahead(panel: Panel<'_>, tile: usize) {
-    let ahead = panel.tile_ahead(tile);
-    if ahead.is_some() {
-        (0..panel.head_words).for_each(|line| fetch_line(ahead, line));
+/// What is asked for at each step of a product.
+struct FetchLines<'a, 'f>(&'a mut Fetch<'f>, usize);
+
+impl Beside for FetchLines<'_, '_> {
+    #[inline(always)]
+    fn step(&mut self) {
+        self.0.lines(self.1);
     }
 }
 

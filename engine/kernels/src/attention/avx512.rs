@@ -11,7 +11,7 @@
 //! ```
 //! An accumulator is one output's whole chain, so neither R, P nor D can be seen in the results.
 
-use super::tiles::{Buffers, Panel, Products, ScoresOut, Weights};
+use super::tiles::{Buffers, Fetch, Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
 use crate::cpu::{Avx512, Avx512Bf16};
 use crate::gemm::convert::{per_word, round_bf16};
@@ -63,7 +63,7 @@ impl Fast {
     }
 
     /// All tiles for R rows: P at a time, then the rest by halves.
-    fn score_rows<const R: usize, const P: usize>(self, task: &mut ScoreTask<'_>) {
+    fn score_rows<const R: usize, const P: usize>(self, task: &mut ScoreTask<'_, '_>) {
         let tiles = task.keys.tiles.len();
         let mut first = 0;
         while first + P <= tiles {
@@ -88,45 +88,48 @@ impl Fast {
         }
     }
 
-    fn score_tiles<const R: usize, const P: usize>(self, task: &mut ScoreTask<'_>, first: usize) {
+    fn score_tiles<const R: usize, const P: usize>(
+        self,
+        task: &mut ScoreTask<'_, '_>,
+        first: usize,
+    ) {
         let keys = std::array::from_fn(|p| task.keys.tile(first + p).as_ptr());
-        let ahead = std::array::from_fn(|p| task.keys.tile_ahead(first + p));
         let words = task.keys.head_words;
         let out = &mut task.out.to[first * TILE..];
         assert!(out.len() >= (R - 1) * task.out.stride + P * TILE);
         let to = out.as_mut_ptr();
-        let at = ScoreAt { keys, ahead, words, to, stride: task.out.stride };
+        let at = ScoreAt { keys, words, to, stride: task.out.stride };
         let x = task.x;
         match self.multiply(task.keys.dtype) {
             Multiply::Dot => {
                 assert!(x.len() >= words * R);
                 // SAFETY: `multiply` saw the token of the dot product; tiles, x and out are checked.
-                unsafe { score_dot::<R, P>(x, at) }
+                unsafe { score_dot::<R, P>(x, at, task.fetch) }
             }
             Multiply::Widened => {
                 assert!(x.len() >= 2 * words * R);
                 // SAFETY: `self` proves AVX-512; tiles, x and out are checked above.
-                unsafe { score_widened::<R, P>(x, at) }
+                unsafe { score_widened::<R, P>(x, at, task.fetch) }
             }
             Multiply::Single => {
                 assert!(x.len() >= words * R);
                 // SAFETY: `self` proves AVX-512; tiles, x and out are checked above.
-                unsafe { score_single::<R, P>(x, at) }
+                unsafe { score_single::<R, P>(x, at, task.fetch) }
             }
         }
     }
 }
 
-struct ScoreTask<'a> {
+struct ScoreTask<'a, 'f> {
     x: &'a [u32],
     keys: Panel<'a>,
     out: ScoresOut<'a>,
+    fetch: &'a mut Fetch<'f>,
 }
 
 /// P whole tiles of `words` lines, and room for P lines of output in each row.
 struct ScoreAt<const P: usize> {
     keys: [*const u32; P],
-    ahead: [Option<*const u32>; P],
     words: usize,
     to: *mut f32,
     stride: usize,
@@ -141,9 +144,9 @@ impl Products for Fast {
         unsafe { pack(self.multiply(dtype), rows, d, out) }
     }
 
-    fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>) {
+    fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>, fetch: &mut Fetch<'_>) {
         let rows = out.rows;
-        let task = &mut ScoreTask { x, keys, out };
+        let task = &mut ScoreTask { x, keys, out, fetch };
         match rows {
             1 => self.score_rows::<1, 8>(task),
             2 => self.score_rows::<2, 8>(task),
@@ -161,7 +164,13 @@ impl Products for Fast {
         }
     }
 
-    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: &mut [f32], _buffers: &mut Buffers) {
+    fn mix(
+        self,
+        p: Weights<'_>,
+        values: Panel<'_>,
+        out: &mut [f32],
+        (_, fetch): (&mut Buffers, &mut Fetch<'_>),
+    ) {
         let rows = p.lens.len();
         assert!(rows <= Self::ROWS);
         let d = out.len() / rows;
@@ -171,7 +180,8 @@ impl Products for Fast {
             let p = Weights { rows: &p.rows[from * p.stride..], lens: &p.lens[from..to], ..p };
             let out = &mut out[from * d..to * d];
             split_vectors(d, |first, vectors| {
-                let task = &mut MixTask { p, values, d, first, out: &mut *out };
+                let (out, fetch) = (&mut *out, &mut *fetch);
+                let task = &mut MixTask { p, values, d, first, out, fetch };
                 match vectors {
                     1 => task.vectors::<1>(self),
                     2 => task.vectors::<2>(self),
@@ -242,15 +252,16 @@ fn split_vectors(d: usize, mut each: impl FnMut(usize, usize)) {
 }
 
 /// One product of `mix`: the vectors from `first` on of all rows.
-struct MixTask<'a> {
+struct MixTask<'a, 'f> {
     p: Weights<'a>,
     values: Panel<'a>,
     d: usize,
     first: usize,
     out: &'a mut [f32],
+    fetch: &'a mut Fetch<'f>,
 }
 
-impl MixTask<'_> {
+impl MixTask<'_, '_> {
     fn vectors<const D: usize>(&mut self, _proof: Fast) {
         let last = self.p.lens[self.p.lens.len() - 1];
         assert!(self.p.rows.len() >= (self.p.lens.len() - 1) * self.p.stride + last);
@@ -264,7 +275,7 @@ impl MixTask<'_> {
         unsafe { kernel(self) };
     }
 
-    fn kernel<const D: usize, const E: usize>(rows: usize) -> unsafe fn(&mut MixTask<'_>) {
+    fn kernel<const D: usize, const E: usize>(rows: usize) -> unsafe fn(&mut MixTask<'_, '_>) {
         match rows {
             1 => mix::<1, D, E>,
             2 => mix::<2, D, E>,
@@ -282,7 +293,7 @@ impl MixTask<'_> {
 /// # Safety
 /// AVX-512 exists, and weights and tiles reach as far as the last length.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask<'_>) {
+unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask<'_, '_>) {
     let mut sums = [[_mm512_setzero_ps(); D]; R];
     let Weights { rows, stride, lens } = task.p;
     let (common, last) = (lens[0], lens[R - 1]);
@@ -293,10 +304,7 @@ unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask
         let start = task.values.tile(tile).as_ptr().wrapping_add(task.first * TILE / E);
         let here = TILE.min(last - base);
         let all = here.min(common.saturating_sub(base));
-        if task.first == 0 {
-            let ahead = task.values.tile_ahead(tile);
-            (0..words).for_each(|line| fetch_line(ahead, line));
-        }
+        task.fetch.lines(words);
         for j in 0..all {
             // SAFETY: position j of the tile exists.
             let v = unsafe { load_value::<D, E>(start.wrapping_add(j * words)) };
@@ -327,15 +335,6 @@ unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask
             // SAFETY: sixteen elements are there.
             unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) };
         }
-    }
-}
-
-/// Asks for one line of a tile.
-#[inline(always)]
-pub(super) fn fetch_line(tile: Option<*const u32>, line: usize) {
-    if let Some(tile) = tile {
-        // SAFETY: a prefetch may be given any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(tile.wrapping_add(line * TILE).cast()) };
     }
 }
 
@@ -418,7 +417,11 @@ unsafe fn outer<const D: usize>(at: &OuterAt<'_>, x: &[f32], out: &mut [f32]) {
 macro_rules! score_kernel {
     ($name:ident, $step:ident, $features:literal) => {
         #[target_feature(enable = $features)]
-        unsafe fn $name<const R: usize, const P: usize>(x: &[u32], at: ScoreAt<P>) {
+        unsafe fn $name<const R: usize, const P: usize>(
+            x: &[u32],
+            at: ScoreAt<P>,
+            fetch: &mut Fetch<'_>,
+        ) {
             let mut sums = [[_mm512_setzero_ps(); P]; R];
             for word in 0..at.words {
                 let mut keys = [_mm512_setzero_si512(); P];
@@ -426,9 +429,7 @@ macro_rules! score_kernel {
                     // SAFETY: the tile has this line.
                     *keys = unsafe { _mm512_loadu_si512(tile.wrapping_add(word * TILE).cast()) };
                 }
-                if at.ahead.iter().any(Option::is_some) {
-                    at.ahead.iter().for_each(|tile| fetch_line(*tile, word));
-                }
+                fetch.lines(P);
                 // SAFETY: x has R rows of words.
                 unsafe { $step(x.as_ptr(), word, &keys, &mut sums) };
             }

@@ -17,7 +17,7 @@
 //! The prompt's keys and values are rounded once and stay; its dK and dV grow with the rows of every
 //! branch. Each branch puts its own behind them, and finds zeros in the places of its dK and dV.
 
-use super::tiles::{Ahead, Grow, MAX_ROWS, Panel, Products, ScoresOut, Softmax, Weights, stride};
+use super::tiles::{Fetch, Grow, MAX_ROWS, Panel, Products, ScoresOut, Softmax, Weights, stride};
 use super::{AttnScratch, Lane, check_groups};
 use crate::disjoint::Disjoint;
 use crate::gemm::convert::{per_word, round_bf16};
@@ -346,8 +346,8 @@ impl<P: Products> Backward<'_, P> {
         let Buffers { key_tiles, key_rows, value_tiles, q, dout, p, ds, .. } = &mut lane.backward;
         let head_words = d / per_word(self.dtype);
         let words = lane.tiles.len() * TILE * head_words;
-        let ahead = Ahead::Nothing;
-        let panel = |words| Panel { dtype: self.dtype, words, tiles, shift: 0, head_words, ahead };
+        let panel = |words| Panel { dtype: self.dtype, words, tiles, shift: 0, head_words };
+        let nothing = &mut Fetch::nothing();
         let part = first * d..(first + rows) * d;
         let (q, dout) = (&q.slice(all * d)[part.clone()], &dout.slice(all * d)[part]);
         let part = first * stride..(first + rows) * stride;
@@ -357,15 +357,16 @@ impl<P: Products> Backward<'_, P> {
         let packed = lane.packed.slice(rows * d);
         self.products.pack(self.dtype, q, d, packed);
         let to = ScoresOut { to: p, stride, rows };
-        self.products.scores(packed, panel(key_tiles.slice(words)), to);
+        self.products.scores(packed, panel(key_tiles.slice(words)), to, nothing);
         self.products.pack(self.dtype, dout, d, packed);
         let to = ScoresOut { to: ds, stride, rows };
-        self.products.scores(packed, panel(value_tiles.slice(words)), to);
+        self.products.scores(packed, panel(value_tiles.slice(words)), to, nothing);
 
         let isa = self.kernels.isa;
         let mut sums = [0.0; MAX_ROWS];
         let scale = self.scale;
-        isa.vectorize(Softmax { scale, scores: p, stride, lens, sums: &mut sums });
+        let fetch = (&mut *nothing, 0);
+        isa.vectorize(Softmax { scale, scores: p, stride, lens, sums: &mut sums, fetch });
         for (row, &len) in lens.iter().enumerate() {
             let place = self.place(chunk, first + row);
             let tiles = row * stride..row * stride + len.next_multiple_of(TILE);
@@ -381,7 +382,7 @@ impl<P: Products> Backward<'_, P> {
 
         let mixed = lane.mixed.slice(rows * d);
         let (ds, keys) = (Weights { rows: ds, stride, lens }, panel(key_rows.slice(words)));
-        self.products.mix(ds, keys, mixed, &mut lane.products);
+        self.products.mix(ds, keys, mixed, (&mut lane.products, nothing));
         for (row, mixed) in mixed.chunks_exact(d).enumerate() {
             let place = self.place(chunk, first + row);
             // SAFETY: families do not overlap, and each row and head belongs to one task.

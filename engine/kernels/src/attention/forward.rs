@@ -1,6 +1,6 @@
 //! The forward pass: work items shared out to the threads.
 
-use super::tiles::{Ahead, Grow, MAX_ROWS, Panel, Products, ScoresOut, Softmax, Weights, stride};
+use super::tiles::{Fetch, Grow, MAX_ROWS, Panel, Products, ScoresOut, Softmax, Weights, stride};
 use super::{Attention, AttnScratch, AttnSeq, Lane};
 use crate::disjoint::Disjoint;
 use crate::kv::{KvCache, TILE, integer};
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Bytes of keys and values of an item up to which those of the next are fetched meanwhile, so that they
 /// still are in a second-level cache when they are needed; of a longer one the keys, one product ahead.
-const AHEAD_BYTES: usize = 256 << 10;
+const AHEAD_BYTES: usize = 0;
 
 /// Everything an item needs to know.
 struct Forward<'a, P> {
@@ -120,22 +120,25 @@ impl<P: Products> Forward<'_, P> {
         }
         let positions = lens[rows - 1];
         let Lane { tiles, expanded, expanded_tiles, .. } = lane;
+        let mut meanwhile = [Fetch::nothing(), Fetch::nothing()];
         let (keys, values) = match self.kv.dtype() {
             KvDtype::Int8 => self.expand(item, tiles, (expanded, expanded_tiles)),
             KvDtype::Plain(dtype) => {
                 let (head_words, shift) = (self.kv.head_words(), self.kv.values_after());
-                let tile_bytes = 2 * TILE * head_words * size_of::<u32>();
-                let (keys, values) = match tiles.len() * tile_bytes <= AHEAD_BYTES {
-                    true => (Ahead::Tiles(next, 0), Ahead::Tiles(next, shift)),
-                    // Later items of this head find the values in the processor's cache.
-                    false if item.first > 0 => (Ahead::Nothing, Ahead::Tiles(next, 0)),
-                    false => (Ahead::Behind(shift), Ahead::Tiles(next, 0)),
-                };
                 let words = self.kv.words();
-                let keys = Panel { dtype, words, tiles, shift: 0, head_words, ahead: keys };
-                (keys, Panel { shift, ahead: values, ..keys })
+                let fetch = |tiles, shift| Fetch::new(words, tiles, shift, head_words);
+                let tile_bytes = 2 * TILE * head_words * size_of::<u32>();
+                meanwhile = match tiles.len() * tile_bytes <= AHEAD_BYTES {
+                    true => [fetch(next, 0), fetch(next, shift)],
+                    // Later items of this head find the values in the processor's cache.
+                    false if item.first > 0 => [Fetch::nothing(), fetch(next, 0)],
+                    false => [fetch(tiles, shift), fetch(next, 0)],
+                };
+                let keys = Panel { dtype, words, tiles, shift: 0, head_words };
+                (keys, Panel { shift, ..keys })
             }
         };
+        let [first, second] = &mut meanwhile;
 
         let q = lane.rows.slice(rows * d);
         for (row, to) in q.chunks_exact_mut(d).enumerate() {
@@ -147,13 +150,23 @@ impl<P: Products> Forward<'_, P> {
         let stride = stride(positions);
         let scores = lane.scores.slice(rows * stride);
         let to = ScoresOut { to: scores, stride, rows };
-        self.products.scores(packed, keys, to);
+        self.products.scores(packed, keys, to, first);
         let mut sums = [0.0; MAX_ROWS];
         let scale = self.task.scale;
-        self.kernels.isa.vectorize(Softmax { scale, scores, stride, lens, sums: &mut sums });
+        let softmax = Softmax {
+            scale,
+            scores,
+            stride,
+            lens,
+            sums: &mut sums,
+            fetch: (first, keys.head_words.div_ceil(2 * rows)),
+        };
+        self.kernels.isa.vectorize(softmax);
+        first.rest();
         let mixed = lane.mixed.slice(rows * d);
         let weights = Weights { rows: scores, stride, lens };
-        self.products.mix(weights, values, mixed, &mut lane.products);
+        self.products.mix(weights, values, mixed, (&mut lane.products, second));
+        second.rest();
         for (row, mixed) in mixed.chunks_exact(d).enumerate() {
             let place = self.place(item, row);
             // SAFETY: sequences do not overlap, and each row and head belongs to one item.
@@ -187,8 +200,8 @@ impl<P: Products> Forward<'_, P> {
         }
         starts.clear();
         starts.extend((0..tiles.len()).map(|i| i * TILE * d));
-        let (words, dtype, ahead) = (&*all, Dtype::F32, Ahead::Nothing);
-        let keys = Panel { dtype, words, tiles: starts, shift: 0, head_words: d, ahead };
+        let (words, dtype) = (&*all, Dtype::F32);
+        let keys = Panel { dtype, words, tiles: starts, shift: 0, head_words: d };
         (keys, Panel { shift: len, ..keys })
     }
 

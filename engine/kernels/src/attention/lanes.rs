@@ -9,7 +9,7 @@
 //! R is at most [`ROWS`]. An accumulator is one output's whole chain (from tile to tile it waits in the
 //! output), so R cannot be seen in the results.
 
-use super::tiles::{Buffers, Panel, Products, ScoresOut, Weights};
+use super::tiles::{Buffers, Fetch, Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
 use crate::cpu::Isa;
 use crate::gemm::convert::round_bf16;
@@ -37,11 +37,17 @@ impl Products for Lanes {
         }
     }
 
-    fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>) {
+    fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>, _fetch: &mut Fetch<'_>) {
         self.0.vectorize(Scores { x, keys, out });
     }
 
-    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: &mut [f32], _buffers: &mut Buffers) {
+    fn mix(
+        self,
+        p: Weights<'_>,
+        values: Panel<'_>,
+        out: &mut [f32],
+        _beside: (&mut Buffers, &mut Fetch<'_>),
+    ) {
         self.0.vectorize(Mix { p, values, out });
     }
 

@@ -18,19 +18,6 @@ pub(super) struct Panel<'a> {
     pub(super) shift: usize,
     /// Words of one position.
     pub(super) head_words: usize,
-    /// What will be needed next; reaches no result.
-    pub(super) ahead: Ahead<'a>,
-}
-
-/// Memory to ask for while a product runs: one tile for each of its own.
-#[derive(Clone, Copy)]
-pub(super) enum Ahead<'a> {
-    /// Nothing: it is in the processor's cache already, or soon will be.
-    Nothing,
-    /// The tile that many words behind each of the product's own.
-    Behind(usize),
-    /// The tiles that begin that many words behind those.
-    Tiles(&'a [usize], usize),
 }
 
 impl<'a> Panel<'a> {
@@ -38,16 +25,71 @@ impl<'a> Panel<'a> {
     pub(super) fn tile(&self, i: usize) -> &'a [u32] {
         &self.words[self.tiles[i] + self.shift..][..TILE * self.head_words]
     }
+}
 
-    /// The tile to ask for while tile `i` is worked on; there need not be memory.
-    pub(super) fn tile_ahead(&self, i: usize) -> Option<*const u32> {
-        let start = match self.ahead {
-            Ahead::Nothing => None,
-            Ahead::Behind(words) => Some(self.tiles[i] + words),
-            Ahead::Tiles(tiles, shift) => tiles.get(i).map(|start| start + shift),
-        };
-        start.map(|start| self.words.as_ptr().wrapping_add(start))
+/// Lines of tiles that will be needed soon, to be asked for beside other work. They are asked for evenly,
+/// since memory has to be busy all the time and cannot be asked for much at a time. Reaches no result.
+pub(super) struct Fetch<'a> {
+    words: &'a [u32],
+    /// Where the tiles that are left begin, `shift` left out.
+    tiles: std::slice::Iter<'a, usize>,
+    shift: usize,
+    /// Lines of a tile.
+    tile_lines: usize,
+    /// The next word to ask for and how many lines follow in its tile.
+    next: usize,
+    left: usize,
+}
+
+impl<'a> Fetch<'a> {
+    /// Nothing: it is in the processor's cache already, or soon will be.
+    pub(super) fn nothing() -> Self {
+        Self::new(&[], &[], 0, 0)
     }
+
+    /// Tiles of `tile_lines` lines that begin in `words` `shift` behind `tiles`; there need not be memory.
+    pub(super) fn new(
+        words: &'a [u32],
+        tiles: &'a [usize],
+        shift: usize,
+        tile_lines: usize,
+    ) -> Self {
+        Self { words, tiles: tiles.iter(), shift, tile_lines, next: 0, left: 0 }
+    }
+
+    /// Asks for `lines` lines, or as many as are left.
+    #[inline(always)]
+    pub(super) fn lines(&mut self, mut lines: usize) {
+        while lines > 0 {
+            if self.left == 0 {
+                let Some(tile) = self.tiles.next() else { return };
+                (self.next, self.left) = (tile + self.shift, self.tile_lines);
+            }
+            let here = lines.min(self.left);
+            (0..here)
+                .for_each(|i| fetch_line(self.words.as_ptr().wrapping_add(self.next + i * TILE)));
+            (self.next, self.left) = (self.next + here * TILE, self.left - here);
+            lines -= here;
+        }
+    }
+
+    /// Asks for all that is left.
+    pub(super) fn rest(&mut self) {
+        self.lines(usize::MAX);
+    }
+}
+
+/// Asks for a line, into the second-level cache.
+#[inline(always)]
+fn fetch_line(line: *const u32) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch may be given any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
 }
 
 /// Up to [`MAX_ROWS`] rows of weights of positions, `stride` apart. Row r has `lens[r]` of them (in
@@ -69,12 +111,18 @@ pub(super) trait Products: Copy + Send + Sync {
     fn pack(self, dtype: Dtype, rows: &[f32], d: usize, out: &mut [u32]);
 
     /// `out[r][j] = x_r . k_j` for all positions of all tiles of `keys`; one more tile may be written to.
-    fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>);
+    fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>, fetch: &mut Fetch<'_>);
 
     /// `out[r] = sum over j < lens[r] of p_rj v_j`; `out` is `[rows][d]`.
     ///
     /// `buffers` may hold values of an earlier call with the same tiles: see [`Buffers::forget`].
-    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: &mut [f32], buffers: &mut Buffers);
+    fn mix(
+        self,
+        p: Weights<'_>,
+        values: Panel<'_>,
+        out: &mut [f32],
+        beside: (&mut Buffers, &mut Fetch<'_>),
+    );
 
     /// `out[j] += sum over r with lens[r] > j of p_rj x_r`; `x` is `[rows][d]`, `out` `[positions][d]`
     /// with whole tiles of positions. Any number of rows.
@@ -132,19 +180,21 @@ impl<T: Copy + Default> Grow<T> {
 
 /// Turns scores into exp(scale * score - maximum), in place, and gives the sums. Each row uses only its
 /// first `len` scores, and becomes zero from there to the end of the tile.
-pub(super) struct Softmax<'a> {
+pub(super) struct Softmax<'a, 'f> {
     pub(super) scale: f32,
     pub(super) scores: &'a mut [f32],
     pub(super) stride: usize,
     pub(super) lens: &'a [usize],
     pub(super) sums: &'a mut [f32],
+    /// What to ask for meanwhile, this many lines for sixteen scores.
+    pub(super) fetch: (&'a mut Fetch<'f>, usize),
 }
 
-impl Job for Softmax<'_> {
+impl Job for Softmax<'_, '_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn run<S: Simd>(mut self, s: S) {
         let rows = self.scores.chunks_mut(self.stride).zip(self.lens);
         for ((row, &len), sum) in rows.zip(self.sums) {
             let (whole, tail) =
@@ -158,7 +208,9 @@ impl Job for Softmax<'_> {
             }
             let max = s.splat(s.max_lane(max));
             let mut total = s.splat(0.0);
+            let (fetch, lines) = &mut self.fetch;
             for chunk in whole {
+                fetch.lines(*lines);
                 let p = s.exp(s.sub(s.mul(s.load(chunk), scale), max));
                 s.store(chunk, p);
                 total = s.add(total, p);
