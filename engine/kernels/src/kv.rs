@@ -4,16 +4,26 @@
 //! business and not known here. Nothing is ever cleared: readers look only at positions that their
 //! sequence has written.
 //!
-//! Everything is kept in 32-bit words, one f32, two bf16 or four 8-bit integers each (the first element in
-//! the lowest bits); `w` is the words of one head. Layout: `[layer][block][kv head]`, and for each of
-//! those first the keys, then the values of the block's positions, then, for integers, the scales of the
-//! keys and those of the values, as f32. Keys lie in tiles of [`TILE`] positions,
-//! transposed: `[pos / 16][w][16]`, so that one 64-byte line holds one word of 16 positions and is the
-//! operand of one multiplication with a broadcast word of a query. Values lie row by row: `[pos][w]`.
-//! Every tile starts on a 64-byte line.
+//! Everything is kept in 32-bit words, one f32, two bf16 or four 8-bit integers each (the first in the
+//! lowest bits). Layout: `[layer][block][kv head]`, and for each of those first the keys, then the values
+//! of the block's positions, then, for integers, the scales of the keys and those of the values, as f32.
+//! Both lie in tiles of [`TILE`] positions, as the products sum them:
+//!
+//! ```text
+//! keys    [tile][w][16]       a word holds p elements of one position; a line, one word of 16 positions
+//! values  [tile][16 / p][d]   a word holds one element of p positions that follow each other
+//! ```
+//! where p is what fits into a word and w = d / p. Every tile starts on a 64-byte line.
+//!
+//! Values are finite, so that a weight of zero hides what a row does not see. Whoever sees a position whose
+//! value is not finite has to know: the key there is stored as not a number (integers: the scale).
 
+use crate::cpu::Isa;
 use crate::disjoint::Disjoint;
-use crate::gemm::convert::{element, pair, per_word};
+use crate::gemm::buffer::Line;
+use crate::gemm::convert::{element, pack_line, pair, per_word, round_bf16};
+use crate::gemm::pack::transpose;
+use crate::simd::{Job, Simd};
 use crate::{Dtype, Kernels, KvDtype, huge};
 
 /// Positions in one tile of keys: the lanes of a 512-bit register.
@@ -137,7 +147,8 @@ impl KvCache {
     pub fn key(&self, layer: usize, slot: u32, head: usize) -> Vec<f32> {
         let (start, lane) = self.shape.key_tile(layer, slot, head);
         let scale = self.shape.scale_of_key(layer, slot, head);
-        self.expand(|w| self.words()[start + w * TILE + lane], scale)
+        let word = |w: usize| self.words()[start + w * TILE + lane];
+        (0..self.head_dim()).map(|i| self.expand(word, i, scale)).collect()
     }
 
     /// The value at `slot` of one head, as stored. For tests and tools; slow.
@@ -145,18 +156,18 @@ impl KvCache {
     /// # Panics
     /// When layer, slot or head do not exist.
     pub fn value(&self, layer: usize, slot: u32, head: usize) -> Vec<f32> {
-        let start = self.shape.value_row(layer, slot, head);
+        let (start, lane) = self.shape.value_row(layer, slot, head);
         let scale = self.shape.scale_of_key(layer, slot, head) + self.block_size();
-        self.expand(|w| self.words()[start + w], scale)
+        let one = |i: usize| self.expand(|_| self.words()[start + i], lane, scale);
+        (0..self.head_dim()).map(one).collect()
     }
 
-    /// The elements in some words, whose scale is word `scale` if they have one.
-    fn expand(&self, word: impl Fn(usize) -> u32, scale: usize) -> Vec<f32> {
-        let one = |i: usize| match self.shape.dtype {
-            KvDtype::Plain(dtype) => element(dtype, &word, i),
+    /// Element `i` of those in some words, whose scale is word `scale` if they have one.
+    fn expand(&self, word: impl Fn(usize) -> u32, i: usize, scale: usize) -> f32 {
+        match self.shape.dtype {
+            KvDtype::Plain(dtype) => element(dtype, word, i),
             KvDtype::Int8 => f32::from_bits(self.words()[scale]) * integer(word(i / 4), i % 4),
-        };
-        (0..self.head_dim()).map(one).collect()
+        }
     }
 
     /// Copies a block in all layers: keys and values of every position.
@@ -185,8 +196,12 @@ impl KvCache {
             for line in (0..words * TILE).step_by(TILE) {
                 cache[target + line + target_lane] = cache[source + line + lane];
             }
-            let source = shape.value_row(layer, from, head);
-            cache.copy_within(source..source + words, shape.value_row(layer, to, head));
+            let (source, lane) = shape.value_row(layer, from, head);
+            let (target, target_lane) = shape.value_row(layer, to, head);
+            for i in 0..shape.head_dim {
+                let value = cache[source + i] >> (lane * shape.bits());
+                put(&mut cache[target + i], target_lane, shape.bits(), value);
+            }
             if shape.dtype == KvDtype::Int8 {
                 let source = shape.scale_of_key(layer, from, head);
                 let target = shape.scale_of_key(layer, to, head);
@@ -226,6 +241,7 @@ impl KvCache {
 }
 
 impl Shape {
+    #[inline(always)]
     fn head_words(self) -> usize {
         match self.dtype {
             KvDtype::Plain(dtype) => self.head_dim / per_word(dtype),
@@ -233,22 +249,38 @@ impl Shape {
         }
     }
 
+    /// Bits of an element.
+    #[inline(always)]
+    fn bits(self) -> usize {
+        32 * self.head_words() / self.head_dim
+    }
+
     /// Words of one head in one block.
+    #[inline(always)]
     fn region(self) -> usize {
         2 * self.block_size * self.dtype.head_bytes(self.head_dim) / 4
+    }
+
+    /// The block of a slot and the offset there.
+    #[inline(always)]
+    fn place(self, slot: u32) -> (usize, usize) {
+        let block_size = self.block_size as u32;
+        ((slot / block_size) as usize, (slot % block_size) as usize)
     }
 
     /// Where the scale of the key of a slot lies, in caches of integers; that of the value lies a block's
     /// positions further.
     fn scale_of_key(self, layer: usize, slot: u32, head: usize) -> usize {
-        let (block, offset) = (slot as usize / self.block_size, slot as usize % self.block_size);
+        let (block, offset) = self.place(slot);
         self.keys_start(layer, block, head) + 2 * self.values_after() + offset
     }
 
+    #[inline(always)]
     fn values_after(self) -> usize {
         self.block_size * self.head_words()
     }
 
+    #[inline(always)]
     fn keys_start(self, layer: usize, block: usize, head: usize) -> usize {
         assert!(layer < self.layers, "layer {layer}, the cache has {}", self.layers);
         assert!(block < self.num_blocks, "block {block}, the cache has {}", self.num_blocks);
@@ -257,16 +289,20 @@ impl Shape {
     }
 
     /// Where the tile with the key of a slot begins, and the lane of the key.
+    #[inline(always)]
     fn key_tile(self, layer: usize, slot: u32, head: usize) -> (usize, usize) {
-        let (block, offset) = (slot as usize / self.block_size, slot as usize % self.block_size);
+        let (block, offset) = self.place(slot);
         let start = self.keys_start(layer, block, head);
         (start + offset / TILE * TILE * self.head_words(), offset % TILE)
     }
 
-    /// Where the value of a slot begins.
-    fn value_row(self, layer: usize, slot: u32, head: usize) -> usize {
-        let (block, offset) = (slot as usize / self.block_size, slot as usize % self.block_size);
-        self.keys_start(layer, block, head) + self.values_after() + offset * self.head_words()
+    /// Where the words with the value of a slot begin, and its part of each.
+    #[inline(always)]
+    fn value_row(self, layer: usize, slot: u32, head: usize) -> (usize, usize) {
+        let (block, offset) = self.place(slot);
+        let start = self.keys_start(layer, block, head) + self.values_after();
+        let per_word = 32 / self.bits();
+        (start + offset / per_word * self.head_dim, offset % per_word)
     }
 }
 
@@ -282,12 +318,18 @@ impl Kernels {
         let len = slots.len() * kv.kv_heads() * kv.head_dim();
         assert!(k.len() == len, "{} elements of k, {} rows need {len}", k.len(), slots.len());
         assert!(v.len() == len, "{} elements of v, {} rows need {len}", v.len(), slots.len());
-        let write = Write { shape: kv.shape, layer, slots };
+        let write = Write { isa: self.isa, shape: kv.shape, layer, slots };
         let cache = Disjoint::new(&mut kv.words[kv.lead..]);
         // No two tasks touch the same words, even where slots repeat.
-        let task = |i: usize| match i % 2 {
-            0 => write.keys(i / 2, k, &cache),
-            _ => write.values(i / 2, v, &cache),
+        let task = |i: usize| {
+            self.isa.vectorize(WriteHead {
+                write: &write,
+                head: i / 2,
+                k,
+                v,
+                cache: &cache,
+                keys: i.is_multiple_of(2),
+            });
         };
         let tasks = 2 * kv.shape.kv_heads;
         if slots.len() < SERIAL_ROWS {
@@ -300,59 +342,183 @@ impl Kernels {
 
 /// A call of `kv_write`.
 struct Write<'a> {
+    isa: Isa,
     shape: Shape,
     layer: usize,
     slots: &'a [u32],
 }
 
-impl Write<'_> {
-    fn keys(&self, head: usize, k: &[f32], cache: &Disjoint<'_, u32>) {
-        let (d, words) = (self.shape.head_dim, self.shape.head_words());
-        let mut rounded = [0; MAX_HEAD_DIM];
-        for (row, &slot) in self.slots.iter().enumerate() {
-            let (start, lane) = self.shape.key_tile(self.layer, slot, head);
+/// The keys of one head, or its values.
+struct WriteHead<'a> {
+    write: &'a Write<'a>,
+    head: usize,
+    k: &'a [f32],
+    v: &'a [f32],
+    cache: &'a Disjoint<'a, u32>,
+    keys: bool,
+}
+
+impl Job for WriteHead<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        match self.keys {
+            true => self.keys(),
+            false => self.values(),
+        }
+    }
+}
+
+impl WriteHead<'_> {
+    /// The row's elements of this head in `x`.
+    #[inline(always)]
+    fn of<'x>(&self, x: &'x [f32], row: usize) -> &'x [f32] {
+        let d = self.write.shape.head_dim;
+        &x[(row * self.write.shape.kv_heads + self.head) * d..][..d]
+    }
+
+    #[inline(always)]
+    fn keys(&self) {
+        let Write { shape, layer, slots, .. } = *self.write;
+        let words = shape.head_words();
+        let mut row = 0;
+        while row < slots.len() {
+            let slot = slots[row];
+            let (start, lane) = shape.key_tile(layer, slot, self.head);
+            let whole = lane == 0
+                && slots[row..].len() >= TILE
+                && (slot..).zip(&slots[row..row + TILE]).all(|(a, &b)| a == b);
+            let rows = if whole { TILE } else { 1 };
+            if let Some(&next) = slots.get(row + rows + 1) {
+                self.ask_for(shape.key_tile(layer, next, self.head).0, TILE * words);
+            }
             // SAFETY: only this task writes keys of this head.
-            let tile = unsafe { cache.part(start, start + TILE * words) };
-            let source = &k[(row * self.shape.kv_heads + head) * d..][..d];
-            let scale = match self.shape.dtype {
+            let tile = unsafe { self.cache.part(start, start + TILE * words) };
+            match shape.dtype {
+                KvDtype::Plain(dtype) if whole => self.tile_of_keys(row, dtype, tile),
                 KvDtype::Plain(dtype) => {
-                    round_words(dtype, source, &mut rounded[..words]);
-                    None
+                    let mut key = [0; MAX_HEAD_DIM];
+                    round_words(dtype, self.key(dtype, row), &mut key[..words]);
+                    write_key(&key[..words], lane, tile);
                 }
-                KvDtype::Int8 => Some(quantize(source, &mut rounded[..words])),
-            };
-            write_key(&rounded[..words], lane, tile);
-            self.scale(self.shape.scale_of_key(self.layer, slot, head), scale, cache);
+                KvDtype::Int8 => (row..row + rows).zip(slot..).for_each(|(row, slot)| {
+                    let mut key = [0; MAX_HEAD_DIM];
+                    let scale = quantize(self.of(self.k, row), &mut key);
+                    let words = key.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
+                    let lines = tile.as_chunks_mut::<TILE>().0;
+                    let lane = slot as usize % TILE;
+                    lines.iter_mut().zip(words).for_each(|(line, word)| line[lane] = word);
+                    self.scale(shape.scale_of_key(layer, slot, self.head), scale);
+                }),
+            }
+            row += rows;
         }
     }
 
-    fn values(&self, head: usize, v: &[f32], cache: &Disjoint<'_, u32>) {
-        let (d, words) = (self.shape.head_dim, self.shape.head_words());
-        for (row, &slot) in self.slots.iter().enumerate() {
-            let start = self.shape.value_row(self.layer, slot, head);
+    /// The key of a row, or what stands for it where the value is not finite.
+    #[inline(always)]
+    fn key(&self, dtype: Dtype, row: usize) -> &[f32] {
+        const BROKEN: [f32; MAX_HEAD_DIM] = [f32::NAN; MAX_HEAD_DIM];
+        match finite(dtype, self.of(self.v, row)) {
+            true => self.of(self.k, row),
+            false => &BROKEN[..self.write.shape.head_dim],
+        }
+    }
+
+    /// Sixteen rows from `row` on as one tile.
+    #[inline(always)]
+    fn tile_of_keys(&self, row: usize, dtype: Dtype, tile: &mut [u32]) {
+        let keys: [&[f32]; TILE] = std::array::from_fn(|i| self.key(dtype, row + i));
+        let elements = TILE * per_word(dtype);
+        for (i, to) in tile.chunks_mut(TILE * TILE).enumerate() {
+            let mut square = [Line::ZERO; TILE];
+            for (line, key) in square.iter_mut().zip(keys) {
+                pack_line(dtype, &key[i * elements..key.len().min((i + 1) * elements)], line);
+            }
+            let square = transpose(self.write.isa, &square);
+            to.as_chunks_mut::<TILE>().0.iter_mut().zip(square).for_each(|(to, line)| *to = line.0);
+        }
+    }
+
+    #[inline(always)]
+    fn values(&self) {
+        let Write { shape, layer, slots, .. } = *self.write;
+        let (d, bits) = (shape.head_dim, shape.bits());
+        for (row, &slot) in slots.iter().enumerate() {
+            if let Some(&next) = slots.get(row + 2) {
+                self.ask_for(shape.value_row(layer, next, self.head).0, d);
+            }
+            let source = self.of(self.v, row);
+            let (start, lane) = shape.value_row(layer, slot, self.head);
             // SAFETY: only this task writes values of this head.
-            let target = unsafe { cache.part(start, start + words) };
-            let source = &v[(row * self.shape.kv_heads + head) * d..][..d];
-            let scale = match self.shape.dtype {
-                KvDtype::Plain(dtype) => {
-                    round_words(dtype, source, target);
-                    None
+            let target = unsafe { self.cache.part(start, start + d) };
+            match shape.dtype {
+                KvDtype::Plain(dtype) => write_value(dtype, source, lane, target),
+                KvDtype::Int8 => {
+                    let mut bytes = [0; MAX_HEAD_DIM];
+                    let scale = quantize(source, &mut bytes);
+                    let each = target.iter_mut().zip(bytes);
+                    each.for_each(|(to, byte)| put(to, lane, bits, byte.into()));
+                    let place = shape.scale_of_key(layer, slot, self.head) + shape.block_size;
+                    self.scale(place, scale);
                 }
-                KvDtype::Int8 => Some(quantize(source, target)),
-            };
-            let place = self.shape.scale_of_key(self.layer, slot, head) + self.shape.block_size;
-            self.scale(place, scale, cache);
+            }
         }
     }
 
-    /// Writes the scale of a key or of a value, if it has one.
-    fn scale(&self, place: usize, scale: Option<f32>, cache: &Disjoint<'_, u32>) {
-        if let Some(scale) = scale {
-            // SAFETY: only one task writes scales of keys of a head, and one those of values.
-            let word = unsafe { cache.part(place, place + 1) };
-            word[0] = scale.to_bits();
+    /// Writes the scale of a key or of a value.
+    fn scale(&self, place: usize, scale: f32) {
+        // SAFETY: only one task writes scales of keys of a head, and one those of values.
+        let word = unsafe { self.cache.part(place, place + 1) };
+        word[0] = scale.to_bits();
+    }
+
+    /// Asks for words that will be written: their lines lie apart and come from memory.
+    #[inline(always)]
+    fn ask_for(&self, start: usize, words: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for line in (0..words).step_by(TILE) {
+            use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+            let line = self.cache.pointer(start + line, start + words);
+            // SAFETY: a prefetch may be given any address.
+            unsafe { _mm_prefetch::<_MM_HINT_ET0>(line.cast_const().cast()) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (start, words);
+    }
+}
+
+/// Whether elements are finite once they are rounded.
+#[inline(always)]
+fn finite(dtype: Dtype, elements: &[f32]) -> bool {
+    let limit = match dtype {
+        Dtype::F32 => f32::INFINITY.to_bits(),
+        // From here on bf16 rounds to infinity.
+        Dtype::Bf16 => 0x7f7f_8000,
+    };
+    elements.iter().fold(0, |most, x| (x.to_bits() & 0x7fff_ffff).max(most)) < limit
+}
+
+/// Writes the value of a position into tiles of values, zeros where it is not finite.
+#[inline(always)]
+pub(crate) fn write_value(dtype: Dtype, elements: &[f32], position: usize, tiles: &mut [u32]) {
+    let (d, per_word) = (elements.len(), per_word(dtype));
+    let words = &mut tiles[position / per_word * d..][..d];
+    let keep = if finite(dtype, elements) { u32::MAX } else { 0 };
+    for (to, &x) in words.iter_mut().zip(elements) {
+        match dtype {
+            Dtype::F32 => *to = x.to_bits() & keep,
+            Dtype::Bf16 => put(to, position % per_word, 16, round_bf16(x) & keep),
         }
     }
+}
+
+/// Replaces part `lane` of a word, `bits` wide, by the lowest bits of `value`.
+#[inline(always)]
+fn put(word: &mut u32, lane: usize, bits: usize, value: u32) {
+    let mask = u32::MAX >> (32 - bits);
+    *word = *word & !(mask << (lane * bits)) | (value & mask) << (lane * bits);
 }
 
 /// Integer `i` of the four in a word.
@@ -363,27 +529,25 @@ pub(crate) fn integer(word: u32, i: usize) -> f32 {
 
 /// Rounds a head's key or value to 8-bit integers, ties to even; returns the scale. An element that is
 /// not finite makes the scale not a number.
-fn quantize(elements: &[f32], words: &mut [u32]) -> f32 {
+fn quantize(elements: &[f32], bytes: &mut [u8; MAX_HEAD_DIM]) -> f32 {
     const LARGEST: f32 = 127.0;
     let largest = elements.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m });
     if elements.iter().any(|x| !x.is_finite()) {
-        words.fill(0);
         return f32::NAN;
     }
     // Below this the inverse overflows; nothing so small changes a score.
     if largest < LARGEST * f32::MIN_POSITIVE {
-        words.fill(0);
         return 0.0;
     }
     let inverse = LARGEST / largest;
-    for (word, x) in words.iter_mut().zip(elements.chunks_exact(4)) {
-        let byte = |i: usize| u32::from(((x[i] * inverse).round_ties_even() as i8).cast_unsigned());
-        *word = byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24;
+    for (byte, x) in bytes.iter_mut().zip(elements) {
+        *byte = ((x * inverse).round_ties_even() as i8).cast_unsigned();
     }
     largest / LARGEST
 }
 
 /// Rounds elements into words.
+#[inline(always)]
 pub(crate) fn round_words(dtype: Dtype, elements: &[f32], words: &mut [u32]) {
     match dtype {
         Dtype::F32 => words.iter_mut().zip(elements).for_each(|(w, x)| *w = x.to_bits()),
@@ -395,6 +559,7 @@ pub(crate) fn round_words(dtype: Dtype, elements: &[f32], words: &mut [u32]) {
 }
 
 /// Puts the words of a key into lane `lane` of a tile.
+#[inline(always)]
 pub(crate) fn write_key(key: &[u32], lane: usize, tile: &mut [u32]) {
     tile.chunks_exact_mut(TILE).zip(key).for_each(|(line, &word)| line[lane] = word);
 }
@@ -483,6 +648,30 @@ mod tests {
         kernels.kv_write(&mut kv, 0, &k, &[0.0; 16], &[4]);
         assert!(kv.key(0, 4, 0).iter().all(|x| x.is_nan()));
         assert_eq!(kv.value(0, 4, 0), vec![0.0; 16]);
+    }
+
+    #[test]
+    fn a_value_that_is_not_finite_is_told_by_its_key() {
+        for (dtype, broken) in [(Dtype::F32, f32::INFINITY), (Dtype::Bf16, 3.4e38)] {
+            for level in Level::ALL.into_iter().filter(|level| level.isa().is_some()) {
+                let kernels = Kernels::new(level, 1).unwrap();
+                let mut kv = KvCache::new(dtype, 1, 2, 16, 1, 32);
+                let mut v = [0.5; 20 * 32];
+                v[3 * 32 + 7] = broken;
+                v[17 * 32] = f32::NAN;
+                let slots: Vec<u32> = (0..20).collect();
+                kernels.kv_write(&mut kv, 0, &[1.0; 20 * 32], &v, &slots);
+                for slot in slots {
+                    let (key, value) = (kv.key(0, slot, 0), kv.value(0, slot, 0));
+                    if slot == 3 || slot == 17 {
+                        assert!(key.iter().all(|x| x.is_nan()), "{level} {dtype:?} slot {slot}");
+                        assert_eq!(value, [0.0; 32]);
+                    } else {
+                        assert_eq!((key, value), (vec![1.0; 32], vec![0.5; 32]));
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -37,8 +37,6 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn load_low(self, words: &[u32; LANES]) -> Self::V;
     /// The odd-indexed (upper) bf16 of sixteen words.
     fn load_high(self, words: &[u32; LANES]) -> Self::V;
-    /// The sixteen bf16 of eight words, in order.
-    fn load_bf16(self, words: &[u32; LANES / 2]) -> Self::V;
     /// Up to sixteen elements, the missing lanes filled with `fill`.
     fn load_tail(self, x: &[f32], fill: f32) -> Self::V;
     fn store(self, to: &mut [f32; LANES], v: Self::V);
@@ -185,14 +183,6 @@ impl Simd for Portable {
     #[inline(always)]
     fn load_high(self, words: &[u32; LANES]) -> Wide {
         Wide(words.map(high))
-    }
-
-    #[inline(always)]
-    fn load_bf16(self, words: &[u32; LANES / 2]) -> Wide {
-        Wide(std::array::from_fn(|i| match i % 2 {
-            0 => low(words[i / 2]),
-            _ => high(words[i / 2]),
-        }))
     }
 
     #[inline(always)]
@@ -387,16 +377,6 @@ pub(crate) mod avx512 {
         }
 
         #[inline(always)]
-        fn load_bf16(self, words: &[u32; LANES / 2]) -> __m512 {
-            // SAFETY: `self` proves the features; eight words are there.
-            let half = unsafe { _mm256_loadu_si256(words.as_ptr().cast()) };
-            // SAFETY: `self` proves the features.
-            let words = unsafe { _mm512_cvtepu16_epi32(half) };
-            // SAFETY: as above.
-            unsafe { widen_low(words) }
-        }
-
-        #[inline(always)]
         fn load_tail(self, x: &[f32], fill: f32) -> __m512 {
             let fill = self.splat(fill);
             // SAFETY: `self` proves the features; masked-out lanes are not read.
@@ -508,18 +488,17 @@ mod tests {
         }
     }
 
-    /// The three ways of reading bf16.
+    /// The two ways of reading bf16.
     struct Halves<'a>(&'a [u32; LANES]);
 
     impl Job for Halves<'_> {
-        type Output = [[f32; LANES]; 3];
+        type Output = [[f32; LANES]; 2];
 
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> Self::Output {
-            let mut out = [[0.0; LANES]; 3];
+            let mut out = [[0.0; LANES]; 2];
             s.store(&mut out[0], s.load_low(self.0));
             s.store(&mut out[1], s.load_high(self.0));
-            s.store(&mut out[2], s.load_bf16(self.0[..LANES / 2].as_array().expect("half")));
             out
         }
     }
@@ -531,10 +510,9 @@ mod tests {
             std::array::from_fn(|w| element(2 * w) | element(2 * w + 1) << 16);
         let wide = |i: usize| f32::from_bits(element(i) << 16);
         for isa in levels() {
-            let [low, high, first] = isa.vectorize(Halves(&words));
+            let [low, high] = isa.vectorize(Halves(&words));
             assert_eq!(low, std::array::from_fn(|i| wide(2 * i)));
             assert_eq!(high, std::array::from_fn(|i| wide(2 * i + 1)));
-            assert_eq!(first, std::array::from_fn(wide));
         }
     }
 

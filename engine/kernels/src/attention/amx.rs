@@ -3,17 +3,15 @@
 //! ```text
 //! scores:          tiles of x = rows of queries, 32 elements a line
 //!                  tiles of w = the cache's own tiles of keys: 16 pairs of elements x 16 positions
-//! mix:             tiles of x = rows of p rounded to bf16, 32 positions a line
-//!                  tiles of w = pairs of positions x 16 elements: values, interleaved two by two
+//! mix:             tiles of x = rows of p rounded to bf16, 16 positions a tile
+//!                  tiles of w = the cache's own tiles of values: 8 pairs of positions x 16 elements
 //! mix_transposed:  tiles of x = columns of p rounded to bf16, 32 rows a line
 //!                  tiles of w = pairs of rows x 16 elements
 //! ```
-//! A sum goes over 32 positions at a time in one fixed order, and what fills up the last 32 is zero times
-//! zero, so neither the rows of a product nor what comes behind a row's position can be seen in it. The
-//! probabilities are rounded as in FlashAttention (arXiv 2205.14135); their sum is that before rounding.
-//!
-//! Values that are not finite would reach rows which do not see them, as zero times infinity: rows of such
-//! a product are mixed one by one, each with what it sees.
+//! A sum goes over 32 elements, 16 positions or 32 rows at a time in one fixed order, and what fills up the
+//! last ones is zero times something finite, so neither the rows of a product nor what comes behind a row's
+//! position can be seen in it. The probabilities are rounded as in FlashAttention (arXiv 2205.14135);
+//! their sum is that before rounding.
 
 use super::tiles::{Fetch, Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
@@ -38,26 +36,13 @@ pub(super) struct Tiled {
     bf16: Avx512Bf16,
 }
 
-/// What products keep from one to the next.
+/// What products work in.
 #[derive(Default)]
 pub(super) struct Buffers {
-    /// Pairs of values, `[pair][d]` words.
-    values: Vec<Line>,
-    /// Positions among them, the last pair filled up with zeros, and those whose tiles they came from.
-    positions: usize,
-    /// The first position with a value that is not finite.
-    broken: Option<usize>,
     /// Rounded weights.
     weights: Vec<Line>,
     /// The right operand of `mix_transposed`.
     pairs: Vec<Line>,
-}
-
-impl Buffers {
-    /// Forgets the values: other ones come, or they have changed.
-    pub(super) fn forget(&mut self) {
-        (self.positions, self.broken) = (0, None);
-    }
 }
 
 impl Tiled {
@@ -68,70 +53,10 @@ impl Tiled {
         (dtype == Dtype::Bf16 && d.is_multiple_of(STEP)).then_some(Self { token, bf16 })
     }
 
-    /// `out[r] = sum over j of p_rj v_j` for rows that see the same values of `buffers`, or whose weights
-    /// of the others are zero.
-    fn mix_rows(self, p: Weights<'_>, d: usize, buffers: &mut Buffers, out: &mut [f32]) {
-        let rows = p.lens.len();
-        let depth = p.lens[rows - 1].div_ceil(STEP);
-        let row_lines = depth + 1;
-        grow(&mut buffers.weights, rows * row_lines);
-        for (row, to) in buffers.weights.chunks_exact_mut(row_lines).take(rows).enumerate() {
-            let weights = &p.rows[row * p.stride..][..p.lens[row]];
-            self.round(weights, &mut to[..depth]);
-        }
-        let x = Rows { lines: &buffers.weights, row: row_lines, step: 1 };
-        let held = Tiles::of_rows(self.token, rows);
-        for column in (0..d).step_by(STEP) {
-            let w = |column: usize| Rows {
-                lines: &buffers.values[column / WORDS..],
-                row: d / WORDS,
-                step: d,
-            };
-            let w = [w(column), w(column + WORDS)];
-            let out = &mut out[column..];
-            assert!(out.len() >= (rows - 1) * d + STEP, "{} elements of output", out.len());
-            let to = Target { to: out.as_mut_ptr(), stride: d, write: Write::Set };
-            // SAFETY: the rows are there, by the assertion.
-            unsafe { held.multiply(&Multiply::of(x, w, depth), &to) };
-        }
-    }
-
     /// Rounds values into lines, filled up with zeros.
     fn round(self, values: &[f32], to: &mut [Line]) {
         // SAFETY: the proofs of AVX-512 and its conversions are there.
         unsafe { round(self.bf16, values, to) }
-    }
-
-    /// Makes `buffers` hold the values of positions below `len`.
-    fn values(self, values: Panel<'_>, len: usize, buffers: &mut Buffers, fetch: &mut Fetch<'_>) {
-        let d = 2 * values.head_words;
-        let pair_lines = d / WORDS;
-        grow(&mut buffers.values, len.next_multiple_of(STEP) / 2 * pair_lines);
-        if len <= buffers.positions {
-            return;
-        }
-        for tile in buffers.positions / TILE..len.next_multiple_of(STEP) / TILE {
-            let first = tile * TILE;
-            let seen = len.saturating_sub(first).min(TILE);
-            let to = &mut buffers.values[first / 2 * pair_lines..][..TILE / 2 * pair_lines];
-            if seen == 0 {
-                to.fill(Line::ZERO);
-                continue;
-            }
-            let words = values.tile(tile);
-            for (i, to) in to.chunks_exact_mut(pair_lines).enumerate() {
-                let row = |i: usize| &words[i * values.head_words..][..values.head_words];
-                let [even, odd] = [2 * i, 2 * i + 1].map(|i| (i < seen).then(|| row(i)));
-                fetch.lines(values.head_words * 3 / 4 / (TILE / 2));
-                // SAFETY: the proof of AVX-512 is there.
-                let finite = unsafe { interleave(self.bf16, even, odd, to) };
-                if !finite {
-                    let at = first + 2 * i;
-                    buffers.broken = Some(buffers.broken.map_or(at, |broken| broken.min(at)));
-                }
-            }
-        }
-        buffers.positions = len;
     }
 }
 
@@ -173,22 +98,24 @@ impl Products for Tiled {
         (buffers, fetch): (&mut Buffers, &mut Fetch<'_>),
     ) {
         let (rows, d) = (p.lens.len(), out.len() / p.lens.len());
-        let last = p.lens[rows - 1];
-        self.values(values, last, buffers, fetch);
-        if buffers.broken.is_none_or(|at| at >= last) {
-            return self.mix_rows(p, d, buffers, out);
+        let tiles = p.lens[rows - 1].div_ceil(TILE);
+        let row_lines = tiles.div_ceil(2) + 1;
+        grow(&mut buffers.weights, rows * row_lines);
+        for (row, to) in buffers.weights.chunks_exact_mut(row_lines).take(rows).enumerate() {
+            let weights = &p.rows[row * p.stride..][..p.lens[row]];
+            self.round(weights, &mut to[..row_lines - 1]);
         }
-        for (row, out) in out.chunks_exact_mut(d).enumerate() {
-            buffers.forget();
-            self.values(values, p.lens[row], buffers, fetch);
-            let p = Weights {
-                rows: &p.rows[row * p.stride..],
-                lens: &p.lens[row..=row],
-                stride: p.stride,
-            };
-            self.mix_rows(p, d, buffers, out);
+        let x = Rows { lines: &buffers.weights, row: row_lines, step: 1 };
+        let held = Tiles::of_pairs(self.token, rows);
+        let mut beside = FetchLines(fetch, values.head_words / (d / STEP));
+        for column in (0..d).step_by(STEP) {
+            let out = &mut out[column..];
+            assert!(out.len() >= (rows - 1) * d + STEP, "{} elements of output", out.len());
+            let to = Target { to: out.as_mut_ptr(), stride: d, write: Write::Set };
+            let w = (0..tiles).map(|tile| &values.tile(tile)[column..]);
+            // SAFETY: the rows are there, by the assertion.
+            unsafe { held.multiply_pairs(x, (w, d), &to, &mut beside) };
         }
-        buffers.forget();
     }
 
     fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32], buffers: &mut Buffers) {
@@ -305,46 +232,6 @@ fn load(values: &[f32]) -> __m512 {
     let mask = ((1_u32 << values.len()) - 1) as __mmask16;
     // SAFETY: masked to the values that are there.
     unsafe { _mm512_maskz_loadu_ps(mask, values.as_ptr()) }
-}
-
-/// Words of two rows of pairs of elements become pairs of rows, one element a word; whether all are finite.
-/// A row that is not there is zero.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn interleave(
-    _proof: Avx512Bf16,
-    even: Option<&[u32]>,
-    odd: Option<&[u32]>,
-    to: &mut [Line],
-) -> bool {
-    let exponent = _mm512_set1_epi16(0x7f80);
-    let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
-    let first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    let second = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
-    let mut broken = 0;
-    for (i, to) in to.chunks_exact_mut(2).enumerate() {
-        let words = |row: Option<&[u32]>| match row
-            .and_then(|row| row[i * WORDS..].first_chunk::<WORDS>())
-        {
-            // SAFETY: sixteen words are there.
-            Some(words) => unsafe { _mm512_loadu_si512(words.as_ptr().cast()) },
-            None => _mm512_setzero_si512(),
-        };
-        let (a, b) = (words(even), words(odd));
-        for x in [a, b] {
-            broken |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
-        }
-        let low = _mm512_or_si512(_mm512_andnot_si512(upper, a), _mm512_slli_epi32::<16>(b));
-        let high = _mm512_or_si512(_mm512_srli_epi32::<16>(a), _mm512_and_si512(b, upper));
-        let lines = [
-            _mm512_permutex2var_epi32(low, first, high),
-            _mm512_permutex2var_epi32(low, second, high),
-        ];
-        for (to, line) in to.iter_mut().zip(lines) {
-            // SAFETY: any 512 bits are a line.
-            *to = unsafe { std::mem::transmute::<__m512i, Line>(line) };
-        }
-    }
-    broken == 0
 }
 
 /// Rounds two rows of values into pairs, one element of both a word. A row that is not there is zero.

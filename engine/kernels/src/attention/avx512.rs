@@ -301,13 +301,13 @@ unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask
     for tile in 0..last.div_ceil(TILE) {
         let base = tile * TILE;
         let p = rows.as_ptr().wrapping_add(base);
-        let start = task.values.tile(tile).as_ptr().wrapping_add(task.first * TILE / E);
+        let start = task.values.tile(tile).as_ptr().wrapping_add(task.first * TILE);
         let here = TILE.min(last - base);
         let all = here.min(common.saturating_sub(base));
         task.fetch.lines(words);
         for j in 0..all {
             // SAFETY: position j of the tile exists.
-            let v = unsafe { load_value::<D, E>(start.wrapping_add(j * words)) };
+            let v = unsafe { load_value::<D, E>(start.wrapping_add(j / E * task.d), j % E) };
             for (r, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: each row has weights up to the last length.
                 let p = unsafe { broadcast(p.wrapping_add(r * stride + j)) };
@@ -318,7 +318,7 @@ unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask
         }
         for j in all..here {
             // SAFETY: position j of the tile exists.
-            let v = unsafe { load_value::<D, E>(start.wrapping_add(j * words)) };
+            let v = unsafe { load_value::<D, E>(start.wrapping_add(j / E * task.d), j % E) };
             for (r, sums) in sums.iter_mut().enumerate() {
                 let seen: __mmask16 = if lens[r] > base + j { !0 } else { 0 };
                 // SAFETY: each row has room for weights up to the last length.
@@ -338,24 +338,24 @@ unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask
     }
 }
 
-/// D vectors of a value; E elements in a word.
+/// D vectors of a value, one element a word: part `lane` of the E in it.
 ///
 /// # Safety
 /// AVX-512 exists, and the D vectors do.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 #[inline]
-unsafe fn load_value<const D: usize, const E: usize>(at: *const u32) -> [__m512; D] {
+unsafe fn load_value<const D: usize, const E: usize>(at: *const u32, lane: usize) -> [__m512; D] {
     let mut v = [_mm512_setzero_ps(); D];
     for (c, v) in v.iter_mut().enumerate() {
-        let at = at.wrapping_add(c * TILE / E);
-        *v = if E == 1 {
-            // SAFETY: promised by the caller.
-            unsafe { _mm512_loadu_ps(at.cast()) }
+        // SAFETY: promised by the caller.
+        let words = unsafe { _mm512_loadu_si512(at.wrapping_add(c * TILE).cast()) };
+        *v = _mm512_castsi512_ps(if E == 1 {
+            words
         } else {
-            // SAFETY: promised by the caller.
-            let half = unsafe { _mm256_loadu_si256(at.cast()) };
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)))
-        };
+            let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            let shift = if lane == 0 { 16 } else { 0 };
+            _mm512_and_si512(_mm512_sll_epi32(words, _mm_cvtsi32_si128(shift)), upper)
+        });
     }
     v
 }
@@ -393,7 +393,7 @@ unsafe fn outer<const D: usize>(at: &OuterAt<'_>, x: &[f32], out: &mut [f32]) {
     }
     for row in at.rows.clone() {
         // SAFETY: promised by the caller.
-        let x = unsafe { load_value::<D, 1>(x.as_ptr().wrapping_add(row * at.d).cast()) };
+        let x = unsafe { load_value::<D, 1>(x.as_ptr().wrapping_add(row * at.d).cast(), 0) };
         for (j, sums) in sums.iter_mut().enumerate() {
             // SAFETY: promised by the caller.
             let p = unsafe { broadcast(at.p.as_ptr().wrapping_add(row * at.stride + j)) };

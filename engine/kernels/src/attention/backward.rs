@@ -21,7 +21,7 @@ use super::tiles::{Fetch, Grow, MAX_ROWS, Panel, Products, ScoresOut, Softmax, W
 use super::{AttnScratch, Lane, check_groups};
 use crate::disjoint::Disjoint;
 use crate::gemm::convert::{per_word, round_bf16};
-use crate::kv::{MAX_HEAD_DIM, TILE, check_head_dim, round_words, write_key};
+use crate::kv::{MAX_HEAD_DIM, TILE, check_head_dim, round_words, write_key, write_value};
 use crate::simd::{Job, LANES, Simd};
 use crate::{Dtype, Kernels};
 use std::ops::Range;
@@ -243,7 +243,6 @@ impl<P: Products> Backward<'_, P> {
     fn piece(&self, piece: Piece<'_>, lane: &mut Lane, dq: &Disjoint<'_, f32>) {
         let group = self.heads / self.kv_heads;
         self.round_keys_and_values(piece, lane);
-        lane.products.forget();
         let most = CHUNK_PRODUCTS * P::ROWS;
         for first in (0..piece.rows.len() * group).step_by(most) {
             let rows = most.min(piece.rows.len() * group - first);
@@ -271,23 +270,24 @@ impl<P: Products> Backward<'_, P> {
         }
     }
 
-    /// Keys as tiles and as rows, values as tiles.
+    /// Keys as tiles of keys and of values, values as tiles of keys.
     fn round_keys_and_values(&self, piece: Piece<'_>, lane: &mut Lane) {
         let words = self.d / per_word(self.dtype);
         let len = lane.tiles.len() * TILE * words;
         let key_tiles = lane.backward.key_tiles.slice(len);
         let key_rows = lane.backward.key_rows.slice(len);
         let value_tiles = lane.backward.value_tiles.slice(len);
-        let mut value = [0; MAX_HEAD_DIM];
-        let value = &mut value[..words];
+        let mut rounded = [0; MAX_HEAD_DIM];
+        let rounded = &mut rounded[..words];
         for (position, token) in (piece.start..).zip(piece.rows.clone()) {
             let place = (token * self.kv_heads + piece.kv_head) * self.d;
-            let key = &mut key_rows[position * words..][..words];
-            round_words(self.dtype, &self.k[place..][..self.d], key);
-            round_words(self.dtype, &self.v[place..][..self.d], value);
-            let tile = position / TILE * TILE * words;
-            write_key(key, position % TILE, &mut key_tiles[tile..][..TILE * words]);
-            write_key(value, position % TILE, &mut value_tiles[tile..][..TILE * words]);
+            let (key, value) = (&self.k[place..][..self.d], &self.v[place..][..self.d]);
+            write_value(self.dtype, key, position, key_rows);
+            for (x, tiles) in [(key, &mut *key_tiles), (value, &mut *value_tiles)] {
+                round_words(self.dtype, x, rounded);
+                let tile = position / TILE * TILE * words;
+                write_key(rounded, position % TILE, &mut tiles[tile..][..TILE * words]);
+            }
         }
     }
 

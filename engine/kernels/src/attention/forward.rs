@@ -8,10 +8,6 @@ use crate::simd::{Job, Simd};
 use crate::{Dtype, Kernels, KvDtype};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Bytes of keys and values of an item up to which those of the next are fetched meanwhile, so that they
-/// still are in a second-level cache when they are needed; of a longer one the keys, one product ahead.
-const AHEAD_BYTES: usize = 0;
-
 /// Everything an item needs to know.
 struct Forward<'a, P> {
     kernels: &'a Kernels,
@@ -64,14 +60,7 @@ pub(super) fn run<P: Products>(
             item
         };
         let mut item = Some(find(thread, &mut lane.tiles));
-        let mut head = None;
         while let Some(current) = item {
-            // The next rows of a head find its values as the products left them.
-            if head.replace((current.seq.first_row, current.kv_head))
-                != Some((current.seq.first_row, current.kv_head))
-            {
-                lane.products.forget();
-            }
             // Taken ahead of time, to fetch its keys while the current one is finished.
             next_tiles.clear();
             let number = next.fetch_add(1, Ordering::Relaxed);
@@ -127,13 +116,11 @@ impl<P: Products> Forward<'_, P> {
                 let (head_words, shift) = (self.kv.head_words(), self.kv.values_after());
                 let words = self.kv.words();
                 let fetch = |tiles, shift| Fetch::new(words, tiles, shift, head_words);
-                let tile_bytes = 2 * TILE * head_words * size_of::<u32>();
-                meanwhile = match tiles.len() * tile_bytes <= AHEAD_BYTES {
-                    true => [fetch(next, 0), fetch(next, shift)],
-                    // Later items of this head find the values in the processor's cache.
-                    false if item.first > 0 => [Fetch::nothing(), fetch(next, 0)],
-                    false => [fetch(tiles, shift), fetch(next, 0)],
-                };
+                // Later items of this head find the values in the processor's cache.
+                if item.first == 0 {
+                    meanwhile[0] = fetch(tiles, shift);
+                }
+                meanwhile[1] = fetch(next, 0);
                 let keys = Panel { dtype, words, tiles, shift: 0, head_words };
                 (keys, Panel { shift, ..keys })
             }
@@ -252,7 +239,7 @@ impl Job for ExpandKeys<'_> {
     }
 }
 
-/// `[16 positions][w / 4]` words of four integers become `[16][w]`.
+/// `[16 positions / 4][d]` words of four integers become `[16][d]`.
 struct ExpandValues<'a> {
     packed: &'a [u32],
     to: ExpandTo<'a>,
@@ -264,10 +251,10 @@ impl Job for ExpandValues<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, _s: S) {
         let d = self.to.to.len() / TILE;
-        let rows = self.packed.chunks_exact(d / 4).zip(self.to.to.chunks_exact_mut(d));
-        for ((words, to), &scale) in rows.zip(self.to.scales) {
-            for (&word, to) in words.iter().zip(to.as_chunks_mut::<4>().0) {
-                *to = std::array::from_fn(|i| (f32::from_bits(scale) * integer(word, i)).to_bits());
+        for (i, (to, &scale)) in self.to.to.chunks_exact_mut(d).zip(self.to.scales).enumerate() {
+            let words = &self.packed[i / 4 * d..][..d];
+            for (to, &word) in to.iter_mut().zip(words) {
+                *to = (f32::from_bits(scale) * integer(word, i % 4)).to_bits();
             }
         }
     }

@@ -12,7 +12,7 @@
 use super::tiles::{Buffers, Fetch, Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
 use crate::cpu::Isa;
-use crate::gemm::convert::round_bf16;
+use crate::gemm::convert::{per_word, round_bf16};
 use crate::kv::TILE;
 use crate::simd::{Job, Simd};
 
@@ -175,13 +175,13 @@ impl Mix<'_> {
             }
             let (common, last) = (seen[0], seen[R - 1]);
             for j in 0..common {
-                let v = value(s, dtype, words, j * d + column);
+                let v = value(s, dtype, words, (j, d), column);
                 for (sum, p) in sums.iter_mut().zip(&p) {
                     *sum = s.mul_add(s.splat(p[j]), v, *sum);
                 }
             }
             for j in common..last {
-                let v = value(s, dtype, words, j * d + column);
+                let v = value(s, dtype, words, (j, d), column);
                 for ((sum, p), &seen) in sums.iter_mut().zip(&p).zip(&seen) {
                     if j < seen {
                         *sum = s.mul_add(s.splat(p[j]), v, *sum);
@@ -231,12 +231,20 @@ impl Job for MixTransposed<'_> {
     }
 }
 
-/// Sixteen elements of values from element `at` on.
+/// Sixteen of the `d` elements of the value at position `j` of a tile, from element `column` on.
 #[inline(always)]
-fn value<S: Simd>(s: S, dtype: Dtype, words: &[u32], at: usize) -> S::V {
+fn value<S: Simd>(
+    s: S,
+    dtype: Dtype,
+    words: &[u32],
+    (j, d): (usize, usize),
+    column: usize,
+) -> S::V {
+    let words = head(&words[j / per_word(dtype) * d + column..]);
     match dtype {
-        Dtype::F32 => s.load(&head(&words[at..]).map(f32::from_bits)),
-        Dtype::Bf16 => s.load_bf16(head(&words[at / 2..])),
+        Dtype::F32 => s.load(&words.map(f32::from_bits)),
+        Dtype::Bf16 if j % 2 == 0 => s.load_low(words),
+        Dtype::Bf16 => s.load_high(words),
     }
 }
 

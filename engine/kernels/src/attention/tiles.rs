@@ -113,9 +113,7 @@ pub(super) trait Products: Copy + Send + Sync {
     /// `out[r][j] = x_r . k_j` for all positions of all tiles of `keys`; one more tile may be written to.
     fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>, fetch: &mut Fetch<'_>);
 
-    /// `out[r] = sum over j < lens[r] of p_rj v_j`; `out` is `[rows][d]`.
-    ///
-    /// `buffers` may hold values of an earlier call with the same tiles: see [`Buffers::forget`].
+    /// `out[r] = sum over j < lens[r] of p_rj v_j`; `out` is `[rows][d]`. Values are finite.
     fn mix(
         self,
         p: Weights<'_>,
@@ -132,15 +130,10 @@ pub(super) trait Products: Copy + Send + Sync {
 #[cfg(target_arch = "x86_64")]
 pub(super) use super::amx::Buffers;
 
-/// What products keep from one to the next: nothing.
+/// What products work in: nothing.
 #[cfg(not(target_arch = "x86_64"))]
 #[derive(Default)]
 pub(super) struct Buffers;
-
-#[cfg(not(target_arch = "x86_64"))]
-impl Buffers {
-    pub(super) fn forget(&mut self) {}
-}
 
 /// Where `scores` go: `rows` rows, `stride` apart.
 pub(super) struct ScoresOut<'a> {

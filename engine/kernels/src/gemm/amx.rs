@@ -381,7 +381,10 @@ pub(crate) mod tiles {
     use std::arch::asm;
     use std::marker::PhantomData;
 
-    use super::{Amx, Beside, GROUP, Line, Multiply, Passing, Target, WORDS, Write};
+    use super::{Amx, Beside, GROUP, Line, Multiply, Passing, Rows, Target, WORDS, Write};
+
+    /// Pairs of inputs in a step of [`Tiles::multiply_pairs`].
+    const PAIRS: usize = WORDS / 2;
 
     /// Eight tiles of up to 16 rows by 64 bytes, held by this thread while this value lives.
     ///
@@ -389,6 +392,8 @@ pub(crate) mod tiles {
     pub(crate) struct Tiles {
         /// Rows of x and of the sums.
         rows: usize,
+        /// Pairs of inputs in a step.
+        pairs: usize,
         thread: PhantomData<*const ()>,
     }
 
@@ -399,14 +404,20 @@ pub(crate) mod tiles {
     impl Configuration {
         /// For products of that many rows, from 1 to 32: those of the sums 0 to 3 and of x, 4 and 5.
         pub(super) const fn of_rows(rows: usize) -> Self {
+            Self::of(rows, WORDS)
+        }
+
+        /// Of that many rows of x and pairs of inputs a step.
+        const fn of(rows: usize, pairs: usize) -> Self {
             let upper = if rows < WORDS { rows } else { WORDS };
             let lower = if rows > WORDS { rows - WORDS } else { upper };
-            let rows = [upper, upper, lower, lower, upper, lower, WORDS, WORDS];
+            let rows = [upper, upper, lower, lower, upper, lower, pairs, pairs];
             let mut bytes = [0; 64];
             bytes[0] = 1;
             let mut tile = 0;
             while tile < 8 {
-                bytes[16 + 2 * tile] = 64;
+                let x = tile == 4 || tile == 5;
+                bytes[16 + 2 * tile] = if x { 4 * pairs as u8 } else { 64 };
                 bytes[48 + tile] = rows[tile] as u8;
                 tile += 1;
             }
@@ -425,7 +436,15 @@ pub(crate) mod tiles {
             assert!((1..=GROUP).contains(&rows), "{rows} rows of tiles");
             // SAFETY: the token proves AMX; the configuration is valid for palette 1.
             unsafe { configure(&Configuration::of_rows(rows)) };
-            Self { rows, thread: PhantomData }
+            Self { rows, pairs: WORDS, thread: PhantomData }
+        }
+
+        /// Configures this thread's tiles for [`Self::multiply_pairs`] with `rows` rows.
+        pub(crate) fn of_pairs(_token: Amx, rows: usize) -> Self {
+            assert!((1..=GROUP).contains(&rows), "{rows} rows of tiles");
+            // SAFETY: the token proves AMX; the configuration is valid for palette 1.
+            unsafe { configure(&Configuration::of(rows, PAIRS)) };
+            Self { rows, pairs: PAIRS, thread: PhantomData }
         }
 
         /// # Safety
@@ -447,6 +466,7 @@ pub(crate) mod tiles {
             beside: &mut impl Beside,
         ) {
             operands.check(self.rows);
+            assert_eq!(self.pairs, WORDS, "pairs of inputs in a step");
             macro_rules! products {
                 ($ahead:literal, $both:literal, $x:literal) => {
                     // SAFETY: the tiles are configured; `check` holds for the operands; promised for
@@ -465,6 +485,32 @@ pub(crate) mod tiles {
                 (..=16, true, false) => products!(16, true, false),
                 (_, true, _) => products!(32, true, false),
                 (_, false, _) => products!(32, false, false),
+            }
+        }
+    }
+
+    impl Tiles {
+        /// The product of half a line of `x` a step, 16 inputs, and 8 pairs of these, of which each `w` holds
+        /// 32 outputs a row, `row` words apart: `to[m][n] = sum over w, i of x[m][2i] w[i][n][0] +
+        /// x[m][2i + 1] w[i][n][1]`, in the order of [`Self::multiply`].
+        ///
+        /// # Safety
+        /// The target's rows, as many as configured, of 32 elements may be written.
+        pub(crate) unsafe fn multiply_pairs<'a>(
+            &self,
+            x: Rows<'_>,
+            (w, row): (impl ExactSizeIterator<Item = &'a [u32]>, usize),
+            to: &Target,
+            beside: &mut impl Beside,
+        ) {
+            x.check(self.rows, w.len().div_ceil(2));
+            assert_eq!(self.pairs, PAIRS, "pairs of inputs in a step");
+            if self.rows > WORDS {
+                // SAFETY: the tiles are configured, x is checked; promised for the target.
+                unsafe { products_of_pairs::<true>(x, (w, row), to, beside) };
+            } else {
+                // SAFETY: as above.
+                unsafe { products_of_pairs::<false>(x, (w, row), to, beside) };
             }
         }
     }
@@ -561,46 +607,91 @@ pub(crate) mod tiles {
         unsafe { begin::<BOTH>(target) };
         let (x, [w, other]) = (operands.x, operands.w);
         let line = size_of::<Line>();
+        let rows = [x.row * line, w.row * line];
         let (mut x0, mut w0, mut w1) = (x.lines.as_ptr(), w.lines.as_ptr(), other.lines.as_ptr());
         let mut x1 = x0.wrapping_add(WORDS * x.row);
         let mut next = operands.ahead.0;
         for _ in 0..operands.depth {
-            // SAFETY: by `check`, every load stays inside the slices; prefetches may not, and need not.
-            unsafe {
-                asm!(
-                    load!("tmm6, [{w0} + {ws}*1]", "w_passes"),
-                    load!("tmm4, [{x0} + {xs}*1]", "x_passes"),
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    load!("tmm7, [{w1} + {ws}*1]", "w_passes"),
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    ".if {both}",
-                    load!("tmm5, [{x1} + {xs}*1]", "x_passes"),
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    ".endif",
-                    ".rept {ahead}",
-                    "prefetcht1 [{next}]", "add {next}, 64",
-                    ".endr",
-                    ahead = const AHEAD,
-                    both = const BOTH as usize,
-                    x_passes = const X as usize,
-                    w_passes = const !X as usize,
-                    x0 = in(reg) x0,
-                    x1 = in(reg) x1,
-                    w0 = in(reg) w0,
-                    w1 = in(reg) w1,
-                    next = inout(reg) next,
-                    xs = in(reg) x.row * line,
-                    ws = in(reg) w.row * line,
-                    options(nostack, readonly),
-                );
-            }
+            // SAFETY: by `check`, every load stays inside the slices.
+            unsafe { step::<AHEAD, BOTH, X>([x0, x1], [w0, w1], next, rows) };
             (x0, x1) = (x0.wrapping_add(x.step), x1.wrapping_add(x.step));
             (w0, w1) = (w0.wrapping_add(w.step), w1.wrapping_add(w.step));
+            next = next.wrapping_add(AHEAD);
             beside.step();
         }
         // SAFETY: promised.
         unsafe { end::<BOTH>(target) };
+    }
+
+    /// [`Tiles::multiply_pairs`]; `BOTH` says that there are rows from the 16th on.
+    ///
+    /// # Safety
+    /// This thread holds [`Tiles`] of pairs, x has half a line for each `w`, and the target may be written.
+    #[inline(always)]
+    unsafe fn products_of_pairs<'a, const BOTH: bool>(
+        x: Rows<'_>,
+        (w, row): (impl Iterator<Item = &'a [u32]>, usize),
+        target: &Target,
+        beside: &mut impl Beside,
+    ) {
+        // SAFETY: promised.
+        unsafe { begin::<BOTH>(target) };
+        let rows = [x.row * size_of::<Line>(), row * size_of::<u32>()];
+        let mut x0 = x.lines.as_ptr();
+        for w in w {
+            let w = w[..(PAIRS - 1) * row + GROUP].as_ptr().cast::<Line>();
+            let x = [x0, x0.wrapping_add(WORDS * x.row)];
+            // SAFETY: promised for x; the slice holds all that is read of w.
+            unsafe { step::<0, BOTH, false>(x, [w, w.wrapping_add(1)], std::ptr::null(), rows) };
+            x0 = x0.wrapping_byte_add(size_of::<Line>() / 2);
+            beside.step();
+        }
+        // SAFETY: promised.
+        unsafe { end::<BOTH>(target) };
+    }
+
+    /// Adds the products of a step to the sums; asks for `AHEAD` lines from `next` on. Rows lie that many
+    /// bytes apart.
+    ///
+    /// # Safety
+    /// This thread holds [`Tiles`], and all tiles can be read; prefetches may be given any address.
+    #[inline(always)]
+    unsafe fn step<const AHEAD: usize, const BOTH: bool, const X: bool>(
+        [x0, x1]: [*const Line; 2],
+        [w0, w1]: [*const Line; 2],
+        next: *const Line,
+        [x_row, w_row]: [usize; 2],
+    ) {
+        // SAFETY: promised; no compiled code uses tiles.
+        unsafe {
+            asm!(
+                load!("tmm6, [{w0} + {w_row}*1]", "w_passes"),
+                load!("tmm4, [{x0} + {x_row}*1]", "x_passes"),
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                load!("tmm7, [{w1} + {w_row}*1]", "w_passes"),
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                ".if {both}",
+                load!("tmm5, [{x1} + {x_row}*1]", "x_passes"),
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                ".endif",
+                ".rept {ahead}",
+                "prefetcht1 [{next}]", "add {next}, 64",
+                ".endr",
+                ahead = const AHEAD,
+                both = const BOTH as usize,
+                x_passes = const X as usize,
+                w_passes = const !X as usize,
+                x0 = in(reg) x0,
+                x1 = in(reg) x1,
+                w0 = in(reg) w0,
+                w1 = in(reg) w1,
+                next = inout(reg) next => _,
+                x_row = in(reg) x_row,
+                w_row = in(reg) w_row,
+                options(nostack, readonly),
+            );
+        }
     }
 
     /// Writes the sums to the target.

@@ -92,13 +92,6 @@ fn widen_high(words: __m256i) -> __m256 {
     _mm256_castsi256_ps(_mm256_and_si256(words, upper))
 }
 
-/// The eight bf16 of four words, in order.
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn widen_all(words: __m128i) -> __m256 {
-    widen_low(_mm256_cvtepu16_epi32(words))
-}
-
 #[target_feature(enable = "avx2,fma")]
 #[inline]
 fn weigh(p: __m256, x: __m256) -> __m256 {
@@ -176,19 +169,6 @@ impl Simd for Avx2 {
         let low = unsafe { widen_high(low) };
         // SAFETY: as above.
         Pair(low, unsafe { widen_high(high) })
-    }
-
-    #[inline(always)]
-    fn load_bf16(self, words: &[u32; LANES / 2]) -> Pair {
-        let (low, high) = words.split_at(LANES / 4);
-        // SAFETY: `self` proves the features; four words are there.
-        let low = unsafe { _mm_loadu_si128(low.as_ptr().cast()) };
-        // SAFETY: as above.
-        let high = unsafe { _mm_loadu_si128(high.as_ptr().cast()) };
-        // SAFETY: `self` proves the features.
-        let low = unsafe { widen_all(low) };
-        // SAFETY: as above.
-        Pair(low, unsafe { widen_all(high) })
     }
 
     #[inline(always)]
