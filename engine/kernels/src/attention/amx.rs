@@ -63,9 +63,15 @@ impl Tiled {
 impl Products for Tiled {
     const ROWS: usize = 32;
 
-    fn pack(self, _dtype: Dtype, rows: &[f32], d: usize, out: &mut [u32]) {
+    fn pack<'x>(
+        self,
+        _dtype: Dtype,
+        rows: impl ExactSizeIterator<Item = &'x [f32]>,
+        d: usize,
+        out: &mut [u32],
+    ) {
         let lines = as_lines_mut(out).chunks_exact_mut(d / STEP);
-        rows.chunks_exact(d).zip(lines).for_each(|(row, to)| self.round(row, to));
+        rows.zip(lines).for_each(|(row, to)| self.round(row, to));
     }
 
     fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>, fetch: &mut Fetch<'_>) {

@@ -139,9 +139,18 @@ impl Products for Fast {
     /// With two tiles of keys they fill 24 of 32 registers.
     const ROWS: usize = 12;
 
-    fn pack(self, dtype: Dtype, rows: &[f32], d: usize, out: &mut [u32]) {
-        // SAFETY: `self` proves AVX-512.
-        unsafe { pack(self.multiply(dtype), rows, d, out) }
+    fn pack<'x>(
+        self,
+        dtype: Dtype,
+        rows: impl ExactSizeIterator<Item = &'x [f32]>,
+        _d: usize,
+        out: &mut [u32],
+    ) {
+        let count = rows.len();
+        for (row, x) in rows.enumerate() {
+            // SAFETY: `self` proves AVX-512.
+            unsafe { pack(self.multiply(dtype), x, (row, count), out) };
+        }
     }
 
     fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>, fetch: &mut Fetch<'_>) {
@@ -218,25 +227,22 @@ impl Products for Fast {
     }
 }
 
-/// Plain loops, compiled for AVX-512.
+/// Row `row` of `count`: plain loops, compiled for AVX-512.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn pack(multiply: Multiply, rows: &[f32], d: usize, out: &mut [u32]) {
-    let count = rows.len() / d;
+fn pack(multiply: Multiply, x: &[f32], (row, count): (usize, usize), out: &mut [u32]) {
     let mut half = [0u16; MAX_HEAD_DIM];
-    for (row, x) in rows.chunks_exact(d).enumerate() {
-        if multiply != Multiply::Single {
-            half.iter_mut().zip(x).for_each(|(half, &x)| *half = round_bf16(x) as u16);
+    if multiply != Multiply::Single {
+        half.iter_mut().zip(x).for_each(|(half, &x)| *half = round_bf16(x) as u16);
+    }
+    let to = out.iter_mut().skip(row).step_by(count);
+    match multiply {
+        Multiply::Dot => to
+            .zip(half[..x.len()].as_chunks::<2>().0)
+            .for_each(|(to, half)| *to = u32::from(half[0]) | u32::from(half[1]) << 16),
+        Multiply::Widened => {
+            to.zip(&half[..x.len()]).for_each(|(to, &half)| *to = u32::from(half) << 16);
         }
-        let to = out.iter_mut().skip(row).step_by(count);
-        match multiply {
-            Multiply::Dot => to
-                .zip(half[..d].as_chunks::<2>().0)
-                .for_each(|(to, half)| *to = u32::from(half[0]) | u32::from(half[1]) << 16),
-            Multiply::Widened => {
-                to.zip(&half[..d]).for_each(|(to, &half)| *to = u32::from(half) << 16);
-            }
-            Multiply::Single => to.zip(x).for_each(|(to, x)| *to = x.to_bits()),
-        }
+        Multiply::Single => to.zip(x).for_each(|(to, x)| *to = x.to_bits()),
     }
 }
 

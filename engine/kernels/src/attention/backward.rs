@@ -355,10 +355,10 @@ impl<P: Products> Backward<'_, P> {
         let ds = &mut ds.slice(all * stride)[part];
 
         let packed = lane.packed.slice(rows * d);
-        self.products.pack(self.dtype, q, d, packed);
+        self.products.pack(self.dtype, q.chunks_exact(d), d, packed);
         let to = ScoresOut { to: p, stride, rows };
         self.products.scores(packed, panel(key_tiles.slice(words)), to, nothing);
-        self.products.pack(self.dtype, dout, d, packed);
+        self.products.pack(self.dtype, dout.chunks_exact(d), d, packed);
         let to = ScoresOut { to: ds, stride, rows };
         self.products.scores(packed, panel(value_tiles.slice(words)), to, nothing);
 

@@ -1,6 +1,8 @@
 //! The forward pass: work items shared out to the threads.
 
-use super::tiles::{Fetch, Grow, MAX_ROWS, Panel, Products, ScoresOut, Softmax, Weights, stride};
+use super::tiles::{
+    Divide, Fetch, Grow, MAX_ROWS, Panel, Products, ScoresOut, Softmax, Weights, stride,
+};
 use super::{Attention, AttnScratch, AttnSeq, Lane};
 use crate::disjoint::Disjoint;
 use crate::kv::{KvCache, TILE, integer};
@@ -127,10 +129,7 @@ impl<P: Products> Forward<'_, P> {
         };
         let [first, second] = &mut meanwhile;
 
-        let q = lane.rows.slice(rows * d);
-        for (row, to) in q.chunks_exact_mut(d).enumerate() {
-            to.copy_from_slice(&self.task.q[self.place(item, row)..][..d]);
-        }
+        let q = (0..rows).map(|row| &self.task.q[self.place(item, row)..][..d]);
         let packed = lane.packed.slice(rows * d);
         self.products.pack(keys.dtype, q, d, packed);
 
@@ -158,7 +157,7 @@ impl<P: Products> Forward<'_, P> {
             let place = self.place(item, row);
             // SAFETY: sequences do not overlap, and each row and head belongs to one item.
             let out = unsafe { out.part(place, place + d) };
-            out.iter_mut().zip(mixed).for_each(|(out, x)| *out = x / sums[row]);
+            self.kernels.isa.vectorize(Divide { mixed, sum: sums[row], out });
         }
     }
 

@@ -28,8 +28,14 @@ pub(super) struct Lanes(pub(super) Isa);
 impl Products for Lanes {
     const ROWS: usize = 2 * ROWS;
 
-    fn pack(self, dtype: Dtype, rows: &[f32], _d: usize, out: &mut [u32]) {
-        for (word, &x) in out.iter_mut().zip(rows) {
+    fn pack<'x>(
+        self,
+        dtype: Dtype,
+        rows: impl ExactSizeIterator<Item = &'x [f32]>,
+        _d: usize,
+        out: &mut [u32],
+    ) {
+        for (word, &x) in out.iter_mut().zip(rows.flatten()) {
             *word = match dtype {
                 Dtype::F32 => x.to_bits(),
                 Dtype::Bf16 => round_bf16(x) << 16,

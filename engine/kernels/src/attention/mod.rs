@@ -77,7 +77,6 @@ struct Lane {
     tiles: Vec<usize>,
     /// The same for the next work item.
     next_tiles: Vec<usize>,
-    rows: Grow<f32>,
     packed: Grow<u32>,
     scores: Grow<f32>,
     mixed: Grow<f32>,

@@ -107,8 +107,14 @@ pub(super) trait Products: Copy + Send + Sync {
     /// Most rows of one product.
     const ROWS: usize;
 
-    /// Rounds rows of `d` elements into the left operand of `scores`; `out` has `rows.len()` words, on a line.
-    fn pack(self, dtype: Dtype, rows: &[f32], d: usize, out: &mut [u32]);
+    /// Rounds rows of `d` elements into the left operand of `scores`; `out` has as many words, on a line.
+    fn pack<'x>(
+        self,
+        dtype: Dtype,
+        rows: impl ExactSizeIterator<Item = &'x [f32]>,
+        d: usize,
+        out: &mut [u32],
+    );
 
     /// `out[r][j] = x_r . k_j` for all positions of all tiles of `keys`; one more tile may be written to.
     fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>, fetch: &mut Fetch<'_>);
@@ -217,5 +223,22 @@ impl Job for Softmax<'_, '_> {
             }
             *sum = s.sum(total);
         }
+    }
+}
+
+/// Divides what was mixed for a row by the sum of its weights.
+pub(super) struct Divide<'a> {
+    pub(super) mixed: &'a [f32],
+    pub(super) sum: f32,
+    pub(super) out: &'a mut [f32],
+}
+
+impl Job for Divide<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _s: S) {
+        let share = 1.0 / self.sum;
+        self.out.iter_mut().zip(self.mixed).for_each(|(out, x)| *out = x * share);
     }
 }
