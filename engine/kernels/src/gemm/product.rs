@@ -163,7 +163,7 @@ impl<'a> Product<'a> {
         let products = row_chunk.min(self.rows).max(READ_PRODUCTS) * self.depth.max(1) * WORDS;
         let smallest = TASK_PRODUCTS.div_ceil(products);
         let (unit, most) = match isa {
-            Isa::Amx(_) if self.dtype == Dtype::Bf16 => (ROWS_BLOCK_CHUNK, TILED_TASKS),
+            Isa::Amx(_) if self.dtype == Dtype::Bf16 => (ROWS_BLOCK_CHUNK, 1),
             _ if self.rows < MANY_ROWS => (BLOCK_CHUNK, TASKS_PER_THREAD),
             _ => (ROWS_BLOCK_CHUNK, TASKS_PER_THREAD),
         };
