@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use kernels::{Kernels, TokenStats};
+use kernels::{Kernels, SoftmaxSums, TokenStats};
 use parking_lot::Mutex;
 use scheduler::{Scheduler, SeqId};
 
@@ -65,10 +65,11 @@ pub(crate) fn draw(
         rows.iter().map(|row| (&samples[&row.seq], scheduler.tokens(row.seq))).collect();
     let Logits { kernels, rows: logits, changed: copies } = runner.logits(&row_indices);
     let changed_rows = changed_rows(&samples);
-    let mut tokens = match changed_rows.len() == rows.len() {
-        true => vec![0; rows.len()],
+    let mut plain = match changed_rows.len() == rows.len() {
+        true => Plain { tokens: vec![0; rows.len()], sums: None },
         false => draw_plain(kernels, logits, &samples),
     };
+    let tokens = &mut plain.tokens;
     // What was drawn from a distribution that is not the model's own.
     let mut changed: Vec<Option<Result<Draw, String>>> = rows.iter().map(|_| None).collect();
     for part in changed_rows.chunks(CHANGED_ROWS) {
@@ -81,11 +82,12 @@ pub(crate) fn draw(
             changed[i] = Some(drawn);
         }
     }
-    let raw = stats(kernels, logits, &vec![1.0; rows.len()], &tokens);
     let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
-    let scaled = match inv_t.iter().all(|t| *t == 1.0) {
-        true => raw.clone(),
-        false => stats(kernels, logits, &inv_t, &tokens),
+    let scaled = plain.stats(kernels, logits, &inv_t);
+    let tokens = plain.tokens;
+    let raw = match inv_t.iter().all(|t| *t == 1.0) {
+        true => scaled.clone(),
+        false => stats(kernels, logits, &vec![1.0; rows.len()], &tokens),
     };
     let mut drawn = |i: usize| {
         if !raw[i].log_sum_exp.is_finite() {
@@ -212,8 +214,8 @@ fn draw_changed(
     let samples: Vec<_> = rows[..masked].iter().map(|row| (row.sample, row.known)).collect();
     let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
     let masked_logits = &copies[..masked * vocab];
-    let tokens = draw_plain(kernels, masked_logits, &samples);
-    let stats = stats(kernels, masked_logits, &inv_t, &tokens);
+    let plain = draw_plain(kernels, masked_logits, &samples);
+    let (stats, tokens) = (plain.stats(kernels, masked_logits, &inv_t), plain.tokens);
 
     let row_copies = rows.iter().zip(copies.chunks_exact_mut(vocab.max(1))).enumerate();
     on_all_threads(kernels, row_copies, |(i, (row, copy))| {
@@ -260,13 +262,33 @@ pub(crate) fn stats(
     stats
 }
 
+/// The tokens of rows, drawn from the softmax as it is.
+struct Plain {
+    tokens: Vec<u32>,
+    /// The sums that they were drawn by, if they were.
+    sums: Option<SoftmaxSums>,
+}
+
+impl Plain {
+    /// Statistics of each row, with the tokens as targets.
+    fn stats(&self, kernels: &Kernels, logits: &[f32], inv_temperature: &[f32]) -> Vec<TokenStats> {
+        let Some(sums) = &self.sums else {
+            return stats(kernels, logits, inv_temperature, &self.tokens);
+        };
+        let mut stats = vec![TokenStats::default(); self.tokens.len()];
+        kernels.stats_of(logits, sums, Some(&self.tokens), &mut stats);
+        stats
+    }
+}
+
 /// For every row the token drawn from its softmax at its temperature, or the most likely one at
 /// temperature 0; rows that need more than that are drawn again.
-fn draw_plain(kernels: &Kernels, logits: &[f32], samples: &[(&Sample, &[u32])]) -> Vec<u32> {
+fn draw_plain(kernels: &Kernels, logits: &[f32], samples: &[(&Sample, &[u32])]) -> Plain {
     let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
     let uniforms: Vec<f64> = samples.iter().map(|(s, tokens)| uniform(s, tokens.len())).collect();
     let mut tokens = vec![0; samples.len()];
-    kernels.sample(logits, &inv_t, &uniforms, &mut tokens);
+    let sums = kernels.softmax_sums(logits, &inv_t);
+    kernels.sample_of(logits, &sums, &uniforms, &mut tokens);
     let is_greedy = |sample: &Sample| sample.params.temperature == 0.0;
     if samples.iter().any(|(s, _)| is_greedy(s)) {
         let mut greedy = vec![0; samples.len()];
@@ -277,5 +299,5 @@ fn draw_plain(kernels: &Kernels, logits: &[f32], samples: &[(&Sample, &[u32])]) 
             }
         }
     }
-    tokens
+    Plain { tokens, sums: Some(sums) }
 }

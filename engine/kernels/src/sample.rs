@@ -10,7 +10,7 @@ use crate::{
     Kernels, VOCAB_CHUNK,
     cpu::Isa,
     simd::{Job, LANES, Simd},
-    softmax::{Part, Total, vocabulary},
+    softmax::{Part, SoftmaxSums, Total, vocabulary},
 };
 
 impl Kernels {
@@ -28,6 +28,15 @@ impl Kernels {
         uniform: &[f64],
         out: &mut [u32],
     ) {
+        self.sample_of(logits, &self.softmax_sums(logits, inv_temperature), uniform, out);
+    }
+
+    /// [`Kernels::sample`] from logits whose sums are these.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn sample_of(&self, logits: &[f32], sums: &SoftmaxSums, uniform: &[f64], out: &mut [u32]) {
+        let inv_temperature = sums.inv_temperature();
         let rows = inv_temperature.len();
         let cols = vocabulary(logits, rows);
         assert_eq!([uniform.len(), out.len()], [rows; 2], "lengths against {rows} rows");
@@ -38,10 +47,8 @@ impl Kernels {
             }
             return;
         }
-        let parts = self.parts(logits, inv_temperature, cols);
-        let chunks = cols.div_ceil(VOCAB_CHUNK);
         self.fill(out, VOCAB_CHUNK, &|row| {
-            let parts = &parts[row * chunks..][..chunks];
+            let parts = sums.parts(row, cols);
             let logits = &logits[row * cols..][..cols];
             let inv_temperature = inv_temperature[row];
             self.isa.vectorize(Pick { logits, inv_temperature, parts, uniform: uniform[row] })

@@ -84,7 +84,42 @@ impl Total {
     }
 }
 
+/// The sums over rows of logits times their inverse temperatures, which draws and statistics share: taking
+/// them is most of the work of either.
+pub struct SoftmaxSums {
+    inv_temperature: Vec<f32>,
+    /// The parts of all chunks, row by row; none at the reference level, which has no use for them.
+    parts: Vec<Part>,
+}
+
+impl SoftmaxSums {
+    /// The rows' inverse temperatures.
+    pub(crate) fn inv_temperature(&self) -> &[f32] {
+        &self.inv_temperature
+    }
+
+    /// The parts of the chunks of one of the rows, which have `cols` columns.
+    pub(crate) fn parts(&self, row: usize, cols: usize) -> &[Part] {
+        let chunks = cols.div_ceil(VOCAB_CHUNK);
+        &self.parts[row * chunks..][..chunks]
+    }
+}
+
 impl Kernels {
+    /// The sums of each row of `logits` `[rows, vocabulary]` times its inverse temperature, which is
+    /// positive.
+    ///
+    /// # Panics
+    /// When `logits` is not a row for each inverse temperature.
+    pub fn softmax_sums(&self, logits: &[f32], inv_temperature: &[f32]) -> SoftmaxSums {
+        let cols = vocabulary(logits, inv_temperature.len());
+        let parts = match self.isa {
+            Isa::Reference => Vec::new(),
+            _ => self.parts(logits, inv_temperature, cols),
+        };
+        SoftmaxSums { inv_temperature: inv_temperature.to_vec(), parts }
+    }
+
     /// Statistics of each row of `logits` `[rows, vocabulary]` times its inverse temperature, which
     /// is positive.
     ///
@@ -99,6 +134,21 @@ impl Kernels {
         targets: Option<&[u32]>,
         out: &mut [TokenStats],
     ) {
+        self.stats_of(logits, &self.softmax_sums(logits, inv_temperature), targets, out);
+    }
+
+    /// [`Kernels::softmax_stats`] of logits whose sums are these.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn stats_of(
+        &self,
+        logits: &[f32],
+        sums: &SoftmaxSums,
+        targets: Option<&[u32]>,
+        out: &mut [TokenStats],
+    ) {
+        let inv_temperature = sums.inv_temperature();
         let cols = vocabulary(logits, inv_temperature.len());
         assert_eq!(out.len(), inv_temperature.len(), "statistics against rows");
         if let Some(targets) = targets {
@@ -113,18 +163,16 @@ impl Kernels {
             }
             return;
         }
-        let parts = self.parts(logits, inv_temperature, cols);
-        let chunks = cols.div_ceil(VOCAB_CHUNK);
         for (row, out) in out.iter_mut().enumerate() {
             let mut total = Total::EMPTY;
-            parts[row * chunks..][..chunks].iter().for_each(|&part| total.join(part));
+            sums.parts(row, cols).iter().for_each(|&part| total.join(part));
             let z = target(row).map(|t| logits[row * cols + t] * inv_temperature[row]);
             *out = total.stats(z);
         }
     }
 
     /// The parts of all chunks, row by row.
-    pub(crate) fn parts(&self, logits: &[f32], inv_temperature: &[f32], cols: usize) -> Vec<Part> {
+    fn parts(&self, logits: &[f32], inv_temperature: &[f32], cols: usize) -> Vec<Part> {
         let chunks = cols.div_ceil(VOCAB_CHUNK);
         let mut parts = vec![Part::default(); inv_temperature.len() * chunks];
         self.fill(&mut parts, 2 * VOCAB_CHUNK, &|i| {
