@@ -8,7 +8,8 @@
 //!     out = tiles (+ bias)
 //!
 //! few rows:  for each panel, for each group     weights come from memory: each step asks for a
-//!                                               share of the next panel
+//!                                               share of the next panel, or, where there is one
+//!                                               group, for the weights some steps ahead
 //! many rows: for each group, for each panel     these stay in the second-level cache
 //! ```
 //! Tiles of the operand that the inner loop changes are loaded by `tileloaddt1`, which leaves the other
@@ -50,10 +51,22 @@ pub(crate) struct Multiply<'a> {
     pub(crate) w: [Rows<'a>; 2],
     /// Steps of 32 inputs.
     pub(crate) depth: usize,
-    /// What to ask for meanwhile, this many lines a step; need not be memory.
-    pub(crate) ahead: (*const Line, usize),
+    /// What to ask for meanwhile.
+    pub(crate) ahead: Ahead,
     /// The operand that the next product does not have.
     pub(crate) passing: Passing,
+}
+
+/// What a product asks for beside its steps; there need not be memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Ahead {
+    Nothing,
+    /// From there on this many lines a step, into the second-level cache: its share of what many groups of
+    /// rows will read.
+    Share(*const Line, usize),
+    /// Its own blocks of w some steps ahead, then those that begin there, into the first-level cache: what
+    /// is read once.
+    Stream([*const Line; 2]),
 }
 
 /// An operand whose tiles are to leave those of the other one in the first-level cache.
@@ -82,7 +95,7 @@ impl Rows<'_> {
 impl<'a> Multiply<'a> {
     /// One that asks for nothing meanwhile.
     pub(crate) fn of(x: Rows<'a>, w: [Rows<'a>; 2], depth: usize) -> Self {
-        Self { x, w, depth, ahead: (std::ptr::null(), 0), passing: Passing::W }
+        Self { x, w, depth, ahead: Ahead::Nothing, passing: Passing::W }
     }
 
     fn new(p: &Product<'a>, x: Rows<'a>, blocks: [usize; 2]) -> Self {
@@ -136,9 +149,13 @@ struct Place<'a> {
     /// The first of its rows and of its two blocks.
     row: usize,
     block: usize,
-    /// Where there are few rows, the group asks for the next panel: the first line and how many at each
-    /// step, so that all groups of a panel ask for all of the next.
-    ahead: Option<(usize, usize)>,
+    /// Where there are a few groups of rows, each asks for its share of the next panel: the first line of
+    /// it and how many at each step.
+    share: Option<(usize, usize)>,
+    /// Whether there is one group of rows only, past which all panels stream.
+    alone: bool,
+    /// Whether another panel follows.
+    more: bool,
 }
 
 impl<'a> Place<'a> {
@@ -149,11 +166,11 @@ impl<'a> Place<'a> {
         let few = part.rows.len() <= FEW_ROWS;
         (0..rows * panels).map(move |i| {
             let (row, panel) = if few { (i % rows, i / rows) } else { (i / panels, i % panels) };
-            let share = GROUP.div_ceil(rows);
-            let ahead =
-                (few && panel + 1 < panels).then(|| (row * share * p.block_lines / WORDS, share));
+            let (lines, more) = (GROUP.div_ceil(rows), panel + 1 < panels);
+            let share =
+                (few && rows > 1 && more).then(|| (row * lines * p.block_lines / WORDS, lines));
             let (row, block) = (first_row + row * GROUP, first_block + 2 * panel);
-            Self { x: Rows::group(p, row), row, block, ahead }
+            Self { x: Rows::group(p, row), row, block, share, alone: rows == 1, more }
         })
     }
 }
@@ -175,14 +192,18 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
         if part.rows.len() > FEW_ROWS {
             return self.many_rows(part);
         }
-        for Place { x, row, block, ahead } in Place::all(self.p, part) {
+        for Place { x, row, block, share, alone, more } in Place::all(self.p, part) {
             let blocks = 2.min(part.blocks.end - block);
             let mut multiply = Multiply::new(self.p, x, [block, block + blocks - 1]);
-            if let Some((skip, share)) = ahead {
-                let next = multiply.w[0].lines.as_ptr().wrapping_add(2 * self.p.block_lines);
-                multiply.ahead = (next.wrapping_add(skip), share);
+            let next = multiply.w.map(|w| w.lines.as_ptr().wrapping_add(2 * self.p.block_lines));
+            match share {
+                Some((skip, lines)) => {
+                    multiply.ahead = Ahead::Share(next[0].wrapping_add(skip), lines);
+                }
+                None if alone && more => multiply.ahead = Ahead::Stream(next),
+                None => {}
             }
-            if part.rows.len() > GROUP {
+            if !alone {
                 multiply.passing = Passing::X;
             }
             let (write, bias) = (self.p.write, self.p.bias);
@@ -310,14 +331,19 @@ impl Job for GatedRectangle<'_> {
         let [mut now, mut last] = sums.each_mut();
         let mut rows = 0..0;
         let mut line = 0;
-        for Place { x, row, block, ahead } in Place::all(p, part) {
+        for Place { x, row, block, share: ahead, alone, more } in Place::all(p, part) {
             let mut activation = Activation { s, gated, sums: last, rows, line, done: 0, share };
             for (half, sums) in now.iter_mut().enumerate() {
                 let mut multiply = Multiply::new(p, x, [block + half, gated.gates + block + half]);
-                if let Some((skip, share)) = ahead {
-                    // The first half asks for the next gates, the second for what they let through.
-                    let next = &p.w[(half * gated.gates + block + 2) * p.block_lines..];
-                    multiply.ahead = (next.as_ptr().wrapping_add(skip), share);
+                let next = multiply.w.map(|w| w.lines.as_ptr().wrapping_add(p.block_lines));
+                match ahead {
+                    Some((skip, lines)) => {
+                        // The first half asks for the next gates, the second for what they let through.
+                        let next = &p.w[(half * gated.gates + block + 2) * p.block_lines..];
+                        multiply.ahead = Ahead::Share(next.as_ptr().wrapping_add(skip), lines);
+                    }
+                    None if alone && (half == 0 || more) => multiply.ahead = Ahead::Stream(next),
+                    None => {}
                 }
                 // SAFETY: the target is a whole group.
                 unsafe { tiles.multiply_beside(&multiply, &sums.target(), &mut activation) };
@@ -381,7 +407,10 @@ pub(crate) mod tiles {
     use std::arch::asm;
     use std::marker::PhantomData;
 
-    use super::{Amx, Beside, GROUP, Line, Multiply, Passing, Rows, Target, WORDS, Write};
+    use super::{Ahead, Amx, Beside, GROUP, Line, Multiply, Passing, Rows, Target, WORDS, Write};
+
+    /// Steps that a stream is asked for ahead: what memory takes to answer at the rate of the tiles.
+    const STEPS_AHEAD: usize = 6;
 
     /// Pairs of inputs in a step of [`Tiles::multiply_pairs`].
     const PAIRS: usize = WORDS / 2;
@@ -468,23 +497,24 @@ pub(crate) mod tiles {
             operands.check(self.rows);
             assert_eq!(self.pairs, WORDS, "pairs of inputs in a step");
             macro_rules! products {
-                ($ahead:literal, $both:literal, $x:literal) => {
+                ($share:literal, $stream:literal, $both:literal, $x:literal) => {
                     // SAFETY: the tiles are configured; `check` holds for the operands; promised for
                     // the target.
-                    unsafe { products::<$ahead, $both, $x>(operands, to, beside) }
+                    unsafe { products::<$share, $stream, $both, $x>(operands, to, beside) }
                 };
             }
             let x_passes = operands.passing == Passing::X;
-            match (operands.ahead.1, self.rows > WORDS, x_passes) {
-                (0, true, true) => products!(0, true, true),
-                (0, true, false) => products!(0, true, false),
-                (0, false, _) => products!(0, false, false),
-                (..=8, true, true) => products!(8, true, true),
-                (..=8, true, false) => products!(8, true, false),
-                (..=16, true, true) => products!(16, true, true),
-                (..=16, true, false) => products!(16, true, false),
-                (_, true, _) => products!(32, true, false),
-                (_, false, _) => products!(32, false, false),
+            match (operands.ahead, self.rows > WORDS, x_passes) {
+                (Ahead::Nothing, true, true) => products!(0, false, true, true),
+                (Ahead::Nothing, true, false) => products!(0, false, true, false),
+                (Ahead::Nothing, false, _) => products!(0, false, false, false),
+                (Ahead::Share(_, ..=8), true, true) => products!(8, false, true, true),
+                (Ahead::Share(_, ..=8), true, false) => products!(8, false, true, false),
+                (Ahead::Share(..), true, true) => products!(16, false, true, true),
+                (Ahead::Share(..), true, false) => products!(16, false, true, false),
+                (Ahead::Share(..), false, _) => products!(16, false, false, false),
+                (Ahead::Stream(_), true, _) => products!(0, true, true, false),
+                (Ahead::Stream(_), false, _) => products!(0, true, false, false),
             }
         }
     }
@@ -592,13 +622,13 @@ pub(crate) mod tiles {
 
     /// `to[m][n] = sum over i, pairs of inputs, of x[m][2i] w[i][n][0] + x[m][2i + 1] w[i][n][1]`,
     /// 16 pairs at a time: the evens of these and the odds of these are each summed in ascending
-    /// order by fused multiply-adds that flush denormals, then both, then added to the tile. Asks for
-    /// `AHEAD` lines a step; `BOTH` says that there are rows from the 16th on, `X` that it is x that passes.
+    /// order by fused multiply-adds that flush denormals, then both, then added to the tile. `SHARE` and
+    /// `STREAM` are those of `ahead`; `BOTH` says that there are rows from the 16th on, `X` that x passes.
     ///
     /// # Safety
     /// This thread holds [`Tiles`], [`Multiply::check`] passes, and the target may be written.
     #[inline(always)]
-    unsafe fn products<const AHEAD: usize, const BOTH: bool, const X: bool>(
+    unsafe fn products<const SHARE: usize, const STREAM: bool, const BOTH: bool, const X: bool>(
         operands: &Multiply<'_>,
         target: &Target,
         beside: &mut impl Beside,
@@ -610,13 +640,22 @@ pub(crate) mod tiles {
         let rows = [x.row * line, w.row * line];
         let (mut x0, mut w0, mut w1) = (x.lines.as_ptr(), w.lines.as_ptr(), other.lines.as_ptr());
         let mut x1 = x0.wrapping_add(WORDS * x.row);
-        let mut next = operands.ahead.0;
-        for _ in 0..operands.depth {
+        let (mut next, then) = match operands.ahead {
+            Ahead::Nothing => ([w0; 2], [w0; 2]),
+            Ahead::Share(next, _) => ([next; 2], [next; 2]),
+            Ahead::Stream(then) => ([w0, w1].map(|at| at.wrapping_add(STEPS_AHEAD * w.step)), then),
+        };
+        // From here on it is what follows that is asked for.
+        let own = operands.depth.saturating_sub(STEPS_AHEAD);
+        for k in 0..operands.depth {
+            if STREAM && k == own {
+                next = then;
+            }
             // SAFETY: by `check`, every load stays inside the slices.
-            unsafe { step::<AHEAD, BOTH, X>([x0, x1], [w0, w1], next, rows) };
+            unsafe { step::<SHARE, STREAM, BOTH, X>([x0, x1], [w0, w1], next, rows) };
             (x0, x1) = (x0.wrapping_add(x.step), x1.wrapping_add(x.step));
             (w0, w1) = (w0.wrapping_add(w.step), w1.wrapping_add(w.step));
-            next = next.wrapping_add(AHEAD);
+            next = next.map(|next| next.wrapping_add(if STREAM { w.step } else { SHARE }));
             beside.step();
         }
         // SAFETY: promised.
@@ -642,7 +681,7 @@ pub(crate) mod tiles {
             let w = w[..(PAIRS - 1) * row + GROUP].as_ptr().cast::<Line>();
             let x = [x0, x0.wrapping_add(WORDS * x.row)];
             // SAFETY: promised for x; the slice holds all that is read of w.
-            unsafe { step::<0, BOTH, false>(x, [w, w.wrapping_add(1)], std::ptr::null(), rows) };
+            unsafe { step::<0, false, BOTH, false>(x, [w, w.wrapping_add(1)], [w; 2], rows) };
             x0 = x0.wrapping_byte_add(size_of::<Line>() / 2);
             beside.step();
         }
@@ -650,16 +689,16 @@ pub(crate) mod tiles {
         unsafe { end::<BOTH>(target) };
     }
 
-    /// Adds the products of a step to the sums; asks for `AHEAD` lines from `next` on. Rows lie that many
-    /// bytes apart.
+    /// Adds the products of a step to the sums; asks for `SHARE` lines from `next` on, or, to `STREAM`, for a
+    /// step of both blocks. Rows lie that many bytes apart.
     ///
     /// # Safety
     /// This thread holds [`Tiles`], and all tiles can be read; prefetches may be given any address.
     #[inline(always)]
-    unsafe fn step<const AHEAD: usize, const BOTH: bool, const X: bool>(
+    unsafe fn step<const SHARE: usize, const STREAM: bool, const BOTH: bool, const X: bool>(
         [x0, x1]: [*const Line; 2],
         [w0, w1]: [*const Line; 2],
-        next: *const Line,
+        [next, other]: [*const Line; 2],
         [x_row, w_row]: [usize; 2],
     ) {
         // SAFETY: promised; no compiled code uses tiles.
@@ -675,10 +714,14 @@ pub(crate) mod tiles {
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 ".endif",
-                ".rept {ahead}",
+                ".rept {share}",
                 "prefetcht1 [{next}]", "add {next}, 64",
                 ".endr",
-                ahead = const AHEAD,
+                ".rept {stream}",
+                "prefetcht0 [{next}]", "prefetcht0 [{other}]", "add {next}, 64", "add {other}, 64",
+                ".endr",
+                share = const SHARE,
+                stream = const if STREAM { WORDS } else { 0 },
                 both = const BOTH as usize,
                 x_passes = const X as usize,
                 w_passes = const !X as usize,
@@ -687,6 +730,7 @@ pub(crate) mod tiles {
                 w0 = in(reg) w0,
                 w1 = in(reg) w1,
                 next = inout(reg) next => _,
+                other = inout(reg) other => _,
                 x_row = in(reg) x_row,
                 w_row = in(reg) w_row,
                 options(nostack, readonly),
@@ -866,13 +910,18 @@ mod tests {
             .map(|i| Line(std::array::from_fn(|j| round_bf16(case.w[(i + j) % 400]) * 0x1_0001)))
             .collect();
         let held = tiles::Tiles::new(token);
-        let cases = [((7, 1), 0), ((1, 32), 8), ((7, 1), 16), ((7, 1), 32)];
-        for (((row, step), share), passing) in cases
+        let next = w.as_ptr();
+        let cases = [
+            ((7, 1), Ahead::Nothing),
+            ((1, 32), Ahead::Share(next, 8)),
+            ((7, 1), Ahead::Share(next, 16)),
+            ((7, 1), Ahead::Stream([next; 2])),
+        ];
+        for (((row, step), ahead), passing) in cases
             .into_iter()
             .flat_map(|case| [Passing::X, Passing::W].map(|passing| (case, passing)))
         {
             let x = Rows { lines: &x, row, step };
-            let ahead = (w.as_ptr(), share);
             let w = Rows { lines: &w, row: 1, step: WORDS };
             let operands = Multiply { ahead, passing, ..Multiply::of(x, [w, w], 7) };
             let mut sums = [[[0.0; GROUP]; GROUP]; 2];
