@@ -1,5 +1,5 @@
-//! Draws the next tokens of a batch: the row-wise kernels where they do, the sampler where parameters
-//! change the distribution, and a grammar's mask before either.
+//! Draws the next tokens of a batch: the row-wise kernels where they do, also under a grammar's mask, and
+//! the sampler, one row at a time, where parameters change the distribution.
 //!
 //! Reports for each token the log-probability under the distribution it was drawn from and under the
 //! model's own. A row's draw depends on that row, its parameters and its random stream alone.
@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use kernels::{Kernels, SoftmaxSums, TokenStats};
+use kernels::{Kernels, SoftmaxSums, TokenMask, TokenStats};
 use parking_lot::Mutex;
 use scheduler::{Scheduler, SeqId};
 
@@ -64,12 +64,17 @@ pub(crate) fn draw(
     let samples: Vec<(&Sample, &[u32])> =
         rows.iter().map(|row| (&samples[&row.seq], scheduler.tokens(row.seq))).collect();
     let Logits { kernels, rows: logits, changed: copies } = runner.logits(&row_indices);
-    let changed_rows = changed_rows(&samples);
-    let mut plain = match changed_rows.len() == rows.len() {
-        true => Plain { tokens: vec![0; rows.len()], sums: None },
-        false => draw_plain(kernels, logits, &samples),
-    };
+    let masks: Vec<Option<TokenMask<'_>>> = samples.iter().map(|of| only_mask(*of)).collect();
+    let masked = masks.iter().any(Option::is_some);
+    let mut plain = draw_plain(kernels, logits, &samples, if masked { &masks } else { &[] });
     let tokens = &mut plain.tokens;
+    let changed_rows: Vec<usize> = (0..rows.len())
+        .filter(|&i| match masks[i] {
+            // A mask may leave nothing to draw.
+            Some(mask) => !mask.allows(tokens[i] as usize),
+            None => !samples[i].0.is_plain_at(samples[i].1.len() - samples[i].0.prompt_len),
+        })
+        .collect();
     // What was drawn from a distribution that is not the model's own.
     let mut changed: Vec<Option<Result<Draw, String>>> = rows.iter().map(|_| None).collect();
     for part in changed_rows.chunks(CHANGED_ROWS) {
@@ -83,12 +88,13 @@ pub(crate) fn draw(
         }
     }
     let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
-    let scaled = plain.stats(kernels, logits, &inv_t);
-    let tokens = plain.tokens;
-    let raw = match inv_t.iter().all(|t| *t == 1.0) {
-        true => scaled.clone(),
-        false => stats(kernels, logits, &vec![1.0; rows.len()], &tokens),
+    let scaled = plain.stats(kernels, logits, false);
+    let raw = match (inv_t.iter().all(|t| *t == 1.0), masked) {
+        (true, false) => scaled.clone(),
+        (true, true) => plain.stats(kernels, logits, true),
+        (false, _) => stats(kernels, logits, &vec![1.0; rows.len()], &plain.tokens),
     };
+    let tokens = plain.tokens;
     let mut drawn = |i: usize| {
         if !raw[i].log_sum_exp.is_finite() {
             return Err(Undrawn::NotFinite);
@@ -105,7 +111,12 @@ pub(crate) fn draw(
             None => Draw {
                 token: tokens[i],
                 logprob: scaled[i].log_prob,
-                top: top_of(&scaled[i], inv_t[i], sample.processed_top()),
+                top: match (masks[i], sample.processed_top()) {
+                    (Some(mask), Some(k)) => {
+                        masked_top(row, mask, (&scaled[i], inv_t[i]), tokens[i], k)
+                    }
+                    (_, k) => top_of(&scaled[i], inv_t[i], k),
+                },
             },
         };
         Ok(Drawn {
@@ -122,14 +133,28 @@ pub(crate) fn draw(
     (0..rows.len()).map(&mut drawn).collect()
 }
 
-/// The samples whose next token does not come from the model's own distribution; first those that only
-/// a grammar keeps from it.
-fn changed_rows(samples: &[(&Sample, &[u32])]) -> Vec<usize> {
-    let plain =
-        |i: &usize| samples[*i].0.is_plain_at(samples[*i].1.len() - samples[*i].0.prompt_len);
-    let mut changed: Vec<usize> = (0..samples.len()).filter(|i| !plain(i)).collect();
-    changed.sort_by_key(|&i| !ChangedRow::new(samples[i], &[]).is_masked_only());
-    changed
+/// What a grammar allows, where that is all that keeps a sample from the model's own distribution.
+fn only_mask<'a>((sample, known): (&'a Sample, &[u32])) -> Option<TokenMask<'a>> {
+    let plain = sample.params.is_plain() && sample.params.temperature > 0.0;
+    let plain = plain && sample.banned(known.len() - sample.prompt_len).is_empty();
+    let allowed = sample.grammar.as_ref().filter(|_| plain)?.allowed();
+    allowed.ok().map(TokenMask)
+}
+
+/// The `k` most likely tokens that a mask allows, and `token`.
+fn masked_top(
+    logits: &[f32],
+    mask: TokenMask<'_>,
+    (stats, inv_temperature): (&TokenStats, f32),
+    token: u32,
+    k: usize,
+) -> Vec<(u32, f32)> {
+    let mut copy = logits.to_vec();
+    grammar::apply(mask.0, &mut copy);
+    let at = (stats.log_sum_exp, inv_temperature);
+    let mut top = sampler::top_logprobs(&copy, at, (token, stats.log_prob), k);
+    top.retain(|(token, _)| mask.allows(*token as usize));
+    top
 }
 
 /// A row of logits that is changed before its token is drawn.
@@ -150,32 +175,12 @@ impl<'a> ChangedRow<'a> {
         Self { sample, known, logits, banned, allowed }
     }
 
-    /// Whether a mask is all that is done to the logits.
-    fn is_masked_only(&self) -> bool {
-        let masked = matches!(self.allowed, Some(Ok(_)));
-        masked && self.sample.params.is_plain() && self.banned.is_empty()
-    }
-
     /// Logits of which those that the grammar does not allow are negative infinity.
     fn copy_to(&self, copy: &mut [f32]) {
         copy.copy_from_slice(self.logits);
         if let Some(Ok(allowed)) = self.allowed {
             grammar::apply(allowed, copy);
         }
-    }
-
-    /// The draw of `token`, whose statistics among the allowed tokens these are; `None` when the mask
-    /// does not allow it.
-    fn masked(&self, copy: &[f32], token: u32, stats: &TokenStats) -> Option<Draw> {
-        let allowed = self.allowed.as_ref()?.as_ref().ok()?;
-        if !grammar::allows(allowed, token) {
-            return None;
-        }
-        let at = (stats.log_sum_exp, inv_temperature(&self.sample.params));
-        let k = self.sample.processed_top().unwrap_or(0);
-        let mut top = sampler::top_logprobs(copy, at, (token, stats.log_prob), k);
-        top.retain(|(token, _)| grammar::allows(allowed, *token));
-        Some(Draw { token, logprob: stats.log_prob, top })
     }
 
     /// A draw by the sampler, which changes the copy further.
@@ -195,8 +200,7 @@ impl<'a> ChangedRow<'a> {
     }
 }
 
-/// Draws from copies of these rows' logits, those that only a mask changes being the first: the row-wise
-/// kernels draw those together, the sampler the others, one on a thread.
+/// Draws from copies of these rows' logits, one on a thread.
 fn draw_changed(
     kernels: &Kernels,
     rows: &[ChangedRow<'_>],
@@ -206,22 +210,10 @@ fn draw_changed(
     if copies.len() < rows.len() * vocab {
         copies.resize(rows.len() * vocab, 0.0);
     }
-    let copies = &mut copies[..rows.len() * vocab];
     let row_copies = rows.iter().zip(copies.chunks_exact_mut(vocab.max(1)));
-    on_all_threads(kernels, row_copies, |(row, copy)| row.copy_to(copy));
-
-    let masked = rows.partition_point(ChangedRow::is_masked_only);
-    let samples: Vec<_> = rows[..masked].iter().map(|row| (row.sample, row.known)).collect();
-    let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
-    let masked_logits = &copies[..masked * vocab];
-    let plain = draw_plain(kernels, masked_logits, &samples);
-    let (stats, tokens) = (plain.stats(kernels, masked_logits, &inv_t), plain.tokens);
-
-    let row_copies = rows.iter().zip(copies.chunks_exact_mut(vocab.max(1))).enumerate();
-    on_all_threads(kernels, row_copies, |(i, (row, copy))| {
-        // The kernels' exponential of a masked logit is tiny, not 0: what it lets slip is drawn again.
-        let drawn = stats.get(i).and_then(|stats| row.masked(copy, tokens[i], stats));
-        drawn.map_or_else(|| row.sampled(copy), Ok)
+    on_all_threads(kernels, row_copies, |(row, copy)| {
+        row.copy_to(copy);
+        row.sampled(copy)
     })
 }
 
@@ -262,32 +254,34 @@ pub(crate) fn stats(
     stats
 }
 
-/// The tokens of rows, drawn from the softmax as it is.
-struct Plain {
+/// The tokens of rows, drawn from the softmax as it is or among what masks allow.
+struct Plain<'a> {
     tokens: Vec<u32>,
-    /// The sums that they were drawn by, if they were.
-    sums: Option<SoftmaxSums>,
+    /// The sums that they were drawn by.
+    sums: SoftmaxSums<'a>,
 }
 
-impl Plain {
-    /// Statistics of each row, with the tokens as targets.
-    fn stats(&self, kernels: &Kernels, logits: &[f32], inv_temperature: &[f32]) -> Vec<TokenStats> {
-        let Some(sums) = &self.sums else {
-            return stats(kernels, logits, inv_temperature, &self.tokens);
-        };
+impl Plain<'_> {
+    /// Statistics of each row, with the tokens as targets; of `all` tokens, whatever the masks.
+    fn stats(&self, kernels: &Kernels, logits: &[f32], all: bool) -> Vec<TokenStats> {
         let mut stats = vec![TokenStats::default(); self.tokens.len()];
-        kernels.stats_of(logits, sums, Some(&self.tokens), &mut stats);
+        kernels.stats_of(logits, (&self.sums, all), Some(&self.tokens), &mut stats);
         stats
     }
 }
 
 /// For every row the token drawn from its softmax at its temperature, or the most likely one at
 /// temperature 0; rows that need more than that are drawn again.
-fn draw_plain(kernels: &Kernels, logits: &[f32], samples: &[(&Sample, &[u32])]) -> Plain {
+fn draw_plain<'a>(
+    kernels: &Kernels,
+    logits: &[f32],
+    samples: &[(&Sample, &[u32])],
+    masks: &'a [Option<TokenMask<'a>>],
+) -> Plain<'a> {
     let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
     let uniforms: Vec<f64> = samples.iter().map(|(s, tokens)| uniform(s, tokens.len())).collect();
     let mut tokens = vec![0; samples.len()];
-    let sums = kernels.softmax_sums(logits, &inv_t);
+    let sums = kernels.softmax_sums(logits, &inv_t, masks);
     kernels.sample_of(logits, &sums, &uniforms, &mut tokens);
     let is_greedy = |sample: &Sample| sample.params.temperature == 0.0;
     if samples.iter().any(|(s, _)| is_greedy(s)) {
@@ -299,5 +293,5 @@ fn draw_plain(kernels: &Kernels, logits: &[f32], samples: &[(&Sample, &[u32])]) 
             }
         }
     }
-    Plain { tokens, sums: Some(sums) }
+    Plain { tokens, sums }
 }

@@ -338,11 +338,6 @@ impl GrammarState {
     }
 }
 
-/// Whether `mask` allows `token`.
-pub(crate) fn allows(mask: &[u32], token: u32) -> bool {
-    mask.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1)
-}
-
 /// Sets the logits of all tokens that `mask` does not allow to negative infinity.
 pub(crate) fn apply(mask: &[u32], logits: &mut [f32]) {
     for (i, logits) in logits.chunks_mut(32).enumerate() {
@@ -360,6 +355,8 @@ pub(crate) fn apply(mask: &[u32], logits: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
+    use kernels::TokenMask;
+
     use super::*;
 
     #[test]
@@ -369,8 +366,10 @@ mod tests {
         apply(&mask, &mut logits);
         let left: Vec<u32> = (0..70).filter(|t| logits[*t as usize] == 1.0).collect();
         assert_eq!(left, [0, 2, 64]);
-        assert!((0..70).all(|token| allows(&mask, token) == left.contains(&token)));
-        assert!(!allows(&mask, 200), "beyond the mask");
+        assert!(
+            (0..70).all(|token| TokenMask(&mask).allows(token) == left.contains(&(token as u32)))
+        );
+        assert!(!TokenMask(&mask).allows(200), "beyond the mask");
     }
 
     #[test]

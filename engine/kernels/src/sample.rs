@@ -10,7 +10,7 @@ use crate::{
     Kernels, VOCAB_CHUNK,
     cpu::Isa,
     simd::{Job, LANES, Simd},
-    softmax::{Part, SoftmaxSums, Total, vocabulary},
+    softmax::{Parts, SoftmaxSums, TokenMask, Total, vocabulary},
 };
 
 impl Kernels {
@@ -28,30 +28,37 @@ impl Kernels {
         uniform: &[f64],
         out: &mut [u32],
     ) {
-        self.sample_of(logits, &self.softmax_sums(logits, inv_temperature), uniform, out);
+        self.sample_of(logits, &self.softmax_sums(logits, inv_temperature, &[]), uniform, out);
     }
 
-    /// [`Kernels::sample`] from logits whose sums are these.
+    /// [`Kernels::sample`] from logits whose sums are these, among the tokens of their masks.
     ///
     /// # Panics
     /// As there.
-    pub fn sample_of(&self, logits: &[f32], sums: &SoftmaxSums, uniform: &[f64], out: &mut [u32]) {
+    pub fn sample_of(
+        &self,
+        logits: &[f32],
+        sums: &SoftmaxSums<'_>,
+        uniform: &[f64],
+        out: &mut [u32],
+    ) {
         let inv_temperature = sums.inv_temperature();
         let rows = inv_temperature.len();
         let cols = vocabulary(logits, rows);
         assert_eq!([uniform.len(), out.len()], [rows; 2], "lengths against {rows} rows");
         if let Isa::Reference = self.isa {
             for (row, out) in out.iter_mut().enumerate() {
-                let z = &logits[row * cols..][..cols];
-                *out = reference_sample(z, inv_temperature[row], uniform[row]);
+                let z = sums.masked(row, &logits[row * cols..][..cols]);
+                *out = reference_sample(&z, inv_temperature[row], uniform[row]);
             }
             return;
         }
         self.fill(out, VOCAB_CHUNK, &|row| {
             let parts = sums.parts(row, cols);
             let logits = &logits[row * cols..][..cols];
-            let inv_temperature = inv_temperature[row];
-            self.isa.vectorize(Pick { logits, inv_temperature, parts, uniform: uniform[row] })
+            let (inv_temperature, uniform) = (inv_temperature[row], uniform[row]);
+            let mask = sums.mask(row);
+            self.isa.vectorize(Pick { logits, inv_temperature, parts, mask, uniform })
         });
     }
 
@@ -75,7 +82,8 @@ impl Kernels {
 struct Pick<'a> {
     logits: &'a [f32],
     inv_temperature: f32,
-    parts: &'a [Part],
+    parts: &'a [Parts],
+    mask: Option<TokenMask<'a>>,
     uniform: f64,
 }
 
@@ -85,10 +93,10 @@ impl Job for Pick<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> u32 {
         let mut total = Total::EMPTY;
-        self.parts.iter().for_each(|&part| total.join(part));
+        self.parts.iter().for_each(|parts| total.join(parts.counted));
         let mut rest = self.uniform * total.sum;
         let mut chosen = None;
-        for (chunk, part) in self.parts.iter().enumerate() {
+        for (chunk, part) in self.parts.iter().map(|parts| parts.counted).enumerate() {
             let scale = (f64::from(part.max) - total.max).exp();
             let weight = scale * f64::from(part.sum);
             if weight > 0.0 {
@@ -102,14 +110,21 @@ impl Job for Pick<'_> {
         let Some((chunk, rest)) = chosen else { return 0 };
         let from = chunk * VOCAB_CHUNK;
         let logits = &self.logits[from..self.logits.len().min(from + VOCAB_CHUNK)];
-        (from + self.within(s, logits, self.parts[chunk].max, rest)) as u32
+        let mask = self.mask.map(|mask| mask.from(from));
+        (from + self.within(s, (logits, mask), self.parts[chunk].counted.max, rest)) as u32
     }
 }
 
 impl Pick<'_> {
     /// The first index where the cumulated weight exceeds `rest`, or else the last with any weight.
     #[inline(always)]
-    fn within<S: Simd>(&self, s: S, logits: &[f32], max: f32, rest: f64) -> usize {
+    fn within<S: Simd>(
+        &self,
+        s: S,
+        (logits, mask): (&[f32], Option<TokenMask<'_>>),
+        max: f32,
+        rest: f64,
+    ) -> usize {
         let (scale, max) = (s.splat(self.inv_temperature), s.splat(max));
         let mut cumulated = 0.0;
         let mut last = 0;
@@ -117,8 +132,9 @@ impl Pick<'_> {
             let z = s.mul(s.read(logits, at, f32::NEG_INFINITY), scale);
             let mut weights = [0.0; LANES];
             s.store(&mut weights, s.exp(s.sub(z, max)));
+            let lanes = mask.map_or(u16::MAX, |mask| mask.lanes(at));
             for (i, &weight) in weights.iter().enumerate() {
-                if weight > 0.0 {
+                if weight > 0.0 && lanes >> i & 1 == 1 {
                     last = at + i;
                     cumulated += f64::from(weight);
                     if cumulated > rest {

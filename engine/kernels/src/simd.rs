@@ -51,6 +51,8 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// a * b + c, rounded once or twice.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The lanes of `v` whose bit is set; `fill` in the others.
+    fn keep(self, v: Self::V, lanes: u16, fill: Self::V) -> Self::V;
     /// p * x, but 0 where p is 0 even when x is infinite.
     fn weigh(self, p: Self::V, x: Self::V) -> Self::V;
     /// e^x within 2 units in the last place; 0 at -infinity, NaN at NaN.
@@ -236,6 +238,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn keep(self, v: Wide, lanes: u16, fill: Wide) -> Wide {
+        Wide(std::array::from_fn(|i| if lanes >> i & 1 == 1 { v.0[i] } else { fill.0[i] }))
+    }
+
+    #[inline(always)]
     fn weigh(self, p: Wide, x: Wide) -> Wide {
         p.zip(x, |p, x| if p == 0.0 { 0.0 } else { p * x })
     }
@@ -352,6 +359,12 @@ pub(crate) mod avx512 {
             sum(v: __m512) -> f32 = sum;
             max_lane(v: __m512) -> f32 = max_lane;
             weigh(p: __m512, x: __m512) -> __m512 = weigh;
+        }
+
+        #[inline(always)]
+        fn keep(self, v: __m512, lanes: u16, fill: __m512) -> __m512 {
+            // SAFETY: `self` proves the features.
+            unsafe { _mm512_mask_mov_ps(fill, lanes, v) }
         }
 
         #[inline(always)]
@@ -524,7 +537,8 @@ mod tests {
 
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> Self::Output {
-            let v = s.load_tail(self.0, -3.0);
+            let v = s.load_tail(self.0, f32::NAN);
+            let v = s.keep(v, ((1_u32 << self.0.len()) - 1) as u16, s.splat(-3.0));
             let mut out = vec![7.0; self.0.len()];
             s.store_tail(&mut out, s.weigh(v, s.splat(f32::INFINITY)));
             (s.sum(v), s.max_lane(v), out)

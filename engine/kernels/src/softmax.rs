@@ -9,8 +9,8 @@
 //! ```text
 //! log-sum-exp = max + ln sum     entropy = ln sum - dot / sum     log-prob = z_target - log-sum-exp
 //! ```
-//! A logit of -infinity has probability 0 and adds nothing to the entropy. Leaves out the choice of
-//! a token, which is `sample.rs`.
+//! A logit of -infinity has probability 0 and adds nothing to the entropy; a mask says which logits count
+//! as that. Leaves out the choice of a token, which is `sample.rs`.
 
 use crate::{
     Kernels,
@@ -84,22 +84,66 @@ impl Total {
     }
 }
 
-/// The sums over rows of logits times their inverse temperatures, which draws and statistics share: taking
-/// them is most of the work of either.
-pub struct SoftmaxSums {
-    inv_temperature: Vec<f32>,
-    /// The parts of all chunks, row by row; none at the reference level, which has no use for them.
-    parts: Vec<Part>,
+/// Which tokens count: a bit each, from the lowest of the first word on. What is missing does not.
+#[derive(Clone, Copy, Debug)]
+pub struct TokenMask<'a>(pub &'a [u32]);
+
+impl<'a> TokenMask<'a> {
+    /// Whether a token counts.
+    pub fn allows(self, token: usize) -> bool {
+        self.0.get(token / 32).is_some_and(|word| word >> (token % 32) & 1 == 1)
+    }
+
+    /// The bits of sixteen tokens from `at` on, a multiple of 16.
+    #[inline(always)]
+    pub(crate) fn lanes(self, at: usize) -> u16 {
+        self.0.get(at / 32).map_or(0, |word| (word >> (at % 32)) as u16)
+    }
+
+    /// The mask of the tokens from `at` on, a multiple of 32.
+    pub(crate) fn from(self, at: usize) -> Self {
+        Self(self.0.get(at / 32..).unwrap_or_default())
+    }
 }
 
-impl SoftmaxSums {
+/// The sums over rows of logits times their inverse temperatures, which draws and statistics share: taking
+/// them is most of the work of either.
+pub struct SoftmaxSums<'a> {
+    inv_temperature: Vec<f32>,
+    /// One for each row, or none at all.
+    masks: &'a [Option<TokenMask<'a>>],
+    /// The parts of all chunks, row by row, and those of all tokens; none at the reference level, which has
+    /// no use for them.
+    parts: Vec<Parts>,
+}
+
+/// The sums over a chunk: of the tokens that count, and of all.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Parts {
+    pub(crate) counted: Part,
+    all: Part,
+}
+
+impl SoftmaxSums<'_> {
     /// The rows' inverse temperatures.
     pub(crate) fn inv_temperature(&self) -> &[f32] {
         &self.inv_temperature
     }
 
+    /// The mask of a row.
+    pub(crate) fn mask(&self, row: usize) -> Option<TokenMask<'_>> {
+        self.masks.get(row).copied().flatten()
+    }
+
+    /// A row of logits, as the definitions read them: negative infinity where they do not count.
+    pub(crate) fn masked(&self, row: usize, logits: &[f32]) -> Vec<f32> {
+        let counts = |token: usize| self.mask(row).is_none_or(|mask| mask.allows(token));
+        let masked = |(i, &z)| if counts(i) { z } else { f32::NEG_INFINITY };
+        logits.iter().enumerate().map(masked).collect()
+    }
+
     /// The parts of the chunks of one of the rows, which have `cols` columns.
-    pub(crate) fn parts(&self, row: usize, cols: usize) -> &[Part] {
+    pub(crate) fn parts(&self, row: usize, cols: usize) -> &[Parts] {
         let chunks = cols.div_ceil(VOCAB_CHUNK);
         &self.parts[row * chunks..][..chunks]
     }
@@ -107,17 +151,37 @@ impl SoftmaxSums {
 
 impl Kernels {
     /// The sums of each row of `logits` `[rows, vocabulary]` times its inverse temperature, which is
-    /// positive.
+    /// positive. `masks` has one for each row or is empty.
     ///
     /// # Panics
-    /// When `logits` is not a row for each inverse temperature.
-    pub fn softmax_sums(&self, logits: &[f32], inv_temperature: &[f32]) -> SoftmaxSums {
-        let cols = vocabulary(logits, inv_temperature.len());
-        let parts = match self.isa {
-            Isa::Reference => Vec::new(),
-            _ => self.parts(logits, inv_temperature, cols),
+    /// When `logits` is not a row for each inverse temperature, or there are masks for some rows only.
+    pub fn softmax_sums<'a>(
+        &self,
+        logits: &[f32],
+        inv_temperature: &[f32],
+        masks: &'a [Option<TokenMask<'a>>],
+    ) -> SoftmaxSums<'a> {
+        let (rows, cols) = (inv_temperature.len(), vocabulary(logits, inv_temperature.len()));
+        assert!([0, rows].contains(&masks.len()), "{} masks, {rows} rows", masks.len());
+        let chunks = match self.isa {
+            Isa::Reference => 0,
+            _ => cols.div_ceil(VOCAB_CHUNK),
         };
-        SoftmaxSums { inv_temperature: inv_temperature.to_vec(), parts }
+        let mut parts = vec![Parts::default(); rows * chunks];
+        self.fill(&mut parts, 2 * VOCAB_CHUNK, &|i| {
+            let (row, from) = (i / chunks, i % chunks * VOCAB_CHUNK);
+            let logits = &logits[row * cols..][from..cols.min(from + VOCAB_CHUNK)];
+            let mask = masks.get(row).copied().flatten().map(|mask| mask.from(from));
+            let inv_temperature = inv_temperature[row];
+            match mask {
+                None => {
+                    let all = self.isa.vectorize(Chunk { logits, inv_temperature });
+                    Parts { counted: all, all }
+                }
+                Some(mask) => self.isa.vectorize(MaskedChunk { logits, inv_temperature, mask }),
+            }
+        });
+        SoftmaxSums { inv_temperature: inv_temperature.to_vec(), masks, parts }
     }
 
     /// Statistics of each row of `logits` `[rows, vocabulary]` times its inverse temperature, which
@@ -134,17 +198,18 @@ impl Kernels {
         targets: Option<&[u32]>,
         out: &mut [TokenStats],
     ) {
-        self.stats_of(logits, &self.softmax_sums(logits, inv_temperature), targets, out);
+        let sums = self.softmax_sums(logits, inv_temperature, &[]);
+        self.stats_of(logits, (&sums, true), targets, out);
     }
 
-    /// [`Kernels::softmax_stats`] of logits whose sums are these.
+    /// [`Kernels::softmax_stats`] of logits whose sums are these, of the tokens that count or of `all`.
     ///
     /// # Panics
     /// As there.
     pub fn stats_of(
         &self,
         logits: &[f32],
-        sums: &SoftmaxSums,
+        (sums, all): (&SoftmaxSums<'_>, bool),
         targets: Option<&[u32]>,
         out: &mut [TokenStats],
     ) {
@@ -159,28 +224,19 @@ impl Kernels {
         if let Isa::Reference = self.isa {
             for (row, out) in out.iter_mut().enumerate() {
                 let z = &logits[row * cols..][..cols];
-                *out = reference(z, inv_temperature[row], target(row));
+                let z = if all { z.to_vec() } else { sums.masked(row, z) };
+                *out = reference(&z, inv_temperature[row], target(row));
             }
             return;
         }
         for (row, out) in out.iter_mut().enumerate() {
             let mut total = Total::EMPTY;
-            sums.parts(row, cols).iter().for_each(|&part| total.join(part));
+            for parts in sums.parts(row, cols) {
+                total.join(if all { parts.all } else { parts.counted });
+            }
             let z = target(row).map(|t| logits[row * cols + t] * inv_temperature[row]);
             *out = total.stats(z);
         }
-    }
-
-    /// The parts of all chunks, row by row.
-    fn parts(&self, logits: &[f32], inv_temperature: &[f32], cols: usize) -> Vec<Part> {
-        let chunks = cols.div_ceil(VOCAB_CHUNK);
-        let mut parts = vec![Part::default(); inv_temperature.len() * chunks];
-        self.fill(&mut parts, 2 * VOCAB_CHUNK, &|i| {
-            let (row, from) = (i / chunks, i % chunks * VOCAB_CHUNK);
-            let logits = &logits[row * cols..][from..cols.min(from + VOCAB_CHUNK)];
-            self.isa.vectorize(Chunk { logits, inv_temperature: inv_temperature[row] })
-        });
-        parts
     }
 }
 
@@ -231,6 +287,72 @@ impl Job for Chunk<'_> {
     }
 }
 
+/// The sums over one chunk, of the tokens that count and of all, in one pass: both relative to the largest
+/// of all, unless so little counts that its own largest has to be the measure.
+struct MaskedChunk<'a> {
+    logits: &'a [f32],
+    inv_temperature: f32,
+    /// Of these logits.
+    mask: TokenMask<'a>,
+}
+
+/// Below this a sum relative to the largest of all has lost what makes it.
+const LEAST_SUM: f32 = 1e-30;
+
+impl Job for MaskedChunk<'_> {
+    type Output = Parts;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Parts {
+        let parts = self.sums(s, self.largest(s, |_| u16::MAX));
+        if parts.counted.sum >= LEAST_SUM {
+            return parts;
+        }
+        let largest = self.largest(s, |at| self.mask.lanes(at));
+        Parts { counted: self.sums(s, largest).counted, ..parts }
+    }
+}
+
+impl MaskedChunk<'_> {
+    /// The largest z of some lanes; 0 where there is none.
+    #[inline(always)]
+    fn largest<S: Simd>(&self, s: S, lanes: impl Fn(usize) -> u16) -> f32 {
+        let none = s.splat(f32::NEG_INFINITY);
+        let mut max = none;
+        for at in (0..self.logits.len()).step_by(LANES) {
+            max = s.max(max, s.keep(self.z(s, at), lanes(at), none));
+        }
+        match s.max_lane(max) {
+            f32::NEG_INFINITY => 0.0,
+            max => max,
+        }
+    }
+
+    #[inline(always)]
+    fn z<S: Simd>(&self, s: S, at: usize) -> S::V {
+        let scale = s.splat(self.inv_temperature);
+        s.mul(s.read(self.logits, at, f32::NEG_INFINITY), scale)
+    }
+
+    /// The sums relative to `max`.
+    #[inline(always)]
+    fn sums<S: Simd>(&self, s: S, max: f32) -> Parts {
+        let zero = s.splat(0.0);
+        let [mut all, mut counted] = [(zero, zero); 2];
+        for at in (0..self.logits.len()).step_by(LANES) {
+            let below = s.sub(self.z(s, at), s.splat(max));
+            let p = s.exp(below);
+            let dot = s.weigh(p, below);
+            all = (s.add(all.0, p), s.add(all.1, dot));
+            let keep = |v| s.keep(v, self.mask.lanes(at), zero);
+            counted = (s.add(counted.0, keep(p)), s.add(counted.1, keep(dot)));
+        }
+        let [counted, all] =
+            [counted, all].map(|(sum, dot)| Part { max, sum: s.sum(sum), dot: s.sum(dot) });
+        Parts { counted, all }
+    }
+}
+
 /// Adds e^(z - max) and e^(z - max) (z - max).
 #[inline(always)]
 fn weigh<S: Simd>(s: S, z: S::V, max: f32, sum: S::V, dot: S::V) -> (S::V, S::V) {
@@ -258,7 +380,7 @@ fn reference(logits: &[f32], inv_temperature: f32, target: Option<usize>) -> Tok
 
 #[cfg(test)]
 mod tests {
-    use super::{TokenStats, VOCAB_CHUNK};
+    use super::{TokenMask, TokenStats, VOCAB_CHUNK};
     use crate::{
         Kernels,
         testing::{Random, assert_close, every_level, reference},
@@ -279,6 +401,49 @@ mod tests {
 
     fn column(stats: &[TokenStats], of: impl Fn(&TokenStats) -> f32) -> Vec<f32> {
         stats.iter().map(of).collect()
+    }
+
+    /// What counts is as if all else were negative infinity, and the rest does not hear of it.
+    #[test]
+    fn masks_leave_what_counts() {
+        let mut random = Random::new(77);
+        let cols = 2 * VOCAB_CHUNK + 77;
+        let logits = random.vec(2 * cols, 6.0);
+        let mut logits: Vec<f32> = logits.iter().map(|x| x * 3.0).collect();
+        // Far above what counts: relative to it nothing would be left.
+        logits[5] = 300.0;
+        for share in [1, 2, 40, 5000] {
+            let words = cols.div_ceil(32);
+            let mut mask = vec![0_u32; words];
+            (0..cols)
+                .filter(|i| i % share == share / 2)
+                .for_each(|i| mask[i / 32] |= 1 << (i % 32));
+            let counts = TokenMask(&mask);
+            let mut cut = logits.clone();
+            let out = |i: usize| !counts.allows(i);
+            (0..cols).filter(|&i| out(i)).for_each(|i| cut[i] = f32::NEG_INFINITY);
+            let target = (share / 2) as u32;
+            for kernels in every_level(2).chain([reference()]) {
+                let masks = [Some(counts), None];
+                let sums = kernels.softmax_sums(&logits, &[1.0; 2], &masks);
+                let mut got = [TokenStats::default(); 2];
+                let targets = [target, 9];
+                kernels.stats_of(&logits, (&sums, false), Some(&targets), &mut got);
+                let expected = stats(&kernels, &cut, &[1.0; 2], &targets);
+                let of: [fn(&TokenStats) -> f32; 3] =
+                    [|s| s.log_prob, |s| s.entropy, |s| s.log_sum_exp];
+                for of in of {
+                    assert_close(&column(&got, of), &column(&expected, of), 2e-6);
+                }
+                kernels.stats_of(&logits, (&sums, true), Some(&targets), &mut got);
+                assert_eq!(bits(&got), bits(&stats(&kernels, &logits, &[1.0; 2], &targets)));
+                let mut drawn = [0; 2];
+                for uniform in [0.0, 0.3, 0.999_999] {
+                    kernels.sample_of(&logits, &sums, &[uniform; 2], &mut drawn);
+                    assert!(counts.allows(drawn[0] as usize), "{} is not allowed", drawn[0]);
+                }
+            }
+        }
     }
 
     #[test]

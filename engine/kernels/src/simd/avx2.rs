@@ -92,6 +92,15 @@ fn widen_high(words: __m256i) -> __m256 {
     _mm256_castsi256_ps(_mm256_and_si256(words, upper))
 }
 
+/// The lanes of `v` whose bit is set; `fill` in the others.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn keep(v: __m256, lanes: u16, fill: __m256) -> __m256 {
+    let bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    let set = _mm256_and_si256(_mm256_set1_epi32(lanes.into()), bits);
+    _mm256_blendv_ps(fill, v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bits)))
+}
+
 #[target_feature(enable = "avx2,fma")]
 #[inline]
 fn weigh(p: __m256, x: __m256) -> __m256 {
@@ -142,6 +151,14 @@ impl Simd for Avx2 {
         // SAFETY: `self` proves the features.
         let v = unsafe { _mm256_set1_ps(x) };
         Pair(v, v)
+    }
+
+    #[inline(always)]
+    fn keep(self, v: Pair, lanes: u16, fill: Pair) -> Pair {
+        // SAFETY: `self` proves the features.
+        let low = unsafe { keep(v.0, lanes, fill.0) };
+        // SAFETY: as above.
+        Pair(low, unsafe { keep(v.1, lanes >> (LANES / 2), fill.1) })
     }
 
     #[inline(always)]
