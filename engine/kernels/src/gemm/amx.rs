@@ -417,7 +417,8 @@ pub(crate) mod tiles {
 
     /// Eight tiles of up to 16 rows by 64 bytes, held by this thread while this value lives.
     ///
-    /// Bound to its thread: the configuration is the thread's.
+    /// Bound to its thread: the configuration is the thread's. What tiles hold lasts from one `asm!` to the
+    /// next, since compiled code never uses them.
     pub(crate) struct Tiles {
         /// Rows of x and of the sums.
         rows: usize,
