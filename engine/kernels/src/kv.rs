@@ -387,6 +387,7 @@ impl WriteHead<'_> {
             let slot = slots[row];
             let (start, lane) = shape.key_tile(layer, slot, self.head);
             let whole = lane == 0
+                && shape.dtype != KvDtype::Int8
                 && slots[row..].len() >= TILE
                 && (slot..).zip(&slots[row..row + TILE]).all(|(a, &b)| a == b);
             let rows = if whole { TILE } else { 1 };
@@ -400,17 +401,15 @@ impl WriteHead<'_> {
                 KvDtype::Plain(dtype) => {
                     let mut key = [0; MAX_HEAD_DIM];
                     round_words(dtype, self.key(dtype, row), &mut key[..words]);
-                    write_key(&key[..words], lane, tile);
+                    write_key(key[..words].iter().copied(), lane, tile);
                 }
-                KvDtype::Int8 => (row..row + rows).zip(slot..).for_each(|(row, slot)| {
+                KvDtype::Int8 => {
                     let mut key = [0; MAX_HEAD_DIM];
                     let scale = quantize(self.of(self.k, row), &mut key);
                     let words = key.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
-                    let lines = tile.as_chunks_mut::<TILE>().0;
-                    let lane = slot as usize % TILE;
-                    lines.iter_mut().zip(words).for_each(|(line, word)| line[lane] = word);
+                    write_key(words, lane, tile);
                     self.scale(shape.scale_of_key(layer, slot, self.head), scale);
-                }),
+                }
             }
             row += rows;
         }
@@ -560,8 +559,8 @@ pub(crate) fn round_words(dtype: Dtype, elements: &[f32], words: &mut [u32]) {
 
 /// Puts the words of a key into lane `lane` of a tile.
 #[inline(always)]
-pub(crate) fn write_key(key: &[u32], lane: usize, tile: &mut [u32]) {
-    tile.chunks_exact_mut(TILE).zip(key).for_each(|(line, &word)| line[lane] = word);
+pub(crate) fn write_key(key: impl Iterator<Item = u32>, lane: usize, tile: &mut [u32]) {
+    tile.chunks_exact_mut(TILE).zip(key).for_each(|(line, word)| line[lane] = word);
 }
 
 /// Panics unless the kernels can work with heads of this size.

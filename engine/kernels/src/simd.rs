@@ -529,6 +529,28 @@ mod tests {
         }
     }
 
+    /// Some lanes of ones, sevens in the others.
+    struct Keep(u16);
+
+    impl Job for Keep {
+        type Output = [f32; LANES];
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Self::Output {
+            let mut out = [0.0; LANES];
+            s.store(&mut out, s.keep(s.splat(1.0), self.0, s.splat(7.0)));
+            out
+        }
+    }
+
+    #[test]
+    fn lanes_are_kept_by_their_bits() {
+        for (isa, lanes) in levels().flat_map(|isa| [0, 1, 0x8001, 0x5aa5, !0].map(|l| (isa, l))) {
+            let expected = std::array::from_fn(|i| if lanes >> i & 1 == 1 { 1.0 } else { 7.0 });
+            assert_eq!(isa.vectorize(Keep(lanes)), expected, "{isa:?} {lanes:x}");
+        }
+    }
+
     /// Sum, maximum, a weighed vector, and a tail read and written.
     struct Lanes<'a>(&'a [f32]);
 
@@ -537,8 +559,7 @@ mod tests {
 
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> Self::Output {
-            let v = s.load_tail(self.0, f32::NAN);
-            let v = s.keep(v, ((1_u32 << self.0.len()) - 1) as u16, s.splat(-3.0));
+            let v = s.load_tail(self.0, -3.0);
             let mut out = vec![7.0; self.0.len()];
             s.store_tail(&mut out, s.weigh(v, s.splat(f32::INFINITY)));
             (s.sum(v), s.max_lane(v), out)

@@ -67,10 +67,10 @@ impl Products for Tiled {
         self,
         _dtype: Dtype,
         rows: impl ExactSizeIterator<Item = &'x [f32]>,
-        d: usize,
         out: &mut [u32],
     ) {
-        let lines = as_lines_mut(out).chunks_exact_mut(d / STEP);
+        let row_lines = out.len() / rows.len() / STEP;
+        let lines = as_lines_mut(out).chunks_exact_mut(row_lines);
         rows.zip(lines).for_each(|(row, to)| self.round(row, to));
     }
 

@@ -143,7 +143,6 @@ impl Products for Fast {
         self,
         dtype: Dtype,
         rows: impl ExactSizeIterator<Item = &'x [f32]>,
-        _d: usize,
         out: &mut [u32],
     ) {
         let count = rows.len();

@@ -286,7 +286,8 @@ impl<P: Products> Backward<'_, P> {
             for (x, tiles) in [(key, &mut *key_tiles), (value, &mut *value_tiles)] {
                 round_words(self.dtype, x, rounded);
                 let tile = position / TILE * TILE * words;
-                write_key(rounded, position % TILE, &mut tiles[tile..][..TILE * words]);
+                let tile = &mut tiles[tile..][..TILE * words];
+                write_key(rounded.iter().copied(), position % TILE, tile);
             }
         }
     }
@@ -355,10 +356,10 @@ impl<P: Products> Backward<'_, P> {
         let ds = &mut ds.slice(all * stride)[part];
 
         let packed = lane.packed.slice(rows * d);
-        self.products.pack(self.dtype, q.chunks_exact(d), d, packed);
+        self.products.pack(self.dtype, q.chunks_exact(d), packed);
         let to = ScoresOut { to: p, stride, rows };
         self.products.scores(packed, panel(key_tiles.slice(words)), to, nothing);
-        self.products.pack(self.dtype, dout.chunks_exact(d), d, packed);
+        self.products.pack(self.dtype, dout.chunks_exact(d), packed);
         let to = ScoresOut { to: ds, stride, rows };
         self.products.scores(packed, panel(value_tiles.slice(words)), to, nothing);
 

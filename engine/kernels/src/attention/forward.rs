@@ -131,7 +131,7 @@ impl<P: Products> Forward<'_, P> {
 
         let q = (0..rows).map(|row| &self.task.q[self.place(item, row)..][..d]);
         let packed = lane.packed.slice(rows * d);
-        self.products.pack(keys.dtype, q, d, packed);
+        self.products.pack(keys.dtype, q, packed);
 
         let stride = stride(positions);
         let scores = lane.scores.slice(rows * stride);

@@ -32,7 +32,6 @@ impl Products for Lanes {
         self,
         dtype: Dtype,
         rows: impl ExactSizeIterator<Item = &'x [f32]>,
-        _d: usize,
         out: &mut [u32],
     ) {
         for (word, &x) in out.iter_mut().zip(rows.flatten()) {

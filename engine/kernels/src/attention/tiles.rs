@@ -107,12 +107,11 @@ pub(super) trait Products: Copy + Send + Sync {
     /// Most rows of one product.
     const ROWS: usize;
 
-    /// Rounds rows of `d` elements into the left operand of `scores`; `out` has as many words, on a line.
+    /// Rounds rows of elements into the left operand of `scores`; `out` has as many words, on a line.
     fn pack<'x>(
         self,
         dtype: Dtype,
         rows: impl ExactSizeIterator<Item = &'x [f32]>,
-        d: usize,
         out: &mut [u32],
     );
 
