@@ -72,7 +72,7 @@ pub(crate) fn draw(
         .filter(|&i| match masks[i] {
             // A mask may leave nothing to draw.
             Some(mask) => !mask.allows(tokens[i] as usize),
-            None => !samples[i].0.is_plain_at(samples[i].1.len() - samples[i].0.prompt_len),
+            None => samples[i].0.grammar.is_some() || !is_plain(samples[i]),
         })
         .collect();
     // What was drawn from a distribution that is not the model's own.
@@ -133,11 +133,15 @@ pub(crate) fn draw(
     (0..rows.len()).map(&mut drawn).collect()
 }
 
+/// Whether parameters leave the distribution of a sample's next token as it is.
+fn is_plain((sample, known): (&Sample, &[u32])) -> bool {
+    sample.is_plain_at(known.len() - sample.prompt_len)
+}
+
 /// What a grammar allows, where that is all that keeps a sample from the model's own distribution.
 fn only_mask<'a>((sample, known): (&'a Sample, &[u32])) -> Option<TokenMask<'a>> {
-    let plain = sample.params.is_plain() && sample.params.temperature > 0.0;
-    let plain = plain && sample.banned(known.len() - sample.prompt_len).is_empty();
-    let allowed = sample.grammar.as_ref().filter(|_| plain)?.allowed();
+    let drawn_plainly = is_plain((sample, known)) && sample.params.temperature > 0.0;
+    let allowed = sample.grammar.as_ref().filter(|_| drawn_plainly)?.allowed();
     allowed.ok().map(TokenMask)
 }
 

@@ -94,10 +94,10 @@ impl Sample {
         if generated < self.params.min_tokens { &self.ending } else { &[] }
     }
 
-    /// Whether the `generated`-th token comes from the model's own distribution at the sample's
-    /// temperature.
+    /// Whether parameters leave the distribution of the `generated`-th token, but for its temperature, as it
+    /// is; a grammar is not looked at.
     pub(crate) fn is_plain_at(&self, generated: usize) -> bool {
-        self.grammar.is_none() && self.params.is_plain() && self.banned(generated).is_empty()
+        self.params.is_plain() && self.banned(generated).is_empty()
     }
 
     /// How many alternatives of the distribution that is drawn from are reported; the others are of the
