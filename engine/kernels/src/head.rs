@@ -225,23 +225,29 @@ impl Kernels {
             };
             let dh = &mut dh[rows.start * cols..rows.end * cols];
             for chunk in blocks(w.rows(), VOCAB_CHUNK) {
-                let dz = prefix(&mut scratch.logits, rows.len() * chunk.len());
-                self.matmul(hidden, w, chunk.clone(), None, Write::Set, dz);
-                self.logits_to_gradient(&part, &chunk, dz);
-                self.operand(dz, chunk.len(), &mut scratch.gradient);
+                let logits = prefix(&mut scratch.logits, rows.len() * chunk.len());
+                self.matmul(hidden, w, chunk.clone(), None, Write::Set, logits);
+                self.gradient_of_logits(&part, &chunk, logits, &mut scratch.gradient);
                 let write = if chunk.start == 0 { Write::Set } else { Write::Add };
                 let products = &mut scratch.products;
                 self.matmul_dx(&scratch.gradient, w, chunk.clone(), write, dh, products);
                 let dw = &mut dw[chunk.start * cols..chunk.end * cols];
-                self.matmul_dw(dz, hidden, Write::Add, dw, products);
+                self.matmul_dw(&scratch.gradient, hidden, Write::Add, dw, products);
             }
         }
     }
 
-    /// Turns one chunk of logits into their gradient, in place.
-    fn logits_to_gradient(&self, rows: &Rows<'_>, chunk: &Range<usize>, logits: &mut [f32]) {
+    /// Makes `out` the rounded gradient of one chunk of logits, which change.
+    fn gradient_of_logits(
+        &self,
+        rows: &Rows<'_>,
+        chunk: &Range<usize>,
+        logits: &mut [f32],
+        out: &mut Operand,
+    ) {
         let width = chunk.len();
         let logits = Disjoint::new(logits);
+        let out = out.rounded_rows(rows.targets.len(), width);
         self.split_rows(rows.targets.len(), width, &|range| {
             for row in range {
                 // SAFETY: every row belongs to one task.
@@ -255,6 +261,8 @@ impl Kernels {
                 if chunk.contains(&target) {
                     logits[target - chunk.start] += slope.log_prob;
                 }
+                // SAFETY: as above.
+                unsafe { out.set(self.isa, row, logits) };
             }
         });
     }

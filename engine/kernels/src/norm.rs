@@ -8,10 +8,9 @@
 //! of a layer norm. A row's sums run over 16 lanes in ascending order and then the fixed tree.
 
 use crate::{
-    Input, Kernels, Linear,
+    Input, Kernels, Linear, Operand,
     cpu::Isa,
     disjoint::Disjoint,
-    gemm::pack::pack_rows,
     simd::{Job, LANES, Simd},
     split::whole_rows,
 };
@@ -65,27 +64,40 @@ impl Kernels {
         norm: &mut [f32],
         out: &mut Input,
     ) {
-        let cols = weight.len();
-        let dtype = match next {
-            Linear::Full(w) if !matches!(self.isa, Isa::Reference) => w.dtype(),
-            _ => {
-                self.rms_norm(x, weight, eps, norm);
-                return self.input(norm, next, out);
+        match next {
+            Linear::Full(w) => {
+                assert_eq!(w.cols(), weight.len(), "inputs of the product against the norm's");
+                self.normed_operand((x, weight, eps), &mut out.full);
             }
-        };
+            Linear::Quantised(_) => {
+                self.rms_norm(x, weight, eps, norm);
+                self.input(norm, next, out);
+            }
+        }
+    }
+
+    /// [`Kernels::rms_norm`] of `x`, rounded.
+    ///
+    /// # Panics
+    /// When the lengths do not agree.
+    pub fn normed_operand(
+        &self,
+        (x, weight, eps): (&[f32], &[f32], f32),
+        out: &mut Operand,
+    ) {
+        let cols = weight.len();
         let rows = whole_rows(x.len(), cols);
-        assert_eq!(next.cols(), cols, "inputs of the product against the norm's");
-        out.full.reshape(dtype, rows, cols);
-        let stride = out.full.stride();
-        let out = out.full.disjoint();
+        let out = out.rounded_rows(rows, cols);
         self.split_rows(rows, cols, &|range| {
             let mut normed = vec![0.0; cols];
             for row in range {
                 let x = &x[row * cols..][..cols];
-                self.isa.vectorize(Forward { x, weight, eps, out: &mut normed });
+                match self.isa {
+                    Isa::Reference => reference::forward(x, weight, eps, &mut normed),
+                    isa => isa.vectorize(Forward { x, weight, eps, out: &mut normed }),
+                }
                 // SAFETY: every row belongs to one task.
-                let to = unsafe { out.part(row * stride, (row + 1) * stride) };
-                pack_rows(self.isa, dtype, &normed, cols, stride, to);
+                unsafe { out.set(self.isa, row, &normed) };
             }
         });
     }

@@ -8,7 +8,7 @@
 //! Leaves out other activations: the supported families all use SiLU.
 
 use crate::{
-    Kernels,
+    Input, Kernels, Linear, Operand,
     cpu::Isa,
     disjoint::Disjoint,
     simd::{Job, LANES, Simd},
@@ -35,24 +35,72 @@ impl Kernels {
         });
     }
 
-    /// Sets `dgate_up` to the gradient of `gate_up`, given that of the output.
+    /// [`Kernels::swiglu`], rounded for products with `next` as [`Kernels::input`] does; what is in `buffer`,
+    /// as long as the output, is unspecified then.
     ///
     /// # Panics
     /// When the lengths do not agree.
-    pub fn swiglu_backward(&self, gate_up: &[f32], inter: usize, dy: &[f32], dgate_up: &mut [f32]) {
+    pub fn activated_input(
+        &self,
+        gate_up: &[f32],
+        next: &Linear,
+        buffer: &mut [f32],
+        out: &mut Input,
+    ) {
+        let inter = next.cols();
+        if let Linear::Quantised(_) = next {
+            self.swiglu(gate_up, inter, buffer);
+            return self.input(buffer, next, out);
+        }
+        let rows = whole_rows(gate_up.len(), 2 * inter);
+        let out = out.full.rounded_rows(rows, inter);
+        self.split_rows(rows, 2 * inter, &|range| {
+            let mut activated = vec![0.0; inter];
+            for row in range {
+                let gate_up = &gate_up[row * 2 * inter..][..2 * inter];
+                match self.isa {
+                    Isa::Reference => reference::forward(gate_up, inter, &mut activated),
+                    isa => isa.vectorize(Forward { gate_up, inter, out: &mut activated }),
+                }
+                // SAFETY: every row belongs to one task.
+                unsafe { out.set(self.isa, row, &activated) };
+            }
+        });
+    }
+
+    /// Sets `dgate_up` to the gradient of `gate_up`, given that of the output, and `y` to the output, both
+    /// rounded.
+    ///
+    /// # Panics
+    /// When the lengths do not agree.
+    pub fn swiglu_backward(
+        &self,
+        gate_up: &[f32],
+        inter: usize,
+        dy: &[f32],
+        (y, dgate_up): (&mut Operand, &mut Operand),
+    ) {
         let rows = whole_rows(dy.len(), inter);
         assert_eq!(gate_up.len(), 2 * dy.len(), "gate and up against the gradient's length");
-        assert_eq!(dgate_up.len(), gate_up.len(), "gradient length against gate and up");
-        if let Isa::Reference = self.isa {
-            return reference::backward(gate_up, inter, dy, dgate_up);
-        }
-        let out = Disjoint::new(dgate_up);
+        let (y, out) = (y.rounded_rows(rows, inter), dgate_up.rounded_rows(rows, 2 * inter));
         self.split_rows(rows, 4 * inter, &|range| {
-            let (from, to) = (range.start * inter, range.end * inter);
-            // SAFETY: every row belongs to one task.
-            let dgate_up = unsafe { out.part(2 * from, 2 * to) };
-            let (gate_up, dy) = (&gate_up[2 * from..2 * to], &dy[from..to]);
-            self.isa.vectorize(Backward { gate_up, inter, dy, dgate_up });
+            let (mut activated, mut dgate_up) = (vec![0.0; inter], vec![0.0; 2 * inter]);
+            for row in range {
+                let gate_up = &gate_up[row * 2 * inter..][..2 * inter];
+                let dy = &dy[row * inter..][..inter];
+                let (y_row, dgate_up) = (&mut activated[..], &mut dgate_up[..]);
+                match self.isa {
+                    Isa::Reference => {
+                        reference::forward(gate_up, inter, y_row);
+                        reference::backward(gate_up, inter, dy, dgate_up);
+                    }
+                    isa => isa.vectorize(Backward { gate_up, dy, y: y_row, dgate_up }),
+                }
+                // SAFETY: every row belongs to one task.
+                unsafe { y.set(self.isa, row, y_row) };
+                // SAFETY: as above.
+                unsafe { out.set(self.isa, row, dgate_up) };
+            }
         });
     }
 }
@@ -92,11 +140,11 @@ impl Job for Forward<'_> {
     }
 }
 
-/// Some whole rows of the backward pass.
+/// A row of the backward pass, and of the forward one again.
 struct Backward<'a> {
     gate_up: &'a [f32],
-    inter: usize,
     dy: &'a [f32],
+    y: &'a mut [f32],
     dgate_up: &'a mut [f32],
 }
 
@@ -105,20 +153,19 @@ impl Job for Backward<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let inter = self.inter;
+        let Self { gate_up, dy, y, dgate_up } = self;
         let one = s.splat(1.0);
-        for (row, out) in self.dgate_up.chunks_exact_mut(2 * inter).enumerate() {
-            let (gate, up) = self.gate_up[row * 2 * inter..][..2 * inter].split_at(inter);
-            let dy = &self.dy[row * inter..][..inter];
-            let (dgate, dup) = out.split_at_mut(inter);
-            for at in (0..inter).step_by(LANES) {
-                let (g, u) = (s.read(gate, at, 0.0), s.read(up, at, 0.0));
-                let dy = s.read(dy, at, 0.0);
-                let sig = sigmoid(s, g);
-                let slope = s.mul(sig, s.mul_add(g, s.sub(one, sig), one));
-                s.write(dgate, at, s.mul(s.mul(dy, u), slope));
-                s.write(dup, at, s.mul(dy, s.mul(g, sig)));
-            }
+        let (gate, up) = gate_up.split_at(dy.len());
+        let (dgate, dup) = dgate_up.split_at_mut(dy.len());
+        for at in (0..dy.len()).step_by(LANES) {
+            let (g, u) = (s.read(gate, at, 0.0), s.read(up, at, 0.0));
+            let dy = s.read(dy, at, 0.0);
+            let sig = sigmoid(s, g);
+            let silu = s.mul(g, sig);
+            let slope = s.mul(sig, s.mul_add(g, s.sub(one, sig), one));
+            s.write(y, at, s.mul(silu, u));
+            s.write(dgate, at, s.mul(s.mul(dy, u), slope));
+            s.write(dup, at, s.mul(dy, silu));
         }
     }
 }
@@ -151,7 +198,7 @@ mod reference {
 #[cfg(test)]
 mod tests {
     use crate::{
-        Kernels,
+        Dtype, Kernels, Operand,
         testing::{Random, assert_close, bits, differences, every_level, reference},
     };
 
@@ -161,10 +208,16 @@ mod tests {
         out
     }
 
+    /// The gradient; also checks that the output is that of the forward pass.
     fn backward(kernels: &Kernels, gate_up: &[f32], inter: usize, dy: &[f32]) -> Vec<f32> {
-        let mut out = vec![f32::NAN; gate_up.len()];
-        kernels.swiglu_backward(gate_up, inter, dy, &mut out);
-        out
+        let (mut y, mut out) = (Operand::new(Dtype::F32), Operand::new(Dtype::F32));
+        kernels.swiglu_backward(gate_up, inter, dy, (&mut y, &mut out));
+        let values = |x: &Operand| -> Vec<f32> {
+            let at = |i: usize| x.get(i / x.cols(), i % x.cols());
+            (0..x.rows() * x.cols()).map(at).collect()
+        };
+        assert_eq!(bits(&values(&y)), bits(&forward(kernels, gate_up, inter)), "output again");
+        values(&out)
     }
 
     #[test]

@@ -25,13 +25,15 @@ struct Buffers {
     scratch: Scratch,
     head_scratch: HeadScratch,
     attn: AttnScratch,
+    /// The left operand of a product of the forward pass, and the gradients of its outputs.
     operand: Operand,
-    dy_operand: Operand,
+    dy: Operand,
+    /// `[M, 2 I]`.
+    d_gate_up: Operand,
     /// `[M, H]`.
     d_norm: Vec<f32>,
-    /// `[M, I]` and `[M, 2 I]`.
+    /// `[M, I]`.
     d_act: Vec<f32>,
-    d_gate_up: Vec<f32>,
     /// `[M, heads d]` twice, `[M, kv_heads d]` twice, and what the norms of Qwen3 need.
     d_attn: Vec<f32>,
     dq: Vec<f32>,
@@ -74,10 +76,10 @@ impl Gradients {
             head_scratch: HeadScratch::default(),
             attn: AttnScratch::new(),
             operand: Operand::new(dtype),
-            dy_operand: Operand::new(dtype),
+            dy: Operand::new(dtype),
+            d_gate_up: Operand::new(dtype),
             d_norm: Vec::new(),
             d_act: Vec::new(),
-            d_gate_up: Vec::new(),
             d_attn: Vec::new(),
             dq: Vec::new(),
             dk: Vec::new(),
@@ -232,22 +234,18 @@ impl Decoder {
         let (mlp_norm, gate_up, down) = (index.o + 1, index.o + 2, index.o + 3);
         let Gradients { sums, buffers: b, .. } = grads;
         b.d_act.resize(rows * inter, 0.0);
-        b.d_gate_up.resize(rows * 2 * inter, 0.0);
         b.d_norm.resize(rows * hidden, 0.0);
-        kernels.swiglu(&layer.gate_up, inter, &mut b.d_act);
-        kernels.operand(&b.d_act, inter, &mut b.operand);
-        kernels.matmul_dw(dx, &b.operand, Write::Add, &mut sums[down], &mut b.scratch);
-        kernels.operand(dx, hidden, &mut b.dy_operand);
-        let all = 0..weights.down.rows();
         let s = &mut b.scratch;
-        kernels.matmul_dx(&b.dy_operand, weights.down.full(), all, Write::Set, &mut b.d_act, s);
-        kernels.swiglu_backward(&layer.gate_up, inter, &b.d_act, &mut b.d_gate_up);
-        kernels.rms_norm(&layer.mid, &weights.mlp_norm, eps, &mut b.d_norm);
-        kernels.operand(&b.d_norm, hidden, &mut b.operand);
+        kernels.operand(dx, hidden, &mut b.dy);
+        let all = 0..weights.down.rows();
+        kernels.matmul_dx(&b.dy, weights.down.full(), all, Write::Set, &mut b.d_act, s);
+        let gradients = (&mut b.operand, &mut b.d_gate_up);
+        kernels.swiglu_backward(&layer.gate_up, inter, &b.d_act, gradients);
+        kernels.matmul_dw(&b.dy, &b.operand, Write::Add, &mut sums[down], s);
+        kernels.normed_operand((&layer.mid, &weights.mlp_norm, eps), &mut b.operand);
         kernels.matmul_dw(&b.d_gate_up, &b.operand, Write::Add, &mut sums[gate_up], s);
-        kernels.operand(&b.d_gate_up, 2 * inter, &mut b.dy_operand);
         let all = 0..weights.gate_up.rows();
-        kernels.matmul_dx(&b.dy_operand, weights.gate_up.full(), all, Write::Set, &mut b.d_norm, s);
+        kernels.matmul_dx(&b.d_gate_up, weights.gate_up.full(), all, Write::Set, &mut b.d_norm, s);
         kernels.rms_norm_backward(RmsNormBackward {
             x: &layer.mid,
             weight: &weights.mlp_norm,
@@ -274,12 +272,12 @@ impl Decoder {
         b.dq.resize(rows * q, 0.0);
         b.dk.resize(rows * kv, 0.0);
         b.dv.resize(rows * kv, 0.0);
-        kernels.operand(&layer.attn, q, &mut b.operand);
-        kernels.matmul_dw(dx, &b.operand, Write::Add, &mut sums[index.o], &mut b.scratch);
-        kernels.operand(dx, hidden, &mut b.dy_operand);
-        let all = 0..weights.o.rows();
         let s = &mut b.scratch;
-        kernels.matmul_dx(&b.dy_operand, weights.o.full(), all, Write::Set, &mut b.d_attn, s);
+        kernels.operand(dx, hidden, &mut b.dy);
+        kernels.operand(&layer.attn, q, &mut b.operand);
+        kernels.matmul_dw(&b.dy, &b.operand, Write::Add, &mut sums[index.o], s);
+        let all = 0..weights.o.rows();
+        kernels.matmul_dx(&b.dy, weights.o.full(), all, Write::Set, &mut b.d_attn, s);
         let task = AttnBackward {
             dtype: self.weights.dtype(),
             q: &layer.q,
@@ -340,32 +338,27 @@ impl Decoder {
         (index, dx): (&LayerIndex, &mut Vec<f32>),
         grads: &mut Gradients,
     ) {
-        let (hidden, q, kv) = (self.config.hidden_size, self.q_width(), self.kv_width());
+        let (q, kv) = (self.q_width(), self.kv_width());
         let Gradients { sums, buffers: b, .. } = grads;
-        kernels.rms_norm(&layer.x, &weights.attn_norm, self.config.rms_eps, {
-            b.d_norm.resize(dx.len(), 0.0);
-            &mut b.d_norm
-        });
-        kernels.operand(&b.d_norm, hidden, &mut b.operand);
-        let parts = [
-            (0..q, &b.dq, Write::Set),
-            (q..q + kv, &b.dk, Write::Add),
-            (q + kv..q + 2 * kv, &b.dv, Write::Add),
-        ];
-        for (rows, dy, write) in parts {
-            let dw = &mut sums[index.qkv][rows.start * hidden..rows.end * hidden];
-            kernels.matmul_dw(dy, &b.operand, Write::Add, dw, &mut b.scratch);
-            if let Some(bias) = index.qkv_bias {
-                kernels.bias_backward(dy, &mut sums[bias][rows.clone()]);
+        let eps = self.config.rms_eps;
+        b.d_norm.resize(dx.len(), 0.0);
+        kernels.normed_operand((&layer.x, &weights.attn_norm, eps), &mut b.operand);
+        if let Some(bias) = index.qkv_bias {
+            let (q_bias, rest) = sums[bias].split_at_mut(q);
+            let (k_bias, v_bias) = rest.split_at_mut(kv);
+            for (dy, bias) in [(&b.dq, q_bias), (&b.dk, k_bias), (&b.dv, v_bias)] {
+                kernels.bias_backward(dy, bias);
             }
-            kernels.operand(dy, rows.len(), &mut b.dy_operand);
-            let s = &mut b.scratch;
-            kernels.matmul_dx(&b.dy_operand, weights.qkv.full(), rows, write, &mut b.d_norm, s);
         }
+        kernels.operand_beside([(&b.dq, q), (&b.dk, kv), (&b.dv, kv)], &mut b.dy);
+        let s = &mut b.scratch;
+        kernels.matmul_dw(&b.dy, &b.operand, Write::Add, &mut sums[index.qkv], s);
+        let all = 0..weights.qkv.rows();
+        kernels.matmul_dx(&b.dy, weights.qkv.full(), all, Write::Set, &mut b.d_norm, s);
         kernels.rms_norm_backward(RmsNormBackward {
             x: &layer.x,
             weight: &weights.attn_norm,
-            eps: self.config.rms_eps,
+            eps,
             dy: &b.d_norm,
             dx,
             dweight: &mut sums[index.attn_norm],

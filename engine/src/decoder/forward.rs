@@ -119,8 +119,7 @@ impl Decoder {
             let Work { input, gated, act, .. } = work;
             if keep == Keep::AllLayers {
                 self.gate_up(kernels, weights, layer, input);
-                kernels.swiglu(&layer.gate_up, self.config.intermediate_size, act);
-                kernels.input(act, &weights.down, gated);
+                kernels.activated_input(&layer.gate_up, &weights.down, act, gated);
             } else {
                 let buffers = (&mut *layer.gate_up, &mut **act);
                 kernels.gated((input, &weights.gate_up), &weights.down, buffers, gated);

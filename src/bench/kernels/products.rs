@@ -99,15 +99,14 @@ fn one(ctx: &mut Ctx<'_>, shape: &Shape, (name, m): (&str, usize), weights: &[Ma
     if m < BACKWARD_ROWS {
         return;
     }
-    let (dy, mut scratch) = (numbers(m * n), Scratch::new());
+    let (mut dy, mut scratch) = (Operand::new(dtype), Scratch::new());
+    kernels.operand(&numbers(m * n), n, &mut dy);
     if ctx.wants(BACKWARD_X) {
-        let mut rounded = Operand::new(dtype);
-        kernels.operand(&dy, n, &mut rounded);
         let mut dx = vec![0.0; m * k];
         let work = Work { bytes: weights[0].bytes(), flop };
         ctx.time((BACKWARD_X, shape, of.clone()), work, || {
             let w = next.next().expect("a cycle has no end");
-            kernels.matmul_dx(&rounded, w, 0..n, Write::Set, &mut dx, &mut scratch);
+            kernels.matmul_dx(&dy, w, 0..n, Write::Set, &mut dx, &mut scratch);
         });
     }
     if ctx.wants(BACKWARD_W) {

@@ -20,6 +20,7 @@ use std::ops::Range;
 
 pub use operand::Operand;
 
+use crate::split::whole_rows;
 use crate::{Dtype, Kernels, Level, Matrix};
 use buffer::WORDS;
 use product::Product;
@@ -57,16 +58,17 @@ pub struct Part<'a> {
     pub out: &'a mut [f32],
 }
 
-/// Reusable memory of the backward products: both operands, transposed.
+/// Reusable memory of the backward products: the right operand, transposed, and of the left one what each
+/// thread is at.
 pub struct Scratch {
-    left: Operand,
+    left: Vec<Operand>,
     right: Matrix,
 }
 
 impl Scratch {
     /// Empty; grows to what the largest product needs.
     pub fn new() -> Self {
-        Self { left: Operand::new(Dtype::F32), right: Matrix::zeros(Dtype::F32, 0, 0) }
+        Self { left: Vec::new(), right: Matrix::zeros(Dtype::F32, 0, 0) }
     }
 }
 
@@ -95,6 +97,28 @@ impl Kernels {
             let target = unsafe { lines.part(first * stride, last * stride) };
             let values = &x[first * cols..last * cols];
             pack::pack_rows(self.isa, dtype, values, cols, stride, target);
+        });
+    }
+
+    /// [`Kernels::operand`] of several arrays of as many rows, side by side.
+    ///
+    /// # Panics
+    /// When they are not a whole number of rows of `cols`, or not equally many.
+    pub fn operand_beside<const N: usize>(&self, parts: [(&[f32], usize); N], out: &mut Operand) {
+        let cols = parts.iter().map(|(_, cols)| cols).sum();
+        let rows = parts.first().map_or(0, |(x, cols)| whole_rows(x.len(), *cols));
+        for (x, cols) in &parts {
+            assert_eq!(x.len(), rows * cols, "values against {rows} rows of {cols}");
+        }
+        let out = out.rounded_rows(rows, cols);
+        self.split_rows(rows, cols, &|range| {
+            let mut whole = Vec::with_capacity(cols);
+            for row in range {
+                whole.clear();
+                parts.iter().for_each(|(x, cols)| whole.extend_from_slice(&x[row * cols..][..*cols]));
+                // SAFETY: every row belongs to one task.
+                unsafe { out.set(self.isa, row, &whole) };
+            }
         });
     }
 
@@ -186,33 +210,29 @@ impl Kernels {
         Product { write, ..Product::new(dy, &scratch.right, 0..k) }.run(self, dx);
     }
 
-    /// `dw[j, k] = sum_m dy[m, j] x[m, k]`, set or added, `dy` rounded to the format of `x`.
+    /// `dw[j, k] = sum_m dy[m, j] x[m, k]`, set or added.
     ///
-    /// `dy` is `[M, n]`, `x` `[M, K]`, `dw` `[n, K]`, row-major f32.
+    /// `dy` is `[M, n]` in the format of `x`, `x` `[M, K]`, `dw` `[n, K]`, row-major f32.
     ///
     /// # Panics
-    /// When the lengths do not agree.
+    /// When formats or shapes do not agree.
     pub fn matmul_dw(
         &self,
-        dy: &[f32],
+        dy: &Operand,
         x: &Operand,
         write: Write,
         dw: &mut [f32],
         scratch: &mut Scratch,
     ) {
-        let (m, k) = (x.rows(), x.cols());
-        let n = dw.len().checked_div(k).unwrap_or(0);
-        assert_eq!(dw.len(), n * k, "output length against rows of {k}");
-        assert_eq!(dy.len(), m * n, "gradient length against {m} rows of {n}");
+        assert_eq!(dy.dtype(), x.dtype(), "format of the gradient against the inputs'");
+        assert_eq!(dy.rows(), x.rows(), "rows of the gradient against the inputs'");
+        let (n, k) = (dy.cols(), x.cols());
+        assert_eq!(dw.len(), n * k, "output length against {n} rows of {k}");
         if self.level() == Level::Reference {
             return reference::matmul_dw(dy, x, write, dw);
         }
-        if n == 0 {
-            return;
-        }
-        pack::transpose_values(self, x.dtype(), dy, n, &mut scratch.left);
         pack::transpose_rows(self, x, &mut scratch.right);
-        Product { write, ..Product::new(&scratch.left, &scratch.right, 0..k) }.run(self, dw);
+        product::transposed(self, dy, (&scratch.right, write), dw, &mut scratch.left);
     }
 }
 

@@ -2,6 +2,8 @@
 
 use super::buffer::{Buffer, Line, WORDS};
 use super::convert::{element, per_word};
+use super::pack::pack_rows;
+use crate::cpu::Isa;
 use crate::{Dtype, disjoint::Disjoint};
 
 /// Rows are allocated in multiples of this, so that a tile may read past the last one.
@@ -83,8 +85,41 @@ impl Operand {
         (self.dtype, self.rows, self.cols, self.stride) = (dtype, rows, cols, stride);
     }
 
+    /// The lines of all rows, if there are any.
+    pub(super) fn lines_mut(&mut self) -> Option<&mut [Line]> {
+        (self.rows * self.stride > 0).then_some(&mut self.buffer)
+    }
+
+    /// Takes a shape, and its rows to be written by several tasks.
+    pub(crate) fn rounded_rows(&mut self, rows: usize, cols: usize) -> RoundedRows<'_> {
+        let dtype = self.dtype;
+        self.reshape(dtype, rows, cols);
+        let stride = self.stride;
+        RoundedRows { dtype, cols, stride, lines: self.disjoint() }
+    }
+
     /// The lines of all rows, to be written by several tasks.
     pub(crate) fn disjoint(&mut self) -> Disjoint<'_, Line> {
         Disjoint::new(&mut self.buffer)
+    }
+}
+
+/// The rows of an operand while several tasks compute them.
+pub(crate) struct RoundedRows<'a> {
+    dtype: Dtype,
+    cols: usize,
+    stride: usize,
+    lines: Disjoint<'a, Line>,
+}
+
+impl RoundedRows<'_> {
+    /// Rounds `values` into a row.
+    ///
+    /// # Safety
+    /// No other task writes this row.
+    pub(crate) unsafe fn set(&self, isa: Isa, row: usize, values: &[f32]) {
+        // SAFETY: promised.
+        let to = unsafe { self.lines.part(row * self.stride, (row + 1) * self.stride) };
+        pack_rows(isa, self.dtype, values, self.cols, self.stride, to);
     }
 }

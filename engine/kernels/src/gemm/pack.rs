@@ -4,17 +4,13 @@
 use std::ops::Range;
 
 use super::buffer::{Line, WORDS};
-use super::convert::{pack_line, pack_row, pair, per_word};
+use super::convert::{pack_line, pack_row, per_word};
 use super::operand::Operand;
 use crate::cpu::Isa;
-use crate::{Dtype, Kernels, Matrix, disjoint::Disjoint};
+use crate::{Dtype, Kernels, Matrix};
 
 /// A square of 16 x 16 words.
 type Square = [Line; WORDS];
-/// Sixteen rows of words in up to 16 * `STRIP` columns.
-type Strip = [[Line; STRIP]; WORDS];
-/// Squares side by side in a strip, which takes 16 KB: half a first-level cache.
-const STRIP: usize = 16;
 
 /// Defines a function that runs `$body`, which is inlined, compiled for what the level may use.
 macro_rules! widened {
@@ -162,7 +158,7 @@ fn transpose_weights_body(
         let valid = (from.count - row).min(WORDS);
         square[valid..].fill(Line::ZERO);
         let written = &square[..valid.next_multiple_of(per_word)];
-        interleave(dtype, written, row / per_word, to_lines, target);
+        interleave(isa, dtype, written, row / per_word, to_lines, target);
     }
 }
 
@@ -183,7 +179,7 @@ widened! {
 
 #[inline(always)]
 fn transpose_rows_body(
-    _isa: Isa,
+    isa: Isa,
     x: &Operand,
     column: usize,
     to_lines: usize,
@@ -196,7 +192,7 @@ fn transpose_rows_body(
             false => Line::ZERO,
         };
         let rows = [line(row), line(row + 1)];
-        interleave(x.dtype(), &rows[..per_word], row / per_word, to_lines, target);
+        interleave(isa, x.dtype(), &rows[..per_word], row / per_word, to_lines, target);
     }
 }
 
@@ -220,114 +216,108 @@ fn each_output_block(
     });
 }
 
-/// Makes `out` the transpose of row-major `y` with `cols` columns, rounded to `dtype`.
-///
-/// A task reads the rows of `y` that make up one line of every row of `out`: a strip of columns at a
-/// time into a small table of words, whose squares it then transposes.
-pub(super) fn transpose_values(
-    kernels: &Kernels,
-    dtype: Dtype,
-    y: &[f32],
-    cols: usize,
-    out: &mut Operand,
-) {
-    let rows = y.len().checked_div(cols).unwrap_or(0);
-    out.reshape(dtype, cols, rows);
-    let stride = out.stride();
-    let target = out.disjoint();
-    let depth = WORDS * per_word(dtype);
-    kernels.pool.run(stride, &|line| {
-        let first = (line * depth).min(rows);
-        let from = &y[first * cols..rows.min(first + depth) * cols];
-        let to = LineOfRows { lines: &target, stride, line };
-        transpose_values_line(kernels.isa, dtype, from, cols, to);
-    });
-}
-
-/// Line `line` of every row of an operand; a task has them for itself.
-struct LineOfRows<'a> {
-    lines: &'a Disjoint<'a, Line>,
-    stride: usize,
-    line: usize,
-}
-
 widened! {
-    fn transpose_values_line(
-        dtype: Dtype, y: &[f32], cols: usize, to: LineOfRows<'_>
-    ) = transpose_values_body
+    /// Makes `out` the transpose of columns `columns` of `y`, which begin at a whole line: `[columns.len(),
+    /// y.rows]`.
+    pub(super) fn transpose_columns(
+        y: &Operand, columns: Range<usize>, out: &mut Operand
+    ) = transpose_columns_body
 }
 
+/// Goes over squares of a line of columns by as many rows, each of which is a line of rows of `out`, and asks
+/// for the next rows' meanwhile.
 #[inline(always)]
-fn transpose_values_body(isa: Isa, dtype: Dtype, y: &[f32], cols: usize, to: LineOfRows<'_>) {
-    let mut strip = [[Line::ZERO; STRIP]; WORDS];
-    for column in (0..cols).step_by(STRIP * WORDS) {
-        let columns = column..cols.min(column + STRIP * WORDS);
-        gather(dtype, y, cols, &columns, &mut strip);
-        for (i, first) in columns.step_by(WORDS).enumerate() {
-            let mut square = [Line::ZERO; WORDS];
-            square.iter_mut().zip(&strip).for_each(|(line, strip)| *line = strip[i]);
-            let square = transpose(isa, &square);
-            for (row, from) in (first..cols.min(first + WORDS)).zip(&square) {
-                let at = row * to.stride + to.line;
-                // SAFETY: no other task has this line of a row.
-                let line = unsafe { to.lines.part(at, at + 1) };
-                line[0] = *from;
+fn transpose_columns_body(isa: Isa, y: &Operand, columns: Range<usize>, out: &mut Operand) {
+    let dtype = y.dtype();
+    let size = WORDS * per_word(dtype);
+    out.reshape(dtype, columns.len(), y.rows());
+    let stride = out.stride();
+    let Some(target) = out.lines_mut() else { return };
+    for at in 0..y.rows().div_ceil(size) {
+        let line = |row: usize, column: usize| match at * size + row {
+            row if row < y.rows() => y.lines()[row * y.stride() + column / size],
+            _ => Line::ZERO,
+        };
+        for column in columns.clone().step_by(size) {
+            ask_for_square(y, (at + 1) * size, column / size);
+            let mut squares = [[Line::ZERO; WORDS]; 2];
+            match dtype {
+                Dtype::F32 => squares[0] = std::array::from_fn(|i| line(i, column)),
+                Dtype::Bf16 => {
+                    for pair in 0..WORDS {
+                        let rows = [line(2 * pair, column), line(2 * pair + 1, column)];
+                        let words = interleave_pair(isa, &rows);
+                        (squares[0][pair], squares[1][pair]) = (words[0], words[1]);
+                    }
+                }
+            }
+            let first = column - columns.start;
+            for (half, square) in squares.iter().take(per_word(dtype)).enumerate() {
+                let first = first + half * WORDS;
+                let square = transpose(isa, square);
+                let rows = (first..columns.len().min(first + WORDS)).zip(&square);
+                rows.for_each(|(row, line)| target[row * stride + at] = *line);
             }
         }
     }
+    // What pads the rows to an odd number of lines.
+    let written = y.rows().div_ceil(size);
+    let rows = target.chunks_exact_mut(stride).take(columns.len());
+    rows.for_each(|row| row[written..].fill(Line::ZERO));
 }
 
-/// Fills entry `i` of `strip` with row `i` (f32) or rows `2i, 2i + 1` (bf16) of `y` in `columns`;
-/// entries past the last row are left alone, being zero from the start.
+/// Asks for a line of each of 32 rows.
 #[inline(always)]
-fn gather(dtype: Dtype, y: &[f32], cols: usize, columns: &Range<usize>, strip: &mut Strip) {
-    for (words, rows) in strip.iter_mut().zip(y.chunks(cols * per_word(dtype))) {
-        let (even, odd) = rows.split_at(cols);
-        let even = even[columns.clone()].chunks(WORDS);
-        let odd = odd.get(columns.clone()).unwrap_or_default();
-        for (i, (line, even)) in words.iter_mut().zip(even).enumerate() {
-            let odd = odd.get(i * WORDS..).unwrap_or_default();
-            gather_line(dtype, even, &odd[..odd.len().min(WORDS)], line);
-        }
-    }
-}
-
-/// One line of words from at most 16 values, or pairs of values where `odd` has any.
-#[inline(always)]
-fn gather_line(dtype: Dtype, even: &[f32], odd: &[f32], line: &mut Line) {
-    let whole = |values: &[f32]| {
-        values.first_chunk::<WORDS>().copied().unwrap_or_else(|| {
-            let mut padded = [0.0; WORDS];
-            padded[..values.len()].copy_from_slice(values);
-            padded
-        })
-    };
-    let (even, odd) = (whole(even), whole(odd));
-    match dtype {
-        Dtype::F32 => line.0 = even.map(f32::to_bits),
-        Dtype::Bf16 => line.0 = std::array::from_fn(|w| pair(even[w], odd[w])),
+fn ask_for_square(y: &Operand, row: usize, column: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for row in row..y.rows().min(row + 2 * WORDS) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let line = std::ptr::from_ref(&y.lines()[row * y.stride() + column]);
+        // SAFETY: a prefetch may be given any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
     }
 }
 
 /// Writes row-major lines into the blocks of `target` (one of f32, up to two of bf16) from line
 /// `at` on: f32 rows as they are, bf16 rows two by two, so that a word holds one column of both.
 #[inline(always)]
-fn interleave(dtype: Dtype, rows: &[Line], at: usize, block_lines: usize, target: &mut [Line]) {
+fn interleave(
+    isa: Isa,
+    dtype: Dtype,
+    rows: &[Line],
+    at: usize,
+    block_lines: usize,
+    target: &mut [Line],
+) {
     if dtype == Dtype::F32 {
         target[at..at + rows.len()].copy_from_slice(rows);
         return;
     }
-    for (i, rows) in rows.chunks_exact(2).enumerate() {
-        for (half, block) in target.chunks_exact_mut(block_lines).enumerate() {
-            let even: &[u32; WORDS / 2] = rows[0].0[half * 8..].first_chunk().expect("half a line");
-            let odd: &[u32; WORDS / 2] = rows[1].0[half * 8..].first_chunk().expect("half a line");
-            let to = &mut block[at + i].0;
-            for (w, to) in to.chunks_exact_mut(2).enumerate() {
-                to[0] = even[w] & 0xffff | odd[w] << 16;
-                to[1] = even[w] >> 16 | odd[w] & 0xffff_0000;
-            }
+    for (i, rows) in rows.as_chunks().0.iter().enumerate() {
+        let words = interleave_pair(isa, rows);
+        for (words, block) in words.iter().zip(target.chunks_exact_mut(block_lines)) {
+            block[at + i] = *words;
         }
     }
+}
+
+/// Two rows of 32 bf16 as words with an element of both: those of the first 16 columns, then the others.
+#[inline(always)]
+fn interleave_pair(isa: Isa, rows: &[Line; 2]) -> [Line; 2] {
+    #[cfg(target_arch = "x86_64")]
+    if isa.avx512().is_some() {
+        // SAFETY: the token proves AVX-512.
+        return unsafe { x86::interleave_pair(rows) };
+    }
+    let _ = isa;
+    let mut words = [Line::ZERO; 2];
+    for (half, words) in words.iter_mut().enumerate() {
+        let [even, odd] = rows.each_ref().map(|row| &row.0[half * WORDS / 2..][..WORDS / 2]);
+        for (to, (even, odd)) in words.0.chunks_exact_mut(2).zip(even.iter().zip(odd)) {
+            (to[0], to[1]) = (even & 0xffff | odd << 16, even >> 16 | odd & 0xffff_0000);
+        }
+    }
+    words
 }
 
 /// Word `j` of line `i` becomes word `i` of line `j`.
@@ -392,6 +382,23 @@ mod x86 {
             unsafe { _mm512_store_si512(std::ptr::from_mut(line).cast(), d) };
         }
         out
+    }
+
+    /// Interleaves halves of words within 128-bit lanes, once quarters of the rows are where that puts the
+    /// first half of the columns into one result.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    pub(super) fn interleave_pair(rows: &[Line; 2]) -> [Line; 2] {
+        let order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+        let [even, odd] = rows.each_ref().map(|row| {
+            // SAFETY: a line is 64 aligned bytes.
+            let row = unsafe { _mm512_load_si512(std::ptr::from_ref(row).cast()) };
+            _mm512_permutexvar_epi64(order, row)
+        });
+        [_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)].map(|words| {
+            // SAFETY: any 512 bits are a line.
+            unsafe { std::mem::transmute::<__m512i, Line>(words) }
+        })
     }
 
     /// The four quarters of 8 x 8 words, each transposed and put where the opposite one was.

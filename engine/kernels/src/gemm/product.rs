@@ -5,10 +5,11 @@
 //! fit into a core's second-level cache, through which the weights are streamed once per rectangle.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::amx::Gated;
 use super::buffer::{Line, WORDS};
-use super::{Operand, Write, amx, avx2, avx512, portable};
+use super::{Operand, Write, amx, avx2, avx512, pack, portable};
 use crate::cpu::{Amx, Isa};
 use crate::disjoint::Disjoint;
 use crate::{Dtype, Kernels, Matrix};
@@ -34,6 +35,11 @@ const TASKS_PER_THREAD: usize = 8;
 const TILED_ROWS: usize = 256;
 const TILED_BYTES: usize = 600 << 10;
 const TILED_TASKS: usize = 2;
+
+/// The same of a left operand that a task transposes for itself, which then is in the second-level cache
+/// when it is multiplied; tasks per thread with tiles and without.
+const TRANSPOSED_BYTES: usize = 800 << 10;
+const TRANSPOSED_TASKS: (usize, usize) = (1, 4);
 
 /// `out[m, j] = sum over lines of x[m] * w[j]`, in words.
 pub(super) struct Product<'a> {
@@ -208,10 +214,26 @@ impl<'a> Product<'a> {
     fn tiled_chunks(&self, threads: usize) -> (usize, usize) {
         let row_chunks = self.rows.div_ceil(TILED_ROWS);
         let row_chunk = self.rows.div_ceil(row_chunks).next_multiple_of(amx::GROUP);
-        let fit = TILED_BYTES / (self.block_lines * size_of::<Line>()).max(1);
         let tasks = (threads * TILED_TASKS).div_ceil(row_chunks);
-        let even = self.outputs.div_ceil(WORDS).div_ceil(tasks);
-        (row_chunk, even.min(fit).max(2).next_multiple_of(2))
+        let even = self.outputs.div_ceil(WORDS).div_ceil(tasks).next_multiple_of(2);
+        (row_chunk, even.clamp(2, self.fitting_blocks()))
+    }
+
+    /// Computes all outputs on this thread, so many blocks at a time that their weights stay in the
+    /// second-level cache.
+    fn in_one_task(&self, isa: Isa, tiled: bool, out: &Disjoint<'_, f32>) {
+        let blocks = self.outputs.div_ceil(WORDS);
+        let chunk = if tiled { self.fitting_blocks() } else { blocks };
+        for first in (0..blocks).step_by(chunk) {
+            let blocks = first..blocks.min(first + chunk);
+            self.rectangle(isa, &Rectangle { rows: 0..self.rows, blocks }, out);
+        }
+    }
+
+    /// Blocks of a rectangle with tiles, at most.
+    fn fitting_blocks(&self) -> usize {
+        let fit = TILED_BYTES / (self.block_lines * size_of::<Line>()).max(1);
+        fit.max(2).next_multiple_of(2)
     }
 
     /// Where the outputs of `row` in the blocks from `block` on lie, and how many there are.
@@ -219,4 +241,52 @@ impl<'a> Product<'a> {
         let start = row * self.outputs;
         start + block * WORDS..start + self.outputs.min((block + blocks) * WORDS)
     }
+}
+
+/// `out[j, k] = sum over m of y[m, j] w[k, m]`: the product of y's transpose and w.
+///
+/// A task is some rows of the output. It transposes the columns of y that these are.
+pub(super) fn transposed(
+    kernels: &Kernels,
+    y: &Operand,
+    (w, write): (&Matrix, Write),
+    out: &mut [f32],
+    lanes: &mut Vec<Operand>,
+) {
+    let (rows, outputs) = (y.cols(), w.rows());
+    if rows * outputs == 0 {
+        return;
+    }
+    let threads = kernels.pool.threads();
+    let tiled = matches!(kernels.isa, Isa::Amx(_)) && y.dtype() == Dtype::Bf16;
+    let (unit, per_thread) = match tiled {
+        true => (amx::GROUP, TRANSPOSED_TASKS.0),
+        false => (ROW_CHUNK, TRANSPOSED_TASKS.1),
+    };
+    let fit = TRANSPOSED_BYTES / (w.block_lines() * size_of::<u32>()).max(1);
+    let tasks = rows.div_ceil(fit.max(1)).next_multiple_of(threads).max(threads * per_thread);
+    let chunk = rows.div_ceil(tasks).next_multiple_of(unit);
+    let tasks = rows.div_ceil(chunk);
+    let threads = threads.min(tasks);
+    if lanes.len() < threads {
+        lanes.resize_with(threads, || Operand::new(y.dtype()));
+    }
+    let (out, lanes) = (Disjoint::new(out), Disjoint::new(lanes));
+    let next = AtomicUsize::new(0);
+    kernels.pool.run(threads, &|thread| {
+        // SAFETY: each thread number has its own lane.
+        let lane = &mut unsafe { lanes.part(thread, thread + 1) }[0];
+        loop {
+            let first = next.fetch_add(1, Ordering::Relaxed) * chunk;
+            if first >= rows {
+                return;
+            }
+            let part = first..rows.min(first + chunk);
+            pack::transpose_columns(kernels.isa, y, part.clone(), lane);
+            // SAFETY: these rows are this task's.
+            let out = unsafe { out.part(part.start * outputs, part.end * outputs) };
+            let product = Product { write, ..Product::new(lane, w, 0..outputs) };
+            product.in_one_task(kernels.isa, tiled, &Disjoint::new(out));
+        }
+    });
 }

@@ -10,9 +10,8 @@
 
 use std::ops::Range;
 
-use super::convert::{low, round_bf16};
 use super::{Operand, Write};
-use crate::{Dtype, Matrix};
+use crate::Matrix;
 
 pub(super) fn matmul(
     x: &Operand,
@@ -52,18 +51,13 @@ pub(super) fn matmul_dx(
     }
 }
 
-pub(super) fn matmul_dw(dy: &[f32], x: &Operand, write: Write, dw: &mut [f32]) {
-    let (rows, cols) = (x.rows(), x.cols());
-    let outputs = dw.len().checked_div(cols).unwrap_or(0);
-    let round = |y: f32| match x.dtype() {
-        Dtype::F32 => y,
-        Dtype::Bf16 => low(round_bf16(y)),
-    };
+pub(super) fn matmul_dw(dy: &Operand, x: &Operand, write: Write, dw: &mut [f32]) {
+    let (rows, outputs, cols) = (x.rows(), dy.cols(), x.cols());
     for n in 0..outputs {
         for k in 0..cols {
             let mut sum = 0.0;
             for m in 0..rows {
-                sum += round(dy[m * outputs + n]) * x.get(m, k);
+                sum += dy.get(m, n) * x.get(m, k);
             }
             write.apply(&mut dw[n * cols + k], sum);
         }
