@@ -10,7 +10,8 @@
 //! few rows:  for each panel, for each group     weights come from memory: each step asks for a
 //!                                               share of the next panel, or, where there is one
 //!                                               group, for the weights some steps ahead
-//! many rows: for each group, for each panel     these stay in the second-level cache
+//! many rows: for each part of the inputs, for each group, for each panel
+//!                                               weights and outputs stay in the second-level cache
 //! ```
 //! Tiles of the operand that the inner loop changes are loaded by `tileloaddt1`, which leaves the other
 //! one's in the first-level cache.
@@ -38,6 +39,11 @@ pub(super) const GROUP: usize = 2 * WORDS;
 pub(super) const FEW_ROWS: usize = 4 * GROUP;
 /// Steps of which 32 rows stay in the first-level cache while panels pass.
 const MOST_STEPS: usize = 18;
+
+/// Steps that many rows multiply at a time, of `depth`; their sums wait in the output.
+pub(super) fn steps_of_part(depth: usize) -> usize {
+    depth.div_ceil(depth.div_ceil(MOST_STEPS).max(1)).max(1)
+}
 
 /// The outputs of a group, row-major, two lines a row.
 #[repr(C, align(64))]
@@ -215,22 +221,19 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
     /// wait in the output.
     fn many_rows(&self, part: &Rectangle) {
         let depth = self.p.block_lines / WORDS;
-        let parts = depth.div_ceil(MOST_STEPS).max(1);
-        let steps = depth.div_ceil(parts);
-        for row in part.rows.clone().step_by(GROUP) {
-            let x = Rows::group(self.p, row);
-            for i in 0..parts {
-                let from = i * steps;
-                let write = if i == 0 { self.p.write } else { Write::Add };
-                let bias = self.p.bias.filter(|_| i + 1 == parts);
-                for block in part.blocks.clone().step_by(2) {
-                    let blocks = 2.min(part.blocks.end - block);
-                    let all = Multiply::new(self.p, x, [block, block + blocks - 1]);
-                    let w = all.w.map(|w| w.after(from));
-                    let multiply = Multiply::of(x.after(from), w, steps.min(depth - from));
-                    let rows = row..part.rows.end;
-                    self.group(&multiply, rows, block..block + blocks, (write, bias));
-                }
+        let steps = steps_of_part(depth);
+        let groups = || part.rows.clone().step_by(GROUP);
+        for (from, row) in (0..depth).step_by(steps).flat_map(|from| groups().map(move |row| (from, row))) {
+            let x = Rows::group(self.p, row).after(from);
+            let write = if from == 0 { self.p.write } else { Write::Add };
+            let bias = self.p.bias.filter(|_| from + steps >= depth);
+            for block in part.blocks.clone().step_by(2) {
+                let blocks = 2.min(part.blocks.end - block);
+                let all = Multiply::new(self.p, x, [block, block + blocks - 1]);
+                let w = all.w.map(|w| w.after(from));
+                let multiply = Multiply::of(x, w, steps.min(depth - from));
+                let rows = row..part.rows.end;
+                self.group(&multiply, rows, block..block + blocks, (write, bias));
             }
         }
     }

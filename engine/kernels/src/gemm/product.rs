@@ -230,9 +230,11 @@ impl<'a> Product<'a> {
         }
     }
 
-    /// Blocks of a rectangle with tiles, at most.
+    /// Blocks of a rectangle with tiles, at most: what of their weights is multiplied at a time stays in the
+    /// second-level cache.
     fn fitting_blocks(&self) -> usize {
-        let fit = TILED_BYTES / (self.block_lines * size_of::<Line>()).max(1);
+        let steps = amx::steps_of_part(self.block_lines / WORDS);
+        let fit = TILED_BYTES / (steps * WORDS * size_of::<Line>());
         fit.max(2).next_multiple_of(2)
     }
 
