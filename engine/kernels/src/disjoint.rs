@@ -48,4 +48,9 @@ impl<'a, T> Disjoint<'a, T> {
         assert!(from <= to && to <= self.len, "part {from}..{to} of {} elements", self.len);
         self.start.wrapping_add(from)
     }
+
+    /// The address of an element, to be asked for; there need not be one.
+    pub(crate) fn address(&self, element: usize) -> *const T {
+        self.start.wrapping_add(element)
+    }
 }

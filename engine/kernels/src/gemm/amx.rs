@@ -132,9 +132,9 @@ pub(super) fn rectangle(token: Amx, p: &Product<'_>, part: &Rectangle, out: &Dis
     #[cfg(target_arch = "x86_64")]
     {
         let tiles = tiles::Tiles::of_rows(token, part.rows.len().min(GROUP));
-        let multiply = |multiply: &Multiply<'_>, to: &Target| {
+        let multiply = |multiply: &Multiply<'_>, to: &Target, mut ask: AskForOutputs| {
             // SAFETY: `Blocked` gives targets that are its own.
-            unsafe { tiles.multiply(multiply, to) };
+            unsafe { tiles.multiply_beside(multiply, to, &mut ask) };
         };
         Blocked { p, out, multiply }.rectangle(part);
     }
@@ -142,7 +142,8 @@ pub(super) fn rectangle(token: Amx, p: &Product<'_>, part: &Rectangle, out: &Dis
     super::avx512::rectangle(token.avx512, p, part, out);
 }
 
-/// The loops around `multiply`, which writes a group's products to a target.
+/// The loops around `multiply`, which writes a group's products to a target and meanwhile asks for the
+/// outputs of the next one.
 struct Blocked<'a, F> {
     p: &'a Product<'a>,
     out: &'a Disjoint<'a, f32>,
@@ -193,7 +194,36 @@ impl<'a> Rows<'a> {
     }
 }
 
-impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
+/// Asks for the outputs of a group, which are to be written: a few of its rows of two lines at each step.
+#[derive(Clone, Copy)]
+struct AskForOutputs {
+    to: *const f32,
+    stride: usize,
+    rows: usize,
+    share: usize,
+}
+
+impl AskForOutputs {
+    const NOTHING: Self = Self { to: std::ptr::null(), stride: 0, rows: 0, share: 0 };
+}
+
+impl Beside for AskForOutputs {
+    #[inline(always)]
+    fn step(&mut self) {
+        for _ in 0..self.share.min(self.rows) {
+            #[cfg(target_arch = "x86_64")]
+            for line in [self.to, self.to.wrapping_add(WORDS)] {
+                use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+                // SAFETY: a prefetch may be given any address.
+                unsafe { _mm_prefetch::<_MM_HINT_ET0>(line.cast()) };
+            }
+            self.to = self.to.wrapping_add(self.stride);
+        }
+        self.rows = self.rows.saturating_sub(self.share);
+    }
+}
+
+impl<F: Fn(&Multiply<'_>, &Target, AskForOutputs)> Blocked<'_, F> {
     fn rectangle(&self, part: &Rectangle) {
         if part.rows.len() > FEW_ROWS {
             return self.many_rows(part);
@@ -213,7 +243,8 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
                 multiply.passing = Passing::X;
             }
             let (write, bias) = (self.p.write, self.p.bias);
-            self.group(&multiply, row..part.rows.end, block..block + blocks, (write, bias));
+            let blocks = block..block + blocks;
+            self.group(&multiply, row..part.rows.end, blocks, (write, bias), AskForOutputs::NOTHING);
         }
     }
 
@@ -232,10 +263,21 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
                 let all = Multiply::new(self.p, x, [block, block + blocks - 1]);
                 let w = all.w.map(|w| w.after(from));
                 let multiply = Multiply::of(x, w, steps.min(depth - from));
+                let ask = match block + 2 < part.blocks.end {
+                    true => self.ask(part, row, block + 2, multiply.depth),
+                    false => self.ask(part, row + GROUP, part.blocks.start, multiply.depth),
+                };
                 let rows = row..part.rows.end;
-                self.group(&multiply, rows, block..block + blocks, (write, bias));
+                self.group(&multiply, rows, block..block + blocks, (write, bias), ask);
             }
         }
+    }
+
+    /// Asks for the outputs of the group that begins there, in so many steps.
+    fn ask(&self, part: &Rectangle, row: usize, block: usize, steps: usize) -> AskForOutputs {
+        let rows = GROUP.min(part.rows.end.saturating_sub(row));
+        let to = self.out.address(self.p.place(row, block, 2).start);
+        AskForOutputs { to, stride: self.p.outputs, rows, share: GROUP.div_ceil(steps.max(1)) }
     }
 
     /// Computes a group and writes what of it there is.
@@ -245,13 +287,14 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
         rows: std::ops::Range<usize>,
         blocks: std::ops::Range<usize>,
         (write, bias): (Write, Option<&[f32]>),
+        ask: AskForOutputs,
     ) {
         let p = self.p;
         let place = |row: usize| p.place(row, blocks.start, blocks.len());
         let first = place(rows.start);
         if rows.len() >= GROUP && first.len() == GROUP && bias.is_none() {
             let to = self.out.pointer(first.start, place(rows.start + GROUP - 1).end);
-            return (self.multiply)(multiply, &Target { to, stride: p.outputs, write });
+            return (self.multiply)(multiply, &Target { to, stride: p.outputs, write }, ask);
         }
         let mut sums = Group::ZERO;
         let rows = rows.take(GROUP).map(|row| {
@@ -264,7 +307,7 @@ impl<F: Fn(&Multiply<'_>, &Target)> Blocked<'_, F> {
                 sums[..to.len()].copy_from_slice(to);
             });
         }
-        (self.multiply)(multiply, &Target { write, ..sums.target() });
+        (self.multiply)(multiply, &Target { write, ..sums.target() }, ask);
         for (to, sums) in rows.zip(&sums.0) {
             match bias {
                 Some(bias) => {
@@ -842,7 +885,8 @@ mod tests {
             let p = Product { write, bias: Some(&bias), ..Product::new(&x, &w, 0..self.outputs) };
             let part = Rectangle { rows: 0..rows.len(), blocks: 0..self.outputs.div_ceil(WORDS) };
             let out = &Disjoint::new(out);
-            Blocked { p: &p, out, multiply: emulated }.rectangle(&part);
+            let multiply = |multiply: &Multiply<'_>, to: &Target, _| emulated(multiply, to);
+            Blocked { p: &p, out, multiply }.rectangle(&part);
         }
     }
 
