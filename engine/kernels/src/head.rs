@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Hidden states that share one pass over the weights; logits of so many rows are held at once.
-pub const ROW_BLOCK: usize = 512;
+pub const ROW_BLOCK: usize = 1536;
 
 /// Reusable memory of the head: a few times 4 MB, whatever the number of tokens.
 pub struct HeadScratch {

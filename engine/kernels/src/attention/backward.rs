@@ -17,7 +17,7 @@
 //! The prompt's keys and values are rounded once and stay; its dK and dV grow with the rows of every
 //! branch. Each branch puts its own behind them, and finds zeros in the places of its dK and dV.
 
-use super::tiles::{Fetch, Grow, MAX_ROWS, Panel, Products, ScoresOut, Softmax, Weights, stride};
+use super::tiles::{Fetch, Grow, MAX_ROWS, ask_for_lines, Panel, Products, ScoresOut, Softmax, Weights, stride};
 use super::{AttnScratch, Lane, check_groups};
 use crate::disjoint::Disjoint;
 use crate::gemm::convert::{per_word, round_bf16};
@@ -242,9 +242,11 @@ impl<P: Products> Backward<'_, P> {
     /// dQ of a piece's rows, and what they add to dK and dV.
     fn piece(&self, piece: Piece<'_>, lane: &mut Lane, dq: &Disjoint<'_, f32>) {
         let group = self.heads / self.kv_heads;
-        self.round_keys_and_values(piece, lane);
         let most = CHUNK_PRODUCTS * P::ROWS;
+        self.ask_for(piece, 0..most / group);
+        self.round_keys_and_values(piece, lane);
         for first in (0..piece.rows.len() * group).step_by(most) {
+            self.ask_for(piece, (first + most) / group..(first + 2 * most) / group);
             let rows = most.min(piece.rows.len() * group - first);
             let mut lens = [0; CHUNK_PRODUCTS * MAX_ROWS];
             let lens = &mut lens[..rows];
@@ -253,6 +255,18 @@ impl<P: Products> Backward<'_, P> {
             }
             let chunk = Chunk { piece, first, lens, stride: stride(lens[rows - 1]) };
             self.chunk(&chunk, lane, dq);
+        }
+    }
+
+    /// Asks for what is read of some tokens of a piece, counted from its first, which need not be there.
+    fn ask_for(&self, piece: Piece<'_>, tokens: Range<usize>) {
+        let width = self.heads / self.kv_heads * self.d;
+        let tokens = tokens.start..tokens.end.min(piece.rows.len());
+        for token in tokens.map(|token| piece.rows.start + token) {
+            let place = token * self.kv_heads * width + piece.kv_head * width;
+            for x in [self.q, self.dout, self.out] {
+                ask_for_lines(&x[place..][..width]);
+            }
         }
     }
 

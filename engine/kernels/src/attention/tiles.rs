@@ -79,6 +79,11 @@ impl<'a> Fetch<'a> {
     }
 }
 
+/// Asks for all lines of some values.
+pub(super) fn ask_for_lines(values: &[f32]) {
+    values.chunks(LANES).for_each(|line| fetch_line(line.as_ptr().cast()));
+}
+
 /// Asks for a line, into the second-level cache.
 #[inline(always)]
 fn fetch_line(line: *const u32) {
