@@ -13,7 +13,7 @@
 //! position can be seen in it. The probabilities are rounded as in FlashAttention (arXiv 2205.14135);
 //! their sum is that before rounding.
 
-use super::tiles::{Fetch, Panel, Products, ScoresOut, Weights};
+use super::tiles::{Fetch, MixedOut, Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
 use crate::cpu::{Amx, Avx512Bf16, Isa};
 use crate::gemm::Write;
@@ -100,9 +100,10 @@ impl Products for Tiled {
         self,
         p: Weights<'_>,
         values: Panel<'_>,
-        out: &mut [f32],
+        out: MixedOut<'_>,
         (buffers, fetch): (&mut Buffers, &mut Fetch<'_>),
     ) {
+        let MixedOut { to: out, write } = out;
         let (rows, d) = (p.lens.len(), out.len() / p.lens.len());
         let tiles = p.lens[rows - 1].div_ceil(TILE);
         let row_lines = tiles.div_ceil(2) + 1;
@@ -117,7 +118,7 @@ impl Products for Tiled {
         for column in (0..d).step_by(STEP) {
             let out = &mut out[column..];
             assert!(out.len() >= (rows - 1) * d + STEP, "{} elements of output", out.len());
-            let to = Target { to: out.as_mut_ptr(), stride: d, write: Write::Set };
+            let to = Target { to: out.as_mut_ptr(), stride: d, write };
             let w = (0..tiles).map(|tile| &values.tile(tile)[column..]);
             // SAFETY: the rows are there, by the assertion.
             unsafe { held.multiply_pairs(x, (w, d), &to, &mut beside) };

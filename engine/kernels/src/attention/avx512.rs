@@ -11,9 +11,10 @@
 //! ```
 //! An accumulator is one output's whole chain, so neither R, P nor D can be seen in the results.
 
-use super::tiles::{Buffers, Fetch, Panel, Products, ScoresOut, Weights};
+use super::tiles::{Buffers, Fetch, MixedOut, Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
 use crate::cpu::{Avx512, Avx512Bf16};
+use crate::gemm::Write;
 use crate::gemm::convert::{per_word, round_bf16};
 use crate::kv::{MAX_HEAD_DIM, TILE};
 use std::arch::x86_64::*;
@@ -176,11 +177,12 @@ impl Products for Fast {
         self,
         p: Weights<'_>,
         values: Panel<'_>,
-        out: &mut [f32],
+        out: MixedOut<'_>,
         (_, fetch): (&mut Buffers, &mut Fetch<'_>),
     ) {
         let rows = p.lens.len();
         assert!(rows <= Self::ROWS);
+        let MixedOut { to: out, write } = out;
         let d = out.len() / rows;
         let parts = rows.div_ceil(MIX_ROWS);
         for part in 0..parts {
@@ -189,7 +191,7 @@ impl Products for Fast {
             let out = &mut out[from * d..to * d];
             split_vectors(d, |first, vectors| {
                 let (out, fetch) = (&mut *out, &mut *fetch);
-                let task = &mut MixTask { p, values, d, first, out, fetch };
+                let task = &mut MixTask { p, values, d, first, out, write, fetch };
                 match vectors {
                     1 => task.vectors::<1>(self),
                     2 => task.vectors::<2>(self),
@@ -263,6 +265,7 @@ struct MixTask<'a, 'f> {
     d: usize,
     first: usize,
     out: &'a mut [f32],
+    write: Write,
     fetch: &'a mut Fetch<'f>,
 }
 
@@ -300,6 +303,15 @@ impl MixTask<'_, '_> {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask<'_, '_>) {
     let mut sums = [[_mm512_setzero_ps(); D]; R];
+    if task.write == Write::Add {
+        for (r, sums) in sums.iter_mut().enumerate() {
+            let out = &task.out[r * task.d + task.first * TILE..][..D * TILE];
+            for (out, sum) in out.as_chunks::<TILE>().0.iter().zip(sums) {
+                // SAFETY: sixteen elements are there.
+                *sum = unsafe { _mm512_loadu_ps(out.as_ptr()) };
+            }
+        }
+    }
     let Weights { rows, stride, lens } = task.p;
     let (common, last) = (lens[0], lens[R - 1]);
     let words = task.values.head_words;

@@ -17,9 +17,10 @@
 //! The prompt's keys and values are rounded once and stay; its dK and dV grow with the rows of every
 //! branch. Each branch puts its own behind them, and finds zeros in the places of its dK and dV.
 
-use super::tiles::{Fetch, Grow, MAX_ROWS, ask_for_lines, Panel, Products, ScoresOut, Softmax, Weights, stride};
+use super::tiles::{Fetch, Grow, MAX_ROWS, MixedOut, ask_for_lines, Panel, Products, ScoresOut, Softmax, Weights, stride};
 use super::{AttnScratch, Lane, check_groups};
 use crate::disjoint::Disjoint;
+use crate::gemm::Write;
 use crate::gemm::convert::{per_word, round_bf16};
 use crate::kv::{MAX_HEAD_DIM, TILE, check_head_dim, round_words, write_key, write_value};
 use crate::simd::{Job, LANES, Simd};
@@ -397,7 +398,8 @@ impl<P: Products> Backward<'_, P> {
 
         let mixed = lane.mixed.slice(rows * d);
         let (ds, keys) = (Weights { rows: ds, stride, lens }, panel(key_rows.slice(words)));
-        self.products.mix(ds, keys, mixed, (&mut lane.products, nothing));
+        let to = MixedOut { to: &mut *mixed, write: Write::Set };
+        self.products.mix(ds, keys, to, (&mut lane.products, nothing));
         for (row, mixed) in mixed.chunks_exact(d).enumerate() {
             let place = self.place(chunk, first + row);
             // SAFETY: families do not overlap, and each row and head belongs to one task.

@@ -1,13 +1,15 @@
 //! The forward pass: work items shared out to the threads.
 
 use super::tiles::{
-    Divide, Fetch, Grow, MAX_ROWS, Panel, Products, ScoresOut, Softmax, Weights, stride,
+    Divide, Fetch, Grow, MAX_ROWS, MixedOut, Panel, Products, ScoresOut, Softmax, Weights, stride,
 };
 use super::{Attention, AttnScratch, AttnSeq, Lane};
 use crate::disjoint::Disjoint;
+use crate::gemm::Write;
 use crate::kv::{KvCache, TILE, integer};
 use crate::simd::{Job, Simd};
 use crate::{Dtype, Kernels, KvDtype};
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Everything an item needs to know.
@@ -20,12 +22,38 @@ struct Forward<'a, P> {
     group: usize,
 }
 
-/// Rows `first..first + rows` of a sequence and kv head, counted as token * group + head in group.
+/// Tiles that sequences share for one product to read them for all.
+const FEWEST_SHARED: usize = 2;
+/// Items of a thread that a bunch has to leave.
+const ITEMS_PER_THREAD: usize = 4;
+
+/// A sequence, or neighbours with one row each whose first positions lie in the same blocks.
+#[derive(Clone, Copy)]
+pub(super) struct Bunch {
+    /// Its sequences: the first and how many.
+    first: usize,
+    seqs: usize,
+    /// Tiles that all of them have and see whole; 0 for one sequence.
+    shared: usize,
+    /// The number of its first work item.
+    first_item: usize,
+}
+
+/// Rows `first..first + rows` of a kv head, counted as token * group + head in group; with several sequences,
+/// which have one token each, as sequence * group + head in group.
 struct Item<'a> {
-    seq: &'a AttnSeq<'a>,
+    seqs: &'a [AttnSeq<'a>],
+    shared: usize,
     kv_head: usize,
     first: usize,
     rows: usize,
+}
+
+/// Rows of an item that see the same tiles of its list, which hold their positions from `start` on.
+struct Part {
+    rows: Range<usize>,
+    tiles: Range<usize>,
+    start: usize,
 }
 
 /// All threads take items until none is left. Item numbers run through rows first, then kv heads,
@@ -38,13 +66,8 @@ pub(super) fn run<P: Products>(
     scratch: &mut AttnScratch,
 ) {
     let pass = Forward { kernels, products, kv, task, group: task.heads / kv.kv_heads() };
-    let mut firsts = std::mem::take(&mut scratch.first_items);
-    firsts.clear();
-    let mut items = 0;
-    for seq in task.seqs {
-        firsts.push(items);
-        items += pass.chunks(seq) * kv.kv_heads();
-    }
+    let mut bunches = std::mem::take(&mut scratch.bunches);
+    let items = pass.bunch(&mut bunches);
     let threads = kernels.pool().threads().min(items);
     let lanes = Disjoint::new(scratch.lanes(threads));
     let out = Disjoint::new(out);
@@ -55,9 +78,8 @@ pub(super) fn run<P: Products>(
         let lane = &mut lane[0];
         let mut next_tiles = std::mem::take(&mut lane.next_tiles);
         let find = |number: usize, tiles: &mut Vec<usize>| {
-            // Sequences without rows have no items: the last of equals is meant.
-            let seq = firsts.partition_point(|&first| first <= number) - 1;
-            let item = pass.item(&task.seqs[seq], number - firsts[seq]);
+            let bunch = bunches.partition_point(|bunch| bunch.first_item <= number) - 1;
+            let item = pass.item(&bunches[bunch], number);
             pass.find_tiles(&item, tiles);
             item
         };
@@ -76,40 +98,105 @@ pub(super) fn run<P: Products>(
         }
         lane.next_tiles = next_tiles;
     });
-    scratch.first_items = firsts;
+    scratch.bunches = bunches;
 }
 
-impl<P: Products> Forward<'_, P> {
-    /// Items of one kv head of a sequence.
+impl<'a, P: Products> Forward<'a, P> {
+    /// Puts neighbours that begin alike together; returns the number of work items.
+    fn bunch(&self, bunches: &mut Vec<Bunch>) -> usize {
+        let kv_heads = self.kv.kv_heads();
+        let threads = self.kernels.pool().threads();
+        let most = match self.kv.dtype() {
+            KvDtype::Plain(_) => self.task.seqs.len() * kv_heads / (ITEMS_PER_THREAD * threads),
+            KvDtype::Int8 => 1,
+        };
+        let most = most.min(P::ROWS / self.group);
+        bunches.clear();
+        let mut items = 0;
+        for (i, seq) in self.task.seqs.iter().enumerate().filter(|(_, seq)| seq.rows > 0) {
+            if let Some(last) = bunches.last_mut()
+                && last.first + last.seqs == i
+                && last.seqs < most
+                && let shared = self.shared(&self.task.seqs[last.first], seq)
+                && shared >= last.shared.max(FEWEST_SHARED)
+            {
+                last.shared = if last.seqs == 1 { shared } else { last.shared };
+                last.seqs += 1;
+                continue;
+            }
+            if let Some(last) = bunches.last() {
+                items += self.chunks(&self.task.seqs[last.first]) * kv_heads;
+            }
+            bunches.push(Bunch { first: i, seqs: 1, shared: 0, first_item: items });
+        }
+        let last = bunches.last().map(|last| self.chunks(&self.task.seqs[last.first]) * kv_heads);
+        items + last.unwrap_or(0)
+    }
+
+    /// Tiles that both sequences have, and see whole but for their last.
+    fn shared(&self, a: &AttnSeq<'_>, b: &AttnSeq<'_>) -> usize {
+        if (a.rows, b.rows) != (1, 1) {
+            return 0;
+        }
+        let blocks = a.blocks.iter().zip(b.blocks).take_while(|(a, b)| a == b).count();
+        (blocks * (self.kv.block_size() / TILE)).min(a.start.min(b.start) / TILE)
+    }
+
+    /// Items of one kv head of a bunch that begins with this sequence.
     fn chunks(&self, seq: &AttnSeq<'_>) -> usize {
         (seq.rows * self.group).div_ceil(P::ROWS)
     }
 
-    fn item<'a>(&self, seq: &'a AttnSeq<'a>, number: usize) -> Item<'a> {
-        let chunks = self.chunks(seq);
+    fn item(&self, bunch: &Bunch, number: usize) -> Item<'a> {
+        let seqs = &self.task.seqs[bunch.first..bunch.first + bunch.seqs];
+        let (number, chunks) = (number - bunch.first_item, self.chunks(&seqs[0]));
         let first = number % chunks * P::ROWS;
-        let rows = (seq.rows * self.group - first).min(P::ROWS);
-        Item { seq, kv_head: number / chunks, first, rows }
+        let rows = (seqs[0].rows * self.group * seqs.len() - first).min(P::ROWS);
+        Item { seqs, shared: bunch.shared, kv_head: number / chunks, first, rows }
+    }
+
+    /// The sequence of a row of an item, and which of the sequence's rows it is.
+    fn row(&self, item: &Item<'a>, row: usize) -> (&'a AttnSeq<'a>, usize) {
+        match item.seqs {
+            [seq] => (seq, item.first + row),
+            seqs => (&seqs[row / self.group], row % self.group),
+        }
     }
 
     /// Where a row of an item lies in `q` and in the output.
-    fn place(&self, item: &Item<'_>, row: usize) -> usize {
-        let row = item.first + row;
-        let token = item.seq.first_row + row / self.group;
+    fn place(&self, item: &Item<'a>, row: usize) -> usize {
+        let (seq, row) = self.row(item, row);
+        let token = seq.first_row + row / self.group;
         let head = item.kv_head * self.group + row % self.group;
         (token * self.task.heads + head) * self.kv.head_dim()
     }
 
+    /// The parts of an item whose rows see so many positions: what all share, then what each sequence has
+    /// for itself.
+    fn parts(&self, item: &Item<'_>, lens: &[usize]) -> impl Iterator<Item = Part> {
+        let (shared, rows, count) = (item.shared, item.rows, item.seqs.len());
+        let common = Part { rows: 0..rows, tiles: 0..shared, start: 0 };
+        let each = rows / count;
+        let mut tiles = shared..shared;
+        let own = (0..count).map(move |seq| {
+            let rows = seq * each..(seq + 1) * each;
+            tiles = tiles.end..tiles.end + lens[rows.end - 1].div_ceil(TILE) - shared;
+            Part { rows, tiles: tiles.clone(), start: shared * TILE }
+        });
+        std::iter::once(common).filter(move |_| shared > 0).chain(own)
+    }
+
     /// Works on an item whose tiles are in `lane`; `next` are those of the next one, to fetch meanwhile.
-    fn compute(&self, item: &Item<'_>, lane: &mut Lane, next: &[usize], out: &Disjoint<'_, f32>) {
+    fn compute(&self, item: &Item<'a>, lane: &mut Lane, next: &[usize], out: &Disjoint<'_, f32>) {
         let d = self.kv.head_dim();
         let rows = item.rows;
         let mut lens = [0; MAX_ROWS];
         let lens = &mut lens[..rows];
         for (row, len) in lens.iter_mut().enumerate() {
-            *len = item.seq.start + (item.first + row) / self.group + 1;
+            let (seq, row) = self.row(item, row);
+            *len = seq.start + row / self.group + 1;
         }
-        let positions = lens[rows - 1];
+        let lens = &*lens;
         let Lane { tiles, expanded, expanded_tiles, .. } = lane;
         let mut meanwhile = [Fetch::nothing(), Fetch::nothing()];
         let (keys, values) = match self.kv.dtype() {
@@ -129,14 +216,18 @@ impl<P: Products> Forward<'_, P> {
         };
         let [first, second] = &mut meanwhile;
 
-        let q = (0..rows).map(|row| &self.task.q[self.place(item, row)..][..d]);
-        let packed = lane.packed.slice(rows * d);
-        self.products.pack(keys.dtype, q, packed);
-
-        let stride = stride(positions);
+        let stride = stride(lens.iter().copied().max().unwrap_or(0));
         let scores = lane.scores.slice(rows * stride);
-        let to = ScoresOut { to: scores, stride, rows };
-        self.products.scores(packed, keys, to, first);
+        for Part { rows, tiles, start } in self.parts(item, lens) {
+            let count = rows.len();
+            let packed = lane.packed.slice(count * d);
+            let q = rows.clone().map(|row| &self.task.q[self.place(item, row)..][..d]);
+            self.products.pack(keys.dtype, q, packed);
+            let to = &mut scores[rows.start * stride + start..];
+            let to = ScoresOut { to, stride, rows: count };
+            let keys = Panel { tiles: &keys.tiles[tiles], ..keys };
+            self.products.scores(packed, keys, to, first);
+        }
         let mut sums = [0.0; MAX_ROWS];
         let scale = self.task.scale;
         let softmax = Softmax {
@@ -150,8 +241,19 @@ impl<P: Products> Forward<'_, P> {
         self.kernels.isa.vectorize(softmax);
         first.rest();
         let mixed = lane.mixed.slice(rows * d);
-        let weights = Weights { rows: scores, stride, lens };
-        self.products.mix(weights, values, mixed, (&mut lane.products, second));
+        for Part { rows, tiles, start } in self.parts(item, lens) {
+            let mut seen = [tiles.len() * TILE; MAX_ROWS];
+            if tiles.end > item.shared {
+                let own = seen.iter_mut().zip(&lens[rows.clone()]);
+                own.for_each(|(seen, len)| *seen = len - start);
+            }
+            let (weights, lens) = (&scores[rows.start * stride + start..], &seen[..rows.len()]);
+            let weights = Weights { rows: weights, stride, lens };
+            let values = Panel { tiles: &values.tiles[tiles], ..values };
+            let write = if start == 0 { Write::Set } else { Write::Add };
+            let to = MixedOut { to: &mut mixed[rows.start * d..rows.end * d], write };
+            self.products.mix(weights, values, to, (&mut lane.products, second));
+        }
         second.rest();
         for (row, mixed) in mixed.chunks_exact(d).enumerate() {
             let place = self.place(item, row);
@@ -174,7 +276,7 @@ impl<P: Products> Forward<'_, P> {
         let (keys, values) = all.split_at_mut(len);
         let targets = keys.chunks_exact_mut(TILE * d).zip(values.chunks_exact_mut(TILE * d));
         for (i, (&tile, (keys, values))) in tiles.iter().zip(targets).enumerate() {
-            let block = item.seq.blocks[i / per_block] as usize;
+            let block = item.seqs[0].blocks[i / per_block] as usize;
             let start = self.kv.keys_start(self.task.layer, block, item.kv_head);
             let [key_scales, value_scales] = self.kv.tile_scales(start, tile);
             let packed = &self.kv.words()[tile..][..TILE * words];
@@ -191,21 +293,32 @@ impl<P: Products> Forward<'_, P> {
         (keys, Panel { shift: len, ..keys })
     }
 
-    /// Where the tiles of the positions that an item sees begin.
+    /// Where the tiles of the positions that an item sees begin: those that are shared, then each sequence's.
     fn find_tiles(&self, item: &Item<'_>, tiles: &mut Vec<usize>) {
-        let positions = item.seq.start + (item.first + item.rows - 1) / self.group + 1;
         tiles.clear();
-        let tile_words = TILE * self.kv.head_words();
-        let per_block = self.kv.block_size() / TILE;
-        let mut left = positions.div_ceil(TILE);
-        for &block in item.seq.blocks {
-            let start = self.kv.keys_start(self.task.layer, block as usize, item.kv_head);
-            tiles.extend((0..per_block.min(left)).map(|i| start + i * tile_words));
-            left -= per_block.min(left);
-            if left == 0 {
-                return;
-            }
+        let shared = 0..item.shared;
+        tiles.extend(self.tiles(item.seqs[0].blocks, item.kv_head, shared));
+        for seq in item.seqs {
+            let last = if item.seqs.len() == 1 { item.first + item.rows - 1 } else { 0 };
+            let positions = seq.start + last / self.group + 1;
+            let own = item.shared..positions.div_ceil(TILE);
+            tiles.extend(self.tiles(seq.blocks, item.kv_head, own));
         }
+    }
+
+    /// Where some tiles begin that lie in `blocks`.
+    fn tiles(
+        &self,
+        blocks: &[u32],
+        kv_head: usize,
+        tiles: Range<usize>,
+    ) -> impl Iterator<Item = usize> {
+        let (tile_words, per_block) =
+            (TILE * self.kv.head_words(), self.kv.block_size() / TILE);
+        tiles.map(move |tile| {
+            let block = blocks[tile / per_block] as usize;
+            self.kv.keys_start(self.task.layer, block, kv_head) + tile % per_block * tile_words
+        })
     }
 }
 

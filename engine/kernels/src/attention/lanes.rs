@@ -9,9 +9,10 @@
 //! R is at most [`ROWS`]. An accumulator is one output's whole chain (from tile to tile it waits in the
 //! output), so R cannot be seen in the results.
 
-use super::tiles::{Buffers, Fetch, Panel, Products, ScoresOut, Weights};
+use super::tiles::{Buffers, Fetch, MixedOut, Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
 use crate::cpu::Isa;
+use crate::gemm::Write;
 use crate::gemm::convert::{per_word, round_bf16};
 use crate::kv::TILE;
 use crate::simd::{Job, Simd};
@@ -50,10 +51,13 @@ impl Products for Lanes {
         self,
         p: Weights<'_>,
         values: Panel<'_>,
-        out: &mut [f32],
+        out: MixedOut<'_>,
         _beside: (&mut Buffers, &mut Fetch<'_>),
     ) {
-        self.0.vectorize(Mix { p, values, out });
+        if out.write == Write::Set {
+            out.to.fill(0.0);
+        }
+        self.0.vectorize(Mix { p, values, out: out.to });
     }
 
     fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32], _buffers: &mut Buffers) {
@@ -138,7 +142,7 @@ fn accumulate<const R: usize, S: Simd>(
     }
 }
 
-/// [`Products::mix`].
+/// [`Products::mix`], added.
 struct Mix<'a> {
     p: Weights<'a>,
     values: Panel<'a>,
@@ -152,7 +156,6 @@ impl Job for Mix<'_> {
     fn run<S: Simd>(mut self, s: S) {
         let rows = self.p.lens.len();
         let last = self.p.lens[rows - 1];
-        self.out.fill(0.0);
         for tile in 0..last.div_ceil(TILE) {
             for row in (0..rows).step_by(ROWS) {
                 by_rows!(rows - row, self.rows(s, (row, tile)));

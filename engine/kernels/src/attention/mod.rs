@@ -12,7 +12,9 @@
 //! but reaches no result, not even as NaN times zero.
 //!
 //! Work item: as many rows (token, query head of a group) of one sequence and kv head as the products
-//! take at once; so keys and values are loaded once for all of them. Integers of the cache are expanded
+//! take at once; so keys and values are loaded once for all of them. Neighbours with one row each whose
+//! first blocks are the same are one item: what they share is multiplied with the rows of all, what each has
+//! for itself with its own, which goes on where the shared chain ends. Integers of the cache are expanded
 //! to f32 once for an item, into a buffer of its thread. Costs 4 d FLOP per (row, position) and reads
 //! each key and value once per item. Leaves out sliding windows, soft caps and sinks.
 
@@ -66,8 +68,7 @@ pub struct Attention<'a> {
 #[derive(Default)]
 pub struct AttnScratch {
     lanes: Vec<Lane>,
-    /// The number of the first work item of each sequence.
-    first_items: Vec<usize>,
+    bunches: Vec<forward::Bunch>,
 }
 
 /// The buffers of one thread.

@@ -1,5 +1,6 @@
 //! Agreement with the definition, and equality to the bit where the module promises it.
 
+mod bunches;
 mod families;
 
 use super::*;

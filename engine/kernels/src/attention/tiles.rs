@@ -2,6 +2,7 @@
 //! softmax between them.
 
 use crate::Dtype;
+use crate::gemm::Write;
 use crate::kv::TILE;
 use crate::simd::{Job, LANES, Simd};
 
@@ -123,12 +124,12 @@ pub(super) trait Products: Copy + Send + Sync {
     /// `out[r][j] = x_r . k_j` for all positions of all tiles of `keys`; one more tile may be written to.
     fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>, fetch: &mut Fetch<'_>);
 
-    /// `out[r] = sum over j < lens[r] of p_rj v_j`; `out` is `[rows][d]`. Values are finite.
+    /// `out[r] = sum over j < lens[r] of p_rj v_j`. Values are finite.
     fn mix(
         self,
         p: Weights<'_>,
         values: Panel<'_>,
-        out: &mut [f32],
+        out: MixedOut<'_>,
         beside: (&mut Buffers, &mut Fetch<'_>),
     );
 
@@ -144,6 +145,12 @@ pub(super) use super::amx::Buffers;
 #[cfg(not(target_arch = "x86_64"))]
 #[derive(Default)]
 pub(super) struct Buffers;
+
+/// Where `mix` goes, `[rows][d]`; with [`Write::Add`] the sums go on from what is there.
+pub(super) struct MixedOut<'a> {
+    pub(super) to: &'a mut [f32],
+    pub(super) write: Write,
+}
 
 /// Where `scores` go: `rows` rows, `stride` apart.
 pub(super) struct ScoresOut<'a> {
