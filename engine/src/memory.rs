@@ -119,7 +119,7 @@ impl MemoryPlan {
             kv_bytes: kv_blocks as u64 * block_bytes,
             kv_blocks,
             block_size: config.block_size,
-            activation_bytes: Tape::bytes(model, Keep::OneLayer, rows),
+            activation_bytes: Tape::bytes(model, config.resolved_dtype(), Keep::OneLayer, rows),
             logits_bytes: 4 * (logit_rows(config.max_num_seqs) * model.vocab_size) as u64,
             max_model_len,
         })

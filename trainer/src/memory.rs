@@ -137,7 +137,7 @@ impl TrainingPlan {
             Reference::None => 0,
             Reference::Kept => {
                 engine.weights_bytes
-                    + Tape::bytes(model, Keep::OneLayer, rows)
+                    + Tape::bytes(model, dtype, Keep::OneLayer, rows)
                     + head_bytes(model, dtype, rows)
             }
         };
@@ -145,11 +145,12 @@ impl TrainingPlan {
             pass_rows: rows,
             weights_bytes: engine.weights_bytes,
             kv_bytes: engine.kv_bytes,
-            generation_bytes: Tape::bytes(model, Keep::OneLayer, demand.step_rows)
+            generation_bytes: Tape::bytes(model, dtype, Keep::OneLayer, demand.step_rows)
                 + 4 * (logits + rope) as u64,
             optimizer_bytes: 12 * params,
             gradient_bytes: 4 * params,
-            activation_bytes: Tape::bytes(model, demand.keep, rows) + pass_kv(model, dtype, rows),
+            activation_bytes: Tape::bytes(model, dtype, demand.keep, rows)
+                + pass_kv(model, dtype, rows),
             backward_bytes: backward_bytes(model, dtype, rows),
             // The forward and the backward pass have chunks of their own.
             head_bytes: 2 * head_bytes(model, dtype, rows),
@@ -230,15 +231,15 @@ fn pass_kv(model: &ModelConfig, dtype: Dtype, rows: usize) -> u64 {
     (rows.next_multiple_of(16) * width * dtype.size_bytes()) as u64
 }
 
-/// Buffers of the backward pass of a layer: gradients of its values in f32, rounded operands, and both
-/// operands of a product transposed.
+/// Buffers of the backward pass of a layer: gradients of its values in f32, rounded operands, and the right
+/// operand of a product transposed.
 fn backward_bytes(model: &ModelConfig, dtype: Dtype, rows: usize) -> u64 {
     let (hidden, inter) = (model.hidden_size, model.intermediate_size);
     let (q, kv) = (model.heads * model.head_dim, model.kv_heads * model.head_dim);
     let norms = if model.qk_norm { q } else { 0 };
-    let values = 4 * (hidden + 3 * inter + 2 * q + 2 * kv + norms);
-    let widest = (2 * inter).max(hidden);
-    let operands = dtype.size_bytes() * (inter + widest + widest + inter.max(hidden));
+    let values = 4 * (hidden + inter + 2 * q + 2 * kv + norms);
+    let left = inter.max(hidden);
+    let operands = dtype.size_bytes() * (2 * left + hidden.max(q + 2 * kv) + 2 * inter);
     let largest = param_specs(model)
         .iter()
         .filter(|spec| spec.rows < model.vocab_size)
@@ -252,7 +253,7 @@ fn backward_bytes(model: &ModelConfig, dtype: Dtype, rows: usize) -> u64 {
 fn head_bytes(model: &ModelConfig, dtype: Dtype, rows: usize) -> u64 {
     let (size, hidden) = (dtype.size_bytes(), model.hidden_size);
     let chunk = rows.min(ROW_BLOCK) * model.vocab_size.min(VOCAB_CHUNK);
-    let logits = chunk * (4 + 2 * size);
+    let logits = chunk * (4 + size);
     let transposed = size * hidden * (VOCAB_CHUNK.min(model.vocab_size) + rows.min(ROW_BLOCK));
     (rows * hidden * (2 * 4 + size) + logits + transposed) as u64
 }

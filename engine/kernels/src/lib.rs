@@ -38,7 +38,7 @@ pub use gemm::{Operand, Part, Scratch, Write};
 pub use head::{HeadBackward, HeadScratch, ROW_BLOCK};
 pub use huge::HugePages;
 pub use kv::KvCache;
-pub use linear::{Input, Linear};
+pub use linear::{GatedBuffers, Input, Linear};
 pub use matrix::Matrix;
 pub use norm::RmsNormBackward;
 pub use pool::ThreadPool;

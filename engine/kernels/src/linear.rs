@@ -74,6 +74,13 @@ impl Linear {
     }
 }
 
+/// What [`Kernels::gated`] works in where it is several operations; grows to what they need.
+#[derive(Default)]
+pub struct GatedBuffers {
+    gate_up: Vec<f32>,
+    act: Vec<f32>,
+}
+
 /// The left operand of products with a [`Linear`], rounded as its weights want it.
 pub struct Input {
     pub(crate) full: Operand,
@@ -89,6 +96,14 @@ impl Input {
     /// What weights in full were last given.
     pub fn full(&self) -> &Operand {
         &self.full
+    }
+
+    /// Rows that were last given for weights like `w`.
+    fn rows(&self, w: &Linear) -> usize {
+        match w {
+            Linear::Full(_) => self.full.rows(),
+            Linear::Quantised(_) => self.quantised.rows(),
+        }
     }
 
     /// What quantised weights were last given.
@@ -143,8 +158,8 @@ impl Kernels {
         }
     }
 
-    /// Sets `out` to `silu(g) * u` of `[g | u] = x W^T`, rounded for products with `next`; what is in
-    /// `buffers`, `[M, 2 I]` and `[M, I]`, is unspecified then.
+    /// Sets `out` to `silu(g) * u` of `[g | u] = x W^T`, rounded for products with `next`, and `kept` to the
+    /// rounded `[g | u]`.
     ///
     /// # Panics
     /// When formats or shapes do not agree.
@@ -152,29 +167,44 @@ impl Kernels {
         &self,
         (x, w): (&Input, &Linear),
         next: &Linear,
-        buffers: (&mut [f32], &mut [f32]),
+        buffers: &mut GatedBuffers,
+        mut kept: Option<&mut Operand>,
         out: &mut Input,
     ) {
         if let (Linear::Full(w), Linear::Full(_)) = (w, next)
-            && self.matmul_swiglu(&x.full, w, &mut out.full)
+            && self.matmul_swiglu(&x.full, w, kept.as_deref_mut(), &mut out.full)
         {
             return;
         }
-        let (gate_up, act) = buffers;
+        let (rows, inter) = (x.rows(w), next.cols());
+        let GatedBuffers { gate_up, act } = buffers;
+        gate_up.resize(rows * 2 * inter, 0.0);
+        act.resize(rows * inter, 0.0);
         self.linear(x, w, 0..w.rows(), None, Write::Set, gate_up);
-        self.swiglu(gate_up, w.rows() / 2, act);
+        self.swiglu(gate_up, inter, act);
         self.input(act, next, out);
+        if let Some(kept) = kept {
+            self.operand(gate_up, 2 * inter, kept);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Level;
     use crate::testing::{Random, bits, every_level};
 
-    fn rows(x: &Operand) -> Vec<u32> {
+    /// Also checks that a row read at once is what its elements are.
+    fn bits_of(x: &Operand) -> Vec<u32> {
         let mut all = vec![0.0; x.rows() * x.cols()];
-        all.chunks_exact_mut(x.cols()).enumerate().for_each(|(row, to)| x.row_to_f32(row, to));
+        let isa = Level::Portable.isa().expect("a level of every processor");
+        for (row, to) in all.chunks_exact_mut(x.cols()).enumerate() {
+            x.expand(isa, row, to);
+            let mut one_by_one = to.to_vec();
+            x.row_to_f32(row, &mut one_by_one);
+            assert_eq!(bits(to), bits(&one_by_one), "row {row}");
+        }
         bits(&all)
     }
 
@@ -198,23 +228,29 @@ mod tests {
                 kernels.normed_input((&x, &scale, 1e-5), &w, &mut norm, &mut whole);
                 kernels.rms_norm(&x, &scale, 1e-5, &mut norm);
                 kernels.input(&norm, &w, &mut parts);
-                assert_eq!(rows(whole.full()), rows(parts.full()), "norm {} {m}", kernels.level());
+                assert_eq!(
+                    bits_of(whole.full()),
+                    bits_of(parts.full()),
+                    "norm {} {m}",
+                    kernels.level()
+                );
 
                 let (mut gate_up, mut act) = (vec![0.0; m * 2 * inter], vec![0.0; m * inter]);
                 let (input, mut gated) = (parts, Input::new(dtype));
-                let buffers = (&mut gate_up[..], &mut act[..]);
-                kernels.gated((&input, &w), &next, buffers, &mut gated);
+                let (mut buffers, mut kept) = (GatedBuffers::default(), Operand::new(dtype));
+                let keep = Some(&mut kept);
+                kernels.gated((&input, &w), &next, &mut buffers, keep, &mut gated);
+                let both = (bits_of(gated.full()), bits_of(&kept));
+                kernels.gated((&input, &w), &next, &mut buffers, None, &mut gated);
                 kernels.linear(&input, &w, 0..2 * inter, None, Write::Set, &mut gate_up);
                 kernels.swiglu(&gate_up, inter, &mut act);
                 let mut expected = Input::new(dtype);
                 kernels.input(&act, &next, &mut expected);
-                assert_eq!(
-                    rows(gated.full()),
-                    rows(expected.full()),
-                    "gates {} {} {m}",
-                    kernels.level(),
-                    dtype.name()
-                );
+                let mut rounded = Operand::new(dtype);
+                kernels.operand(&gate_up, 2 * inter, &mut rounded);
+                let what = format!("gates {} {} {m}", kernels.level(), dtype.name());
+                assert_eq!(bits_of(gated.full()), bits_of(expected.full()), "{what}");
+                assert_eq!(both, (bits_of(expected.full()), bits_of(&rounded)), "{what}, kept");
             }
         }
     }

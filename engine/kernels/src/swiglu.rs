@@ -8,7 +8,7 @@
 //! Leaves out other activations: the supported families all use SiLU.
 
 use crate::{
-    Input, Kernels, Linear, Operand,
+    Kernels, Operand,
     cpu::Isa,
     disjoint::Disjoint,
     simd::{Job, LANES, Simd},
@@ -35,39 +35,6 @@ impl Kernels {
         });
     }
 
-    /// [`Kernels::swiglu`], rounded for products with `next` as [`Kernels::input`] does; what is in `buffer`,
-    /// as long as the output, is unspecified then.
-    ///
-    /// # Panics
-    /// When the lengths do not agree.
-    pub fn activated_input(
-        &self,
-        gate_up: &[f32],
-        next: &Linear,
-        buffer: &mut [f32],
-        out: &mut Input,
-    ) {
-        let inter = next.cols();
-        if let Linear::Quantised(_) = next {
-            self.swiglu(gate_up, inter, buffer);
-            return self.input(buffer, next, out);
-        }
-        let rows = whole_rows(gate_up.len(), 2 * inter);
-        let out = out.full.rounded_rows(rows, inter);
-        self.split_rows(rows, 2 * inter, &|range| {
-            let mut activated = vec![0.0; inter];
-            for row in range {
-                let gate_up = &gate_up[row * 2 * inter..][..2 * inter];
-                match self.isa {
-                    Isa::Reference => reference::forward(gate_up, inter, &mut activated),
-                    isa => isa.vectorize(Forward { gate_up, inter, out: &mut activated }),
-                }
-                // SAFETY: every row belongs to one task.
-                unsafe { out.set(self.isa, row, &activated) };
-            }
-        });
-    }
-
     /// Sets `dgate_up` to the gradient of `gate_up`, given that of the output, and `y` to the output, both
     /// rounded.
     ///
@@ -75,18 +42,20 @@ impl Kernels {
     /// When the lengths do not agree.
     pub fn swiglu_backward(
         &self,
-        gate_up: &[f32],
-        inter: usize,
+        gate_up: &Operand,
         dy: &[f32],
         (y, dgate_up): (&mut Operand, &mut Operand),
     ) {
+        let inter = gate_up.cols() / 2;
         let rows = whole_rows(dy.len(), inter);
-        assert_eq!(gate_up.len(), 2 * dy.len(), "gate and up against the gradient's length");
+        assert_eq!(gate_up.rows(), rows, "rows of gate and up against the gradient's");
         let (y, out) = (y.rounded_rows(rows, inter), dgate_up.rounded_rows(rows, 2 * inter));
         self.split_rows(rows, 4 * inter, &|range| {
-            let (mut activated, mut dgate_up) = (vec![0.0; inter], vec![0.0; 2 * inter]);
+            let [mut expanded, mut dgate_up] = [0; 2].map(|_| vec![0.0; 2 * inter]);
+            let mut activated = vec![0.0; inter];
             for row in range {
-                let gate_up = &gate_up[row * 2 * inter..][..2 * inter];
+                gate_up.expand(self.isa, row, &mut expanded);
+                let gate_up = &expanded[..];
                 let dy = &dy[row * inter..][..inter];
                 let (y_row, dgate_up) = (&mut activated[..], &mut dgate_up[..]);
                 match self.isa {
@@ -211,7 +180,9 @@ mod tests {
     /// The gradient; also checks that the output is that of the forward pass.
     fn backward(kernels: &Kernels, gate_up: &[f32], inter: usize, dy: &[f32]) -> Vec<f32> {
         let (mut y, mut out) = (Operand::new(Dtype::F32), Operand::new(Dtype::F32));
-        kernels.swiglu_backward(gate_up, inter, dy, (&mut y, &mut out));
+        let mut x = Operand::new(Dtype::F32);
+        kernels.operand(gate_up, 2 * inter, &mut x);
+        kernels.swiglu_backward(&x, dy, (&mut y, &mut out));
         let values = |x: &Operand| -> Vec<f32> {
             let at = |i: usize| x.get(i / x.cols(), i % x.cols());
             (0..x.rows() * x.cols()).map(at).collect()

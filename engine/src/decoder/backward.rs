@@ -240,7 +240,7 @@ impl Decoder {
         let all = 0..weights.down.rows();
         kernels.matmul_dx(&b.dy, weights.down.full(), all, Write::Set, &mut b.d_act, s);
         let gradients = (&mut b.operand, &mut b.d_gate_up);
-        kernels.swiglu_backward(&layer.gate_up, inter, &b.d_act, gradients);
+        kernels.swiglu_backward(&layer.gate_up, &b.d_act, gradients);
         kernels.matmul_dw(&b.dy, &b.operand, Write::Add, &mut sums[down], s);
         kernels.normed_operand((&layer.mid, &weights.mlp_norm, eps), &mut b.operand);
         kernels.matmul_dw(&b.d_gate_up, &b.operand, Write::Add, &mut sums[gate_up], s);

@@ -116,14 +116,10 @@ impl Decoder {
             }
             hand_on(kernels, keep, x, &mut layer.x);
             self.attention(kernels, weights, batch, (kv, kv_layer), (layer, work, keep));
-            let Work { input, gated, act, .. } = work;
-            if keep == Keep::AllLayers {
-                self.gate_up(kernels, weights, layer, input);
-                kernels.activated_input(&layer.gate_up, &weights.down, act, gated);
-            } else {
-                let buffers = (&mut *layer.gate_up, &mut **act);
-                kernels.gated((input, &weights.gate_up), &weights.down, buffers, gated);
-            }
+            let kept = (keep == Keep::AllLayers).then_some(&mut layer.gate_up);
+            let Work { input, gated, gate_buffers, .. } = work;
+            let first = (&*input, &weights.gate_up);
+            kernels.gated(first, &weights.down, gate_buffers, kept, gated);
             hand_on(kernels, keep, &mut layer.mid, x);
             let all = 0..weights.down.rows();
             kernels.linear(gated, &weights.down, all, None, Write::Add, x);
@@ -141,7 +137,9 @@ impl Decoder {
         (layer, work): (&mut LayerTape, &mut Work),
     ) {
         self.attention(kernels, weights, batch, kv, (layer, work, Keep::AllLayers));
-        self.gate_up(kernels, weights, layer, &work.input);
+        let Work { input, gated, gate_buffers, .. } = work;
+        let (first, kept) = ((&*input, &weights.gate_up), Some(&mut layer.gate_up));
+        kernels.gated(first, &weights.down, gate_buffers, kept, gated);
     }
 
     /// A layer from what enters it, `layer.x`, up to its feed-forward's left operand, `work.input`.
@@ -172,17 +170,6 @@ impl Decoder {
         let all = 0..weights.o.rows();
         kernels.linear(input, &weights.o, all, None, Write::Add, &mut layer.mid);
         kernels.normed_input((&layer.mid, &weights.mlp_norm, eps), &weights.gate_up, norm, input);
-    }
-
-    fn gate_up(
-        &self,
-        kernels: &Kernels,
-        weights: &LayerWeights,
-        layer: &mut LayerTape,
-        input: &Input,
-    ) {
-        let wide = 0..weights.gate_up.rows();
-        kernels.linear(input, &weights.gate_up, wide, None, Write::Set, &mut layer.gate_up);
     }
 
     /// Queries, keys and values of the normed rows in `input`, rotated to their positions.

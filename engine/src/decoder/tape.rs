@@ -1,6 +1,6 @@
 //! The intermediate values of a forward pass: one layer's, used again, or what backward needs of all.
 
-use kernels::{AttnScratch, Input};
+use kernels::{AttnScratch, Dtype, GatedBuffers, Input, Operand};
 
 use crate::model::ModelConfig;
 
@@ -31,7 +31,6 @@ impl Keep {
 }
 
 /// What one layer's backward reads; `M` rows. Everything else is computed again from these.
-#[derive(Default)]
 pub(super) struct LayerTape {
     /// `[M, H]`: the residual stream entering the layer.
     pub(super) x: Vec<f32>,
@@ -48,11 +47,25 @@ pub(super) struct LayerTape {
     pub(super) attn: Vec<f32>,
     /// `[M, H]`: the residual stream between attention and feed-forward.
     pub(super) mid: Vec<f32>,
-    /// `[M, 2 I]`.
-    pub(super) gate_up: Vec<f32>,
+    /// `[M, 2 I]`, rounded; written where all of the layer is kept.
+    pub(super) gate_up: Operand,
 }
 
 impl LayerTape {
+    fn new(dtype: Dtype) -> Self {
+        Self {
+            x: Vec::new(),
+            q_in: Vec::new(),
+            k_in: Vec::new(),
+            q: Vec::new(),
+            k: Vec::new(),
+            v: Vec::new(),
+            attn: Vec::new(),
+            mid: Vec::new(),
+            gate_up: Operand::new(dtype),
+        }
+    }
+
     fn resize(&mut self, config: &ModelConfig, rows: usize) {
         let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         self.x.resize(rows * config.hidden_size, 0.0);
@@ -65,7 +78,6 @@ impl LayerTape {
         self.v.resize(rows * kv, 0.0);
         self.attn.resize(rows * q, 0.0);
         self.mid.resize(rows * config.hidden_size, 0.0);
-        self.gate_up.resize(rows * 2 * config.intermediate_size, 0.0);
     }
 }
 
@@ -84,8 +96,7 @@ pub struct Tape {
 pub(super) struct Work {
     /// `[M, H]`: a norm's output.
     pub(super) norm: Vec<f32>,
-    /// `[M, I]`: the activated feed-forward values.
-    pub(super) act: Vec<f32>,
+    pub(super) gate_buffers: GatedBuffers,
     /// The left operand of the product at hand.
     pub(super) input: Input,
     /// That of the feed-forward's second product.
@@ -95,16 +106,16 @@ pub(super) struct Work {
 
 impl Tape {
     /// Empty buffers.
-    pub fn new(config: &ModelConfig, dtype: kernels::Dtype, keep: Keep) -> Self {
+    pub fn new(config: &ModelConfig, dtype: Dtype, keep: Keep) -> Self {
         let layers = keep.whole_layers(config.layers);
         Self {
             keep,
-            layers: (0..layers).map(|_| LayerTape::default()).collect(),
+            layers: (0..layers).map(|_| LayerTape::new(dtype)).collect(),
             inputs: vec![Vec::new(); keep.inputs(config.layers)],
             x: Vec::new(),
             work: Work {
                 norm: Vec::new(),
-                act: Vec::new(),
+                gate_buffers: GatedBuffers::default(),
                 input: Input::new(dtype),
                 gated: Input::new(dtype),
                 attn: AttnScratch::new(),
@@ -123,14 +134,17 @@ impl Tape {
     }
 
     /// Bytes of the buffers for `rows` rows.
-    pub fn bytes(config: &ModelConfig, keep: Keep, rows: usize) -> u64 {
+    pub fn bytes(config: &ModelConfig, dtype: Dtype, keep: Keep, rows: usize) -> u64 {
         let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let norms = if config.qk_norm { q + kv } else { 0 };
-        let layer = 2 * config.hidden_size + norms + 2 * q + 2 * kv + 2 * config.intermediate_size;
-        let layers = keep.whole_layers(config.layers) * layer;
+        let values = 2 * config.hidden_size + norms + 2 * q + 2 * kv;
+        let rounded = if keep == Keep::OneLayer { 0 } else { 2 * config.intermediate_size };
+        let layers = keep.whole_layers(config.layers);
         let inputs = keep.inputs(config.layers) * config.hidden_size;
-        let shared = 2 * config.hidden_size + 2 * config.intermediate_size;
-        4 * (rows as u64) * (layers + inputs + shared) as u64
+        // The residual stream, a norm's output and what the feed-forward works in.
+        let shared = 2 * config.hidden_size + 4 * config.intermediate_size;
+        let row = 4 * (layers * values + inputs + shared) + dtype.size_bytes() * layers * rounded;
+        rows as u64 * row as u64
     }
 
     pub(super) fn resize(&mut self, config: &ModelConfig, rows: usize) {
@@ -138,6 +152,5 @@ impl Tape {
         self.inputs.iter_mut().for_each(|x| x.resize(rows * config.hidden_size, 0.0));
         self.x.resize(rows * config.hidden_size, 0.0);
         self.work.norm.resize(rows * config.hidden_size, 0.0);
-        self.work.act.resize(rows * config.intermediate_size, 0.0);
     }
 }

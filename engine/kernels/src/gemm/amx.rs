@@ -24,9 +24,8 @@
 
 use super::Write;
 use super::buffer::{Line, WORDS};
-use super::convert::pack_line;
+use super::operand::RoundedRows;
 use super::product::{Product, Rectangle};
-use crate::Dtype;
 use crate::cpu::{Amx, Isa};
 use crate::disjoint::Disjoint;
 use crate::simd::{Job, Simd};
@@ -347,9 +346,9 @@ pub(super) struct Gated<'a> {
     pub(super) product: Product<'a>,
     /// Blocks of gates.
     pub(super) gates: usize,
-    /// Rows of `stride` lines.
-    pub(super) out: Disjoint<'a, Line>,
-    pub(super) stride: usize,
+    /// Where both go, if they are kept, and what is let through.
+    pub(super) kept: Option<RoundedRows<'a>>,
+    pub(super) out: RoundedRows<'a>,
 }
 
 /// A rectangle of it, two blocks of gates at a time, which make a line of every row of the output.
@@ -434,15 +433,25 @@ impl<S: Simd> Beside for Activation<'_, S> {
     fn step(&mut self) {
         let s = self.s;
         for r in self.done..self.rows.len().min(self.done + self.share) {
-            let mut values = [0.0; GROUP];
-            for (sums, values) in self.sums.iter().zip(values.as_chunks_mut::<WORDS>().0) {
+            let [mut gates, mut ups, mut values] = [[0.0; GROUP]; 3];
+            for (half, sums) in self.sums.iter().enumerate() {
                 let [gate, up] = [0, 1].map(|i| s.load(&sums.0[r].as_chunks::<WORDS>().0[i]));
-                s.store(values, swiglu(s, gate, up));
+                let to = |to: &mut [f32; GROUP], x| s.store(&mut to.as_chunks_mut().0[half], x);
+                to(&mut values, swiglu(s, gate, up));
+                if self.gated.kept.is_some() {
+                    to(&mut gates, gate);
+                    to(&mut ups, up);
+                }
             }
-            let at = (self.rows.start + r) * self.gated.stride + self.line;
+            let row = self.rows.start + r;
             // SAFETY: the line is this task's.
-            let to = &mut unsafe { self.gated.out.part(at, at + 1) }[0];
-            pack_line(Dtype::Bf16, &values, to);
+            unsafe { self.gated.out.set_line(row, self.line, &values) };
+            if let Some(kept) = &self.gated.kept {
+                // SAFETY: as are these.
+                unsafe { kept.set_line(row, self.line, &gates) };
+                // SAFETY: as above.
+                unsafe { kept.set_line(row, self.gated.gates / 2 + self.line, &ups) };
+            }
             self.done += 1;
         }
     }
@@ -815,7 +824,7 @@ mod tests {
     use super::*;
     use crate::gemm::convert::{high, low, round_bf16};
     use crate::gemm::{Operand, Write};
-    use crate::{Kernels, Level, Matrix};
+    use crate::{Dtype, Kernels, Level, Matrix};
 
     fn flushed(x: f32) -> f32 {
         if x.is_subnormal() { 0.0_f32.copysign(x) } else { x }

@@ -172,12 +172,18 @@ impl Kernels {
     }
 
     /// Sets `out` to the rounded `silu(g) * u` of `[g | u] = x W^T`, to the bits of [`Kernels::matmul`],
-    /// [`Kernels::swiglu`] and [`Kernels::operand`], without writing g and u anywhere; `false`, and
-    /// nothing done, where no kernel does so.
-    pub(crate) fn matmul_swiglu(&self, x: &Operand, w: &Matrix, out: &mut Operand) -> bool {
+    /// [`Kernels::swiglu`] and [`Kernels::operand`], and `kept` to the rounded `[g | u]`, without writing g
+    /// and u anywhere else; `false`, and nothing done, where no kernel does so.
+    pub(crate) fn matmul_swiglu(
+        &self,
+        x: &Operand,
+        w: &Matrix,
+        kept: Option<&mut Operand>,
+        out: &mut Operand,
+    ) -> bool {
         let product = Product::new(x, w, 0..w.rows());
         match product.gates(self.isa) {
-            Some(gates) if x.rows() > 0 => product.run_gated(self, gates, out),
+            Some(gates) if x.rows() > 0 => product.run_gated(self, gates, kept, out),
             _ => return false,
         }
         true

@@ -1,8 +1,8 @@
 //! The left operand of a product: activation rows rounded to the compute format.
 
 use super::buffer::{Buffer, Line, WORDS};
-use super::convert::{element, per_word};
-use super::pack::pack_rows;
+use super::convert::{element, pack_line, per_word};
+use super::pack::{pack_rows, unpack_row};
 use crate::cpu::Isa;
 use crate::{Dtype, disjoint::Disjoint};
 
@@ -90,6 +90,11 @@ impl Operand {
         (self.rows * self.stride > 0).then_some(&mut self.buffer)
     }
 
+    /// Writes row `row` as f32 into `out`, `cols` values.
+    pub(crate) fn expand(&self, isa: Isa, row: usize, out: &mut [f32]) {
+        unpack_row(isa, self.dtype, &self.buffer[row * self.stride..], &mut out[..self.cols]);
+    }
+
     /// Takes a shape, and its rows to be written by several tasks.
     pub(crate) fn rounded_rows(&mut self, rows: usize, cols: usize) -> RoundedRows<'_> {
         let dtype = self.dtype;
@@ -113,6 +118,17 @@ pub(crate) struct RoundedRows<'a> {
 }
 
 impl RoundedRows<'_> {
+    /// Rounds `values` into line `line` of a row.
+    ///
+    /// # Safety
+    /// No other task writes this line.
+    #[inline(always)]
+    pub(super) unsafe fn set_line(&self, row: usize, line: usize, values: &[f32]) {
+        let at = row * self.stride + line;
+        // SAFETY: promised.
+        pack_line(self.dtype, values, &mut unsafe { self.lines.part(at, at + 1) }[0]);
+    }
+
     /// Rounds `values` into a row.
     ///
     /// # Safety

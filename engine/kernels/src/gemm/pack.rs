@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::buffer::{Line, WORDS};
-use super::convert::{pack_line, pack_row, per_word};
+use super::convert::{high, low, pack_line, pack_row, per_word};
 use super::operand::Operand;
 use crate::cpu::Isa;
 use crate::{Dtype, Kernels, Matrix};
@@ -99,6 +99,30 @@ fn pack_rows_body(
 ) {
     for (values, lines) in rows.chunks_exact(cols).zip(to.chunks_exact_mut(stride)) {
         pack_row(dtype, values, lines);
+    }
+}
+
+widened! {
+    /// Values of a row as f32, as many as there is room for.
+    pub(crate) fn unpack_row(dtype: Dtype, lines: &[Line], values: &mut [f32]) = unpack_row_body
+}
+
+#[inline(always)]
+fn unpack_row_body(_isa: Isa, dtype: Dtype, lines: &[Line], values: &mut [f32]) {
+    for (values, line) in values.chunks_mut(WORDS * per_word(dtype)).zip(lines) {
+        let mut whole = [0.0; 2 * WORDS];
+        match dtype {
+            Dtype::F32 => whole[..WORDS].copy_from_slice(&line.0.map(f32::from_bits)),
+            Dtype::Bf16 => {
+                for (pair, &word) in whole.chunks_exact_mut(2).zip(&line.0) {
+                    (pair[0], pair[1]) = (low(word), high(word));
+                }
+            }
+        }
+        match values.first_chunk_mut() {
+            Some(all) => *all = whole,
+            None => values.copy_from_slice(&whole[..values.len()]),
+        }
     }
 }
 

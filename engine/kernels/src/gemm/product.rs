@@ -193,20 +193,21 @@ impl<'a> Product<'a> {
         (self.dtype == Dtype::Bf16 && whole).then_some((token, gates))
     }
 
-    /// Computes `silu(gate) * up` of all rows into `out`, rounded.
+    /// Computes `silu(gate) * up` of all rows into `out`, rounded, and gates and ups into `kept`.
     pub(super) fn run_gated(
         self,
         kernels: &Kernels,
         (token, gates): (Amx, usize),
+        kept: Option<&mut Operand>,
         out: &mut Operand,
     ) {
-        out.reshape(self.dtype, self.rows, gates * WORDS);
+        let (rows, cols) = (self.rows, gates * WORDS);
         // Of a rectangle the gates are half of the weights.
         let (row_chunk, block_chunk) = self.rectangles(kernels);
         let block_chunk = (block_chunk / 2).next_multiple_of(2);
         let cut = Cut { rows: self.rows, blocks: gates, chunks: (row_chunk, block_chunk) };
-        let stride = out.stride();
-        let gated = Gated { product: self, gates, out: out.disjoint(), stride };
+        let kept = kept.map(|kept| kept.rounded_rows(rows, 2 * cols));
+        let gated = Gated { product: self, gates, kept, out: out.rounded_rows(rows, cols) };
         kernels.pool.run(cut.tasks(), &|task| amx::gated_rectangle(token, &gated, &cut.part(task)));
     }
 
