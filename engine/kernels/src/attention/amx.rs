@@ -13,15 +13,18 @@
 //! position can be seen in it. The probabilities are rounded as in FlashAttention (arXiv 2205.14135);
 //! their sum is that before rounding.
 
-use super::tiles::{Fetch, MixedOut, Panel, Products, ScoresOut, Weights};
+use super::tiles::{
+    Fetch, MixedOut, Panel, Products, ScoresOut, Softmax, Softmaxed, Weights, largest,
+};
 use crate::Dtype;
-use crate::cpu::{Amx, Avx512Bf16, Isa};
+use crate::cpu::{Amx, Avx512, Avx512Bf16, Isa};
 use crate::gemm::Write;
 use crate::gemm::amx::tiles::Tiles;
 use crate::gemm::amx::{Beside, Multiply, Rows, Target};
 use crate::gemm::buffer::{Line, WORDS};
 use crate::gemm::pack;
 use crate::kv::TILE;
+use crate::simd::Simd;
 use std::arch::x86_64::*;
 
 /// What one line of a tile holds of bf16, and one step of a product sums over.
@@ -96,6 +99,26 @@ impl Products for Tiled {
         }
     }
 
+    fn softmax(self, _isa: Isa, task: Softmax<'_, '_>, buffers: &mut Buffers) {
+        let row_lines = row_lines(task.stride);
+        grow(&mut buffers.weights, task.lens.len() * row_lines);
+        // SAFETY: the proofs of AVX-512 and its conversions are there.
+        unsafe { rounded_softmax((self.token.avx512, self.bf16), task, &mut buffers.weights) };
+    }
+
+    fn mix_softmax(
+        self,
+        p: Softmaxed<'_>,
+        values: Panel<'_>,
+        out: MixedOut<'_>,
+        (buffers, fetch): (&mut Buffers, &mut Fetch<'_>),
+    ) {
+        assert!(p.start.is_multiple_of(STEP), "weights begin inside a line at {}", p.start);
+        let row = row_lines(p.stride);
+        let lines = &buffers.weights[p.row * row + p.start / STEP..];
+        self.mix_rounded((Rows { lines, row, step: 1 }, p.lens), values, out, fetch);
+    }
+
     fn mix(
         self,
         p: Weights<'_>,
@@ -103,26 +126,14 @@ impl Products for Tiled {
         out: MixedOut<'_>,
         (buffers, fetch): (&mut Buffers, &mut Fetch<'_>),
     ) {
-        let MixedOut { to: out, write } = out;
-        let (rows, d) = (p.lens.len(), out.len() / p.lens.len());
-        let tiles = p.lens[rows - 1].div_ceil(TILE);
-        let row_lines = tiles.div_ceil(2) + 1;
+        let rows = p.lens.len();
+        let row_lines = row_lines(p.lens[rows - 1]);
         grow(&mut buffers.weights, rows * row_lines);
         for (row, to) in buffers.weights.chunks_exact_mut(row_lines).take(rows).enumerate() {
-            let weights = &p.rows[row * p.stride..][..p.lens[row]];
-            self.round(weights, &mut to[..row_lines - 1]);
+            self.round(&p.rows[row * p.stride..][..p.lens[row]], to);
         }
         let x = Rows { lines: &buffers.weights, row: row_lines, step: 1 };
-        let held = Tiles::of_pairs(self.token, rows);
-        let mut beside = FetchLines(fetch, values.head_words / (d / STEP));
-        for column in (0..d).step_by(STEP) {
-            let out = &mut out[column..];
-            assert!(out.len() >= (rows - 1) * d + STEP, "{} elements of output", out.len());
-            let to = Target { to: out.as_mut_ptr(), stride: d, write };
-            let w = (0..tiles).map(|tile| &values.tile(tile)[column..]);
-            // SAFETY: the rows are there, by the assertion.
-            unsafe { held.multiply_pairs(x, (w, d), &to, &mut beside) };
-        }
+        self.mix_rounded((x, p.lens), values, out, fetch);
     }
 
     fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32], buffers: &mut Buffers) {
@@ -160,6 +171,29 @@ impl Products for Tiled {
 }
 
 impl Tiled {
+    /// `mix` of rounded weights, which are zero from each row's end to that of the last one.
+    fn mix_rounded(
+        self,
+        (x, lens): (Rows<'_>, &[usize]),
+        values: Panel<'_>,
+        out: MixedOut<'_>,
+        fetch: &mut Fetch<'_>,
+    ) {
+        let MixedOut { to: out, write } = out;
+        let (rows, d) = (lens.len(), out.len() / lens.len());
+        let tiles = lens[rows - 1].div_ceil(TILE);
+        let held = Tiles::of_pairs(self.token, rows);
+        let mut beside = FetchLines(fetch, values.head_words / (d / STEP));
+        for column in (0..d).step_by(STEP) {
+            let out = &mut out[column..];
+            assert!(out.len() >= (rows - 1) * d + STEP, "{} elements of output", out.len());
+            let to = Target { to: out.as_mut_ptr(), stride: d, write };
+            let w = (0..tiles).map(|tile| &values.tile(tile)[column..]);
+            // SAFETY: the rows are there, by the assertion.
+            unsafe { held.multiply_pairs(x, (w, d), &to, &mut beside) };
+        }
+    }
+
     /// Columns `position` to `position + 32` of `p` rounded into rows of `depth` lines, 32 rows of `p` a
     /// line. A row counts as zero behind the tile where it ends.
     fn columns(self, p: Weights<'_>, position: usize, depth: usize, to: &mut [Line]) {
@@ -218,16 +252,82 @@ impl Beside for FetchLines<'_, '_> {
     }
 }
 
+/// Lines of a row of so many weights; an odd number, so that rows do not meet in a set of the cache.
+fn row_lines(weights: usize) -> usize {
+    weights.div_ceil(STEP) | 1
+}
+
+/// [`Softmax`], rounded into rows of `row_lines(stride)` lines, and zero to the end of the longest row.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16")]
+fn rounded_softmax(
+    (s, bf16): (Avx512, Avx512Bf16),
+    task: Softmax<'_, '_>,
+    weights: &mut [Line],
+) {
+    let Softmax { scale, scores, stride, lens, sums, fetch: (fetch, lines) } = task;
+    let used = lens.iter().copied().max().unwrap_or(0).div_ceil(STEP);
+    let factor = scale * std::f32::consts::LOG2_E;
+    let rows = scores.chunks(stride).zip(weights.chunks_exact_mut(row_lines(stride)));
+    for (((row, to), &len), sum) in rows.zip(lens).zip(sums) {
+        let max = s.splat(largest(s, &row[..len]) * factor);
+        let factor = s.splat(factor);
+        let weight = |score| exp2(_mm512_fmsub_ps(score, factor, max));
+        // Of even and of odd tiles.
+        let mut totals = [s.splat(0.0); 2];
+        let (full, rest) = row[..len].as_chunks::<STEP>();
+        for (scores, to) in full.iter().zip(&mut *to) {
+            fetch.lines(2 * lines);
+            let p = [0, 1].map(|half| weight(s.load(&scores.as_chunks().0[half])));
+            totals = [s.add(totals[0], p[0]), s.add(totals[1], p[1])];
+            *to = round_pair(bf16, p);
+        }
+        if !rest.is_empty() {
+            let (low, high) = rest.split_at(rest.len().min(TILE));
+            let p = [low, high].map(|scores| weight(s.load_tail(scores, f32::NEG_INFINITY)));
+            totals = [s.add(totals[0], p[0]), s.add(totals[1], p[1])];
+            to[full.len()] = round_pair(bf16, p);
+        }
+        to[len.div_ceil(STEP)..used].fill(Line::ZERO);
+        *sum = s.sum(s.add(totals[0], totals[1]));
+    }
+}
+
+/// 2^x for x up to 127 within 2 units in the last place, 0 below 2^-126, NaN at NaN.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+#[inline]
+fn exp2(x: __m512) -> __m512 {
+    /// Minimax polynomial of 2^f - 1 over f from 0 to 1 without constant term, highest power first.
+    const POLY: [f32; 5] = [0.001_867_13, 0.009_017_031, 0.055_799_913, 0.240_164_44, 0.693_151_3];
+    /// Rounding down, no exceptions.
+    const DOWN: i32 = 0x09;
+    // A lane that is not seen takes no part in the scaling, which is slow where its result is denormal.
+    let seen = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(-126.0));
+    let f = _mm512_reduce_ps::<DOWN>(x);
+    let mut p = _mm512_set1_ps(POLY[0]);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(POLY[1]));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(POLY[2]));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(POLY[3]));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(POLY[4]));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0));
+    _mm512_maskz_scalef_ps(seen, p, x)
+}
+
+/// Thirty-two values as a line.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[inline]
+fn round_pair(_proof: Avx512Bf16, [low, high]: [__m512; 2]) -> Line {
+    // SAFETY: any 512 bits are a line.
+    unsafe { std::mem::transmute::<__m512bh, Line>(_mm512_cvtne2ps_pbh(high, low)) }
+}
+
 /// Rounds values into lines, filled up with zeros.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn round(_proof: Avx512Bf16, values: &[f32], to: &mut [Line]) {
+fn round(proof: Avx512Bf16, values: &[f32], to: &mut [Line]) {
     let mut left = values;
     for line in to {
         let (here, rest) = left.split_at(left.len().min(STEP));
         let (low, high) = here.split_at(here.len().min(TILE));
-        let pairs = _mm512_cvtne2ps_pbh(load(high), load(low));
-        // SAFETY: any 512 bits are a line.
-        *line = unsafe { std::mem::transmute::<__m512bh, Line>(pairs) };
+        *line = round_pair(proof, [load(low), load(high)]);
         left = rest;
     }
 }

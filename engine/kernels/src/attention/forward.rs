@@ -1,7 +1,7 @@
 //! The forward pass: work items shared out to the threads.
 
 use super::tiles::{
-    Divide, Fetch, Grow, MAX_ROWS, MixedOut, Panel, Products, ScoresOut, Softmax, Weights, stride,
+    Divide, Fetch, Grow, MAX_ROWS, MixedOut, Panel, Products, ScoresOut, Softmax, Softmaxed, stride,
 };
 use super::{Attention, AttnScratch, AttnSeq, Lane};
 use crate::disjoint::Disjoint;
@@ -133,13 +133,15 @@ impl<'a, P: Products> Forward<'a, P> {
         items + last.unwrap_or(0)
     }
 
-    /// Tiles that both sequences have, and see whole but for their last.
+    /// Tiles that both sequences have, and see whole but for their last; an even number, as
+    /// [`Products::mix_softmax`] wants it.
     fn shared(&self, a: &AttnSeq<'_>, b: &AttnSeq<'_>) -> usize {
         if (a.rows, b.rows) != (1, 1) {
             return 0;
         }
         let blocks = a.blocks.iter().zip(b.blocks).take_while(|(a, b)| a == b).count();
-        (blocks * (self.kv.block_size() / TILE)).min(a.start.min(b.start) / TILE)
+        let shared = (blocks * (self.kv.block_size() / TILE)).min(a.start.min(b.start) / TILE);
+        shared / 2 * 2
     }
 
     /// Items of one kv head of a bunch that begins with this sequence.
@@ -215,6 +217,9 @@ impl<'a, P: Products> Forward<'a, P> {
             }
         };
         let [first, second] = &mut meanwhile;
+        for row in 0..rows {
+            ask_for_writing(out, self.place(item, row), d);
+        }
 
         let stride = stride(lens.iter().copied().max().unwrap_or(0));
         let scores = lane.scores.slice(rows * stride);
@@ -238,7 +243,7 @@ impl<'a, P: Products> Forward<'a, P> {
             sums: &mut sums,
             fetch: (first, keys.head_words.div_ceil(2 * rows)),
         };
-        self.kernels.isa.vectorize(softmax);
+        self.products.softmax(self.kernels.isa, softmax, &mut lane.products);
         first.rest();
         let mixed = lane.mixed.slice(rows * d);
         for Part { rows, tiles, start } in self.parts(item, lens) {
@@ -247,12 +252,12 @@ impl<'a, P: Products> Forward<'a, P> {
                 let own = seen.iter_mut().zip(&lens[rows.clone()]);
                 own.for_each(|(seen, len)| *seen = len - start);
             }
-            let (weights, lens) = (&scores[rows.start * stride + start..], &seen[..rows.len()]);
-            let weights = Weights { rows: weights, stride, lens };
+            let (row, lens) = (rows.start, &seen[..rows.len()]);
+            let weights = Softmaxed { scores, stride, row, start, lens };
             let values = Panel { tiles: &values.tiles[tiles], ..values };
             let write = if start == 0 { Write::Set } else { Write::Add };
             let to = MixedOut { to: &mut mixed[rows.start * d..rows.end * d], write };
-            self.products.mix(weights, values, to, (&mut lane.products, second));
+            self.products.mix_softmax(weights, values, to, (&mut lane.products, second));
         }
         second.rest();
         for (row, mixed) in mixed.chunks_exact(d).enumerate() {
@@ -320,6 +325,18 @@ impl<'a, P: Products> Forward<'a, P> {
             self.kv.keys_start(self.task.layer, block, kv_head) + tile % per_block * tile_words
         })
     }
+}
+
+/// Asks for the lines of `len` outputs.
+fn ask_for_writing(out: &Disjoint<'_, f32>, from: usize, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (from..from + len).step_by(TILE) {
+        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        // SAFETY: a prefetch may be given any address.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(out.address(line).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (out, from, len);
 }
 
 /// Where a tile of integers goes as f32 bits, and the scales of its positions.

@@ -60,7 +60,7 @@ pub struct Attention<'a> {
     pub seqs: &'a [AttnSeq<'a>],
     /// Query heads: a multiple of the cache's kv heads; a group shares one.
     pub heads: usize,
-    /// Factor of the scores, usually 1 / sqrt(head_dim).
+    /// Factor of the scores, positive, usually 1 / sqrt(head_dim).
     pub scale: f32,
 }
 
@@ -118,8 +118,8 @@ impl Kernels {
     /// the cache. `out` is `[rows, heads * head_dim]`; rows of no sequence are left as they are.
     ///
     /// # Panics
-    /// When a slice has the wrong length, the sequences overlap or are out of order, or blocks or the
-    /// layer do not exist.
+    /// When a slice has the wrong length, the sequences overlap or are out of order, blocks or the
+    /// layer do not exist, or the scale is not positive.
     pub fn attention(
         &self,
         kv: &KvCache,
@@ -178,6 +178,7 @@ impl Attention<'_> {
         let len = self.q.len();
         assert!(len.is_multiple_of(width), "{len} elements of q are no rows of {width}");
         assert!(out_len == len, "{out_len} elements of output, q has {len}");
+        assert!(self.scale > 0.0, "scale is {}, must be positive", self.scale);
         assert!(self.layer < kv.layers(), "layer {}, the cache has {}", self.layer, kv.layers());
         let mut end = 0;
         for seq in self.seqs {

@@ -2,6 +2,7 @@
 //! softmax between them.
 
 use crate::Dtype;
+use crate::cpu::Isa;
 use crate::gemm::Write;
 use crate::kv::TILE;
 use crate::simd::{Job, LANES, Simd};
@@ -124,6 +125,24 @@ pub(super) trait Products: Copy + Send + Sync {
     /// `out[r][j] = x_r . k_j` for all positions of all tiles of `keys`; one more tile may be written to.
     fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>, fetch: &mut Fetch<'_>);
 
+    /// Turns scores into what [`Self::mix_softmax`] wants of them.
+    fn softmax(self, isa: Isa, task: Softmax<'_, '_>, _buffers: &mut Buffers) {
+        isa.vectorize(task);
+    }
+
+    /// [`Self::mix`] of what [`Self::softmax`] left of the scores of some rows, from an even tile on.
+    fn mix_softmax(
+        self,
+        p: Softmaxed<'_>,
+        values: Panel<'_>,
+        out: MixedOut<'_>,
+        beside: (&mut Buffers, &mut Fetch<'_>),
+    ) {
+        let Softmaxed { scores, stride, row, start, lens } = p;
+        let rows = &scores[row * stride + start..];
+        self.mix(Weights { rows, stride, lens }, values, out, beside);
+    }
+
     /// `out[r] = sum over j < lens[r] of p_rj v_j`. Values are finite.
     fn mix(
         self,
@@ -145,6 +164,17 @@ pub(super) use super::amx::Buffers;
 #[cfg(not(target_arch = "x86_64"))]
 #[derive(Default)]
 pub(super) struct Buffers;
+
+/// Scores after [`Products::softmax`]: those of some rows from row `row` and position `start` on, of which
+/// they see `lens`.
+#[derive(Clone, Copy)]
+pub(super) struct Softmaxed<'a> {
+    pub(super) scores: &'a [f32],
+    pub(super) stride: usize,
+    pub(super) row: usize,
+    pub(super) start: usize,
+    pub(super) lens: &'a [usize],
+}
 
 /// Where `mix` goes, `[rows][d]`; with [`Write::Add`] the sums go on from what is there.
 pub(super) struct MixedOut<'a> {
@@ -200,6 +230,20 @@ pub(super) struct Softmax<'a, 'f> {
     pub(super) fetch: (&'a mut Fetch<'f>, usize),
 }
 
+/// The largest of the scores of a row. Several chains, since each link waits for the one before it.
+#[inline(always)]
+pub(super) fn largest<S: Simd>(s: S, scores: &[f32]) -> f32 {
+    let (whole, tail) = scores.as_chunks::<LANES>();
+    let mut max = [s.splat(f32::NEG_INFINITY); 4];
+    max[0] = s.load_tail(tail, f32::NEG_INFINITY);
+    let (fours, rest) = whole.as_chunks::<4>();
+    for chunks in fours {
+        max.iter_mut().zip(chunks).for_each(|(max, chunk)| *max = s.max(s.load(chunk), *max));
+    }
+    max.iter_mut().zip(rest).for_each(|(max, chunk)| *max = s.max(s.load(chunk), *max));
+    s.max_lane(s.max(s.max(max[0], max[1]), s.max(max[2], max[3])))
+}
+
 impl Job for Softmax<'_, '_> {
     type Output = ();
 
@@ -207,16 +251,13 @@ impl Job for Softmax<'_, '_> {
     fn run<S: Simd>(mut self, s: S) {
         let rows = self.scores.chunks_mut(self.stride).zip(self.lens);
         for ((row, &len), sum) in rows.zip(self.sums) {
+            let scale = s.splat(self.scale);
+            // The factor is positive: the largest stays the largest.
+            let max = s.splat(largest(s, &row[..len]) * self.scale);
             let (whole, tail) =
                 row[..len.next_multiple_of(LANES)].split_at_mut(len / LANES * LANES);
             let tail_len = len % LANES;
             let (whole, _) = whole.as_chunks_mut::<LANES>();
-            let scale = s.splat(self.scale);
-            let mut max = s.mul(s.load_tail(&tail[..tail_len], f32::NEG_INFINITY), scale);
-            for chunk in whole.iter() {
-                max = s.max(s.mul(s.load(chunk), scale), max);
-            }
-            let max = s.splat(s.max_lane(max));
             let mut total = s.splat(0.0);
             let (fetch, lines) = &mut self.fetch;
             for chunk in whole {
