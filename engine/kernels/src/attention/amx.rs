@@ -264,11 +264,12 @@ fn rounded_softmax(
     task: Softmax<'_, '_>,
     weights: &mut [Line],
 ) {
-    let Softmax { scale, scores, stride, lens, sums, fetch: (fetch, lines) } = task;
+    let Softmax { scale, scores, stride, lens, sums, fetch: (fetch, lines), before_row } = task;
     let used = lens.iter().copied().max().unwrap_or(0).div_ceil(STEP);
     let factor = scale * std::f32::consts::LOG2_E;
     let rows = scores.chunks(stride).zip(weights.chunks_exact_mut(row_lines(stride)));
-    for (((row, to), &len), sum) in rows.zip(lens).zip(sums) {
+    for (r, (((row, to), &len), sum)) in rows.zip(lens).zip(sums).enumerate() {
+        before_row(r);
         let max = s.splat(largest(s, &row[..len]) * factor);
         let factor = s.splat(factor);
         let weight = |score| exp2(_mm512_fmsub_ps(score, factor, max));

@@ -382,7 +382,9 @@ impl<P: Products> Backward<'_, P> {
         let mut sums = [0.0; MAX_ROWS];
         let scale = self.scale;
         let fetch = (&mut *nothing, 0);
-        isa.vectorize(Softmax { scale, scores: p, stride, lens, sums: &mut sums, fetch });
+        let before_row: &dyn Fn(usize) = &|_| ();
+        let softmax = Softmax { scale, scores: p, stride, lens, sums: &mut sums, fetch, before_row };
+        isa.vectorize(softmax);
         for (row, &len) in lens.iter().enumerate() {
             let place = self.place(chunk, first + row);
             let tiles = row * stride..row * stride + len.next_multiple_of(TILE);

@@ -93,7 +93,7 @@ pub(super) fn run<P: Products>(
                 Some(next) if next.first == 0 => &*next_tiles,
                 _ => &[],
             };
-            pass.compute(&current, lane, ahead, &out);
+            pass.compute(&current, lane, (item.as_ref(), ahead), &out);
             std::mem::swap(&mut lane.tiles, &mut next_tiles);
         }
         lane.next_tiles = next_tiles;
@@ -188,8 +188,15 @@ impl<'a, P: Products> Forward<'a, P> {
         std::iter::once(common).filter(move |_| shared > 0).chain(own)
     }
 
-    /// Works on an item whose tiles are in `lane`; `next` are those of the next one, to fetch meanwhile.
-    fn compute(&self, item: &Item<'a>, lane: &mut Lane, next: &[usize], out: &Disjoint<'_, f32>) {
+    /// Works on an item whose tiles are in `lane`; `next` is the next one with the tiles of it to fetch
+    /// meanwhile.
+    fn compute(
+        &self,
+        item: &Item<'a>,
+        lane: &mut Lane,
+        next: (Option<&Item<'a>>, &[usize]),
+        out: &Disjoint<'_, f32>,
+    ) {
         let d = self.kv.head_dim();
         let rows = item.rows;
         let mut lens = [0; MAX_ROWS];
@@ -211,16 +218,12 @@ impl<'a, P: Products> Forward<'a, P> {
                 if item.first == 0 {
                     meanwhile[0] = fetch(tiles, shift);
                 }
-                meanwhile[1] = fetch(next, 0);
+                meanwhile[1] = fetch(next.1, 0);
                 let keys = Panel { dtype, words, tiles, shift: 0, head_words };
                 (keys, Panel { shift, ..keys })
             }
         };
         let [first, second] = &mut meanwhile;
-        for row in 0..rows {
-            ask_for_writing(out, self.place(item, row), d);
-        }
-
         let stride = stride(lens.iter().copied().max().unwrap_or(0));
         let scores = lane.scores.slice(rows * stride);
         for Part { rows, tiles, start } in self.parts(item, lens) {
@@ -242,6 +245,12 @@ impl<'a, P: Products> Forward<'a, P> {
             lens,
             sums: &mut sums,
             fetch: (first, keys.head_words.div_ceil(2 * rows)),
+            before_row: &|row| {
+                ask_for(out.address(self.place(item, row)), d);
+                if let Some(next) = next.0.filter(|next| row < next.rows) {
+                    ask_for(&self.task.q[self.place(next, row)], d);
+                }
+            },
         };
         self.products.softmax(self.kernels.isa, softmax, &mut lane.products);
         first.rest();
@@ -327,16 +336,16 @@ impl<'a, P: Products> Forward<'a, P> {
     }
 }
 
-/// Asks for the lines of `len` outputs.
-fn ask_for_writing(out: &Disjoint<'_, f32>, from: usize, len: usize) {
+/// Asks for the lines of `len` values.
+fn ask_for(values: *const f32, len: usize) {
     #[cfg(target_arch = "x86_64")]
-    for line in (from..from + len).step_by(TILE) {
-        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+    for line in (0..len).step_by(TILE) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch may be given any address.
-        unsafe { _mm_prefetch::<_MM_HINT_ET0>(out.address(line).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(values.wrapping_add(line).cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (out, from, len);
+    let _ = (values, len);
 }
 
 /// Where a tile of integers goes as f32 bits, and the scales of its positions.

@@ -228,6 +228,8 @@ pub(super) struct Softmax<'a, 'f> {
     pub(super) sums: &'a mut [f32],
     /// What to ask for meanwhile, this many lines for sixteen scores.
     pub(super) fetch: (&'a mut Fetch<'f>, usize),
+    /// Called before each row, to ask for what belongs to it.
+    pub(super) before_row: &'a dyn Fn(usize),
 }
 
 /// The largest of the scores of a row. Several chains, since each link waits for the one before it.
@@ -250,7 +252,8 @@ impl Job for Softmax<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let rows = self.scores.chunks_mut(self.stride).zip(self.lens);
-        for ((row, &len), sum) in rows.zip(self.sums) {
+        for (r, ((row, &len), sum)) in rows.zip(self.sums).enumerate() {
+            (self.before_row)(r);
             let scale = s.splat(self.scale);
             // The factor is positive: the largest stays the largest.
             let max = s.splat(largest(s, &row[..len]) * self.scale);
