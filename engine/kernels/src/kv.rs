@@ -428,16 +428,10 @@ impl WriteHead<'_> {
     /// Sixteen rows from `row` on as one tile.
     #[inline(always)]
     fn tile_of_keys(&self, row: usize, dtype: Dtype, tile: &mut [u32]) {
-        let keys: [&[f32]; TILE] = std::array::from_fn(|i| self.key(dtype, row + i));
-        let elements = TILE * per_word(dtype);
-        for (i, to) in tile.chunks_mut(TILE * TILE).enumerate() {
-            let mut square = [Line::ZERO; TILE];
-            for (line, key) in square.iter_mut().zip(keys) {
-                pack_line(dtype, &key[i * elements..key.len().min((i + 1) * elements)], line);
-            }
-            let square = transpose(self.write.isa, &square);
-            to.as_chunks_mut::<TILE>().0.iter_mut().zip(square).for_each(|(to, line)| *to = line.0);
-        }
+        // Not by `from_fn`, which the compiler keeps apart and then compiles for any processor.
+        let mut keys = [&[][..]; TILE];
+        keys.iter_mut().enumerate().for_each(|(i, key)| *key = self.key(dtype, row + i));
+        write_keys(self.write.isa, dtype, keys, tile);
     }
 
     #[inline(always)]
@@ -554,6 +548,20 @@ pub(crate) fn round_words(dtype: Dtype, elements: &[f32], words: &mut [u32]) {
             .iter_mut()
             .zip(elements.chunks_exact(2))
             .for_each(|(word, x)| *word = pair(x[0], x[1])),
+    }
+}
+
+/// Rounds sixteen keys into a tile.
+#[inline(always)]
+pub(crate) fn write_keys(isa: Isa, dtype: Dtype, keys: [&[f32]; TILE], tile: &mut [u32]) {
+    let elements = TILE * per_word(dtype);
+    for (i, to) in tile.chunks_mut(TILE * TILE).enumerate() {
+        let mut square = [Line::ZERO; TILE];
+        for (line, key) in square.iter_mut().zip(keys) {
+            pack_line(dtype, &key[i * elements..key.len().min((i + 1) * elements)], line);
+        }
+        let square = transpose(isa, &square);
+        to.as_chunks_mut::<TILE>().0.iter_mut().zip(square).for_each(|(to, line)| *to = line.0);
     }
 }
 

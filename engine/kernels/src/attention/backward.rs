@@ -17,12 +17,15 @@
 //! The prompt's keys and values are rounded once and stay; its dK and dV grow with the rows of every
 //! branch. Each branch puts its own behind them, and finds zeros in the places of its dK and dV.
 
-use super::tiles::{Fetch, Grow, MAX_ROWS, MixedOut, ask_for_lines, Panel, Products, ScoresOut, Softmax, Weights, stride};
+use super::tiles::{Fetch, Grow, MAX_ROWS, MixedOut, ask_for, ask_for_lines, Panel, Products, ScoresOut, Softmax, Weights, stride};
 use super::{AttnScratch, Lane, check_groups};
+use crate::cpu::Isa;
 use crate::disjoint::Disjoint;
 use crate::gemm::Write;
 use crate::gemm::convert::{per_word, round_bf16};
-use crate::kv::{MAX_HEAD_DIM, TILE, check_head_dim, round_words, write_key, write_value};
+use crate::kv::{
+    MAX_HEAD_DIM, TILE, check_head_dim, round_words, write_key, write_keys, write_value,
+};
 use crate::simd::{Job, LANES, Simd};
 use crate::{Dtype, Kernels};
 use std::ops::Range;
@@ -287,24 +290,18 @@ impl<P: Products> Backward<'_, P> {
 
     /// Keys as tiles of keys and of values, values as tiles of keys.
     fn round_keys_and_values(&self, piece: Piece<'_>, lane: &mut Lane) {
-        let words = self.d / per_word(self.dtype);
-        let len = lane.tiles.len() * TILE * words;
-        let key_tiles = lane.backward.key_tiles.slice(len);
-        let key_rows = lane.backward.key_rows.slice(len);
-        let value_tiles = lane.backward.value_tiles.slice(len);
-        let mut rounded = [0; MAX_HEAD_DIM];
-        let rounded = &mut rounded[..words];
-        for (position, token) in (piece.start..).zip(piece.rows.clone()) {
-            let place = (token * self.kv_heads + piece.kv_head) * self.d;
-            let (key, value) = (&self.k[place..][..self.d], &self.v[place..][..self.d]);
-            write_value(self.dtype, key, position, key_rows);
-            for (x, tiles) in [(key, &mut *key_tiles), (value, &mut *value_tiles)] {
-                round_words(self.dtype, x, rounded);
-                let tile = position / TILE * TILE * words;
-                let tile = &mut tiles[tile..][..TILE * words];
-                write_key(rounded.iter().copied(), position % TILE, tile);
-            }
-        }
+        let len = lane.tiles.len() * TILE * self.d / per_word(self.dtype);
+        let isa = self.kernels.isa;
+        let (first, stride) = (piece.rows.start * self.kv_heads + piece.kv_head, self.kv_heads);
+        let of = |x| Head { x, d: self.d, first: first * self.d, stride: stride * self.d };
+        let (dtype, start, rows) = (self.dtype, piece.start, piece.rows.len());
+        let Buffers { key_tiles, key_rows, value_tiles, .. } = &mut lane.backward;
+        let tiles = key_tiles.slice(len);
+        isa.vectorize(RoundKeys { isa, dtype, head: of(self.k), start, rows, tiles });
+        let tiles = value_tiles.slice(len);
+        isa.vectorize(RoundKeys { isa, dtype, head: of(self.v), start, rows, tiles });
+        let tiles = key_rows.slice(len);
+        isa.vectorize(RoundValues { dtype, head: of(self.k), start, rows, tiles });
     }
 
     /// Where a row of a chunk lies in `q` and what is shaped like it.
@@ -387,6 +384,7 @@ impl<P: Products> Backward<'_, P> {
         isa.vectorize(softmax);
         for (row, &len) in lens.iter().enumerate() {
             let place = self.place(chunk, first + row);
+            ask_for(dq.address(place), d);
             let tiles = row * stride..row * stride + len.next_multiple_of(TILE);
             isa.vectorize(RowGradient {
                 p: &mut p[tiles.clone()],
@@ -406,6 +404,77 @@ impl<P: Products> Backward<'_, P> {
             let place = self.place(chunk, first + row);
             // SAFETY: families do not overlap, and each row and head belongs to one task.
             unsafe { dq.part(place, place + d) }.copy_from_slice(mixed);
+        }
+    }
+}
+
+/// The elements of one head: row i begins at `first + i * stride`.
+#[derive(Clone, Copy)]
+struct Head<'a> {
+    x: &'a [f32],
+    d: usize,
+    first: usize,
+    stride: usize,
+}
+
+impl<'a> Head<'a> {
+    #[inline(always)]
+    fn row(&self, row: usize) -> &'a [f32] {
+        &self.x[self.first + row * self.stride..][..self.d]
+    }
+}
+
+/// Rounds `rows` rows into tiles of keys, from position `start` on.
+struct RoundKeys<'a> {
+    isa: Isa,
+    dtype: Dtype,
+    head: Head<'a>,
+    start: usize,
+    rows: usize,
+    tiles: &'a mut [u32],
+}
+
+impl Job for RoundKeys<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _s: S) {
+        let words = self.head.d / per_word(self.dtype);
+        let mut rounded = [0; MAX_HEAD_DIM];
+        let mut row = 0;
+        while row < self.rows {
+            let position = self.start + row;
+            let tile = &mut self.tiles[position / TILE * TILE * words..][..TILE * words];
+            if position.is_multiple_of(TILE) && self.rows - row >= TILE {
+                let mut keys = [&[][..]; TILE];
+                keys.iter_mut().enumerate().for_each(|(i, key)| *key = self.head.row(row + i));
+                write_keys(self.isa, self.dtype, keys, tile);
+                row += TILE;
+                continue;
+            }
+            round_words(self.dtype, self.head.row(row), &mut rounded[..words]);
+            write_key(rounded[..words].iter().copied(), position % TILE, tile);
+            row += 1;
+        }
+    }
+}
+
+/// Rounds `rows` rows into tiles of values, from position `start` on.
+struct RoundValues<'a> {
+    dtype: Dtype,
+    head: Head<'a>,
+    start: usize,
+    rows: usize,
+    tiles: &'a mut [u32],
+}
+
+impl Job for RoundValues<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _s: S) {
+        for row in 0..self.rows {
+            write_value(self.dtype, self.head.row(row), self.start + row, self.tiles);
         }
     }
 }

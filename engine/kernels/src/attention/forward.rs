@@ -1,7 +1,8 @@
 //! The forward pass: work items shared out to the threads.
 
 use super::tiles::{
-    Divide, Fetch, Grow, MAX_ROWS, MixedOut, Panel, Products, ScoresOut, Softmax, Softmaxed, stride,
+    Divide, Fetch, Grow, MAX_ROWS, MixedOut, Panel, Products, ScoresOut, Softmax, Softmaxed, ask_for,
+    stride,
 };
 use super::{Attention, AttnScratch, AttnSeq, Lane};
 use crate::disjoint::Disjoint;
@@ -248,7 +249,7 @@ impl<'a, P: Products> Forward<'a, P> {
             before_row: &|row| {
                 ask_for(out.address(self.place(item, row)), d);
                 if let Some(next) = next.0.filter(|next| row < next.rows) {
-                    ask_for(&self.task.q[self.place(next, row)], d);
+                    ask_for(self.task.q[self.place(next, row)..].as_ptr(), d);
                 }
             },
         };
@@ -334,18 +335,6 @@ impl<'a, P: Products> Forward<'a, P> {
             self.kv.keys_start(self.task.layer, block, kv_head) + tile % per_block * tile_words
         })
     }
-}
-
-/// Asks for the lines of `len` values.
-fn ask_for(values: *const f32, len: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..len).step_by(TILE) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch may be given any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(values.wrapping_add(line).cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (values, len);
 }
 
 /// Where a tile of integers goes as f32 bits, and the scales of its positions.

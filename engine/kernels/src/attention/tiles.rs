@@ -81,7 +81,19 @@ impl<'a> Fetch<'a> {
     }
 }
 
-/// Asks for all lines of some values.
+/// Asks for the lines of `len` values that are needed at once, into the first-level cache.
+pub(super) fn ask_for(values: *const f32, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..len).step_by(TILE) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch may be given any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(values.wrapping_add(line).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (values, len);
+}
+
+/// Asks for the lines of values that are needed soon.
 pub(super) fn ask_for_lines(values: &[f32]) {
     values.chunks(LANES).for_each(|line| fetch_line(line.as_ptr().cast()));
 }
