@@ -24,7 +24,7 @@ use crate::gemm::buffer::Line;
 use crate::gemm::convert::{element, pack_line, pair, per_word, round_bf16};
 use crate::gemm::pack::transpose;
 use crate::simd::{Job, Simd};
-use crate::{Dtype, Kernels, KvDtype, huge};
+use crate::{Dtype, Kernels, KvDtype, huge, prefetch};
 
 /// Positions in one tile of keys: the lanes of a 512-bit register.
 pub(crate) const TILE: usize = 16;
@@ -470,15 +470,7 @@ impl WriteHead<'_> {
     /// Asks for words that will be written: their lines lie apart and come from memory.
     #[inline(always)]
     fn ask_for(&self, start: usize, words: usize) {
-        #[cfg(target_arch = "x86_64")]
-        for line in (0..words).step_by(TILE) {
-            use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
-            let line = self.cache.pointer(start + line, start + words);
-            // SAFETY: a prefetch may be given any address.
-            unsafe { _mm_prefetch::<_MM_HINT_ET0>(line.cast_const().cast()) };
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = (start, words);
+        (start..start + words).step_by(TILE).for_each(|i| prefetch::near(self.cache.address(i)));
     }
 }
 

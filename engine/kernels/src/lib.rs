@@ -19,6 +19,7 @@ mod linear;
 mod matrix;
 mod norm;
 mod pool;
+mod prefetch;
 pub mod probe;
 mod quant;
 mod rope;

@@ -80,11 +80,7 @@ impl Kernels {
     ///
     /// # Panics
     /// When the lengths do not agree.
-    pub fn normed_operand(
-        &self,
-        (x, weight, eps): (&[f32], &[f32], f32),
-        out: &mut Operand,
-    ) {
+    pub fn normed_operand(&self, (x, weight, eps): (&[f32], &[f32], f32), out: &mut Operand) {
         let cols = weight.len();
         let rows = whole_rows(x.len(), cols);
         let out = out.rounded_rows(rows, cols);

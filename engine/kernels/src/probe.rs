@@ -7,7 +7,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use crate::{Dtype, Kernels, ThreadPool, kv};
+use crate::{Dtype, Kernels, ThreadPool, kv, prefetch};
 
 /// Memory that is read: more than caches hold.
 const READ_BYTES: usize = 192 << 20;
@@ -28,7 +28,7 @@ pub fn read_bandwidth(pool: &ThreadPool) -> f64 {
         pool.run(parts, &|i| {
             let mut sums = [0_u32; 16];
             for line in words[i * part..][..part].chunks_exact(16) {
-                prefetch(line.as_ptr().wrapping_byte_add(AHEAD_BYTES));
+                prefetch::near(line.as_ptr().wrapping_byte_add(AHEAD_BYTES));
                 sums.iter_mut().zip(line).for_each(|(sum, &word)| *sum ^= word);
             }
             black_box(sums);
@@ -63,16 +63,6 @@ fn best(mut f: impl FnMut()) -> f64 {
     }
     best
 }
-
-#[cfg(target_arch = "x86_64")]
-fn prefetch(address: *const u32) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-    // SAFETY: a prefetch may be given any address.
-    unsafe { _mm_prefetch(address.cast(), _MM_HINT_T0) };
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn prefetch(_address: *const u32) {}
 
 #[cfg(target_arch = "x86_64")]
 mod multiply {

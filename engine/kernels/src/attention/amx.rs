@@ -259,11 +259,7 @@ fn row_lines(weights: usize) -> usize {
 
 /// [`Softmax`], rounded into rows of `row_lines(stride)` lines, and zero to the end of the longest row.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16")]
-fn rounded_softmax(
-    (s, bf16): (Avx512, Avx512Bf16),
-    task: Softmax<'_, '_>,
-    weights: &mut [Line],
-) {
+fn rounded_softmax((s, bf16): (Avx512, Avx512Bf16), task: Softmax<'_, '_>, weights: &mut [Line]) {
     let Softmax { scale, scores, stride, lens, sums, fetch: (fetch, lines), before_row } = task;
     let used = lens.iter().copied().max().unwrap_or(0).div_ceil(STEP);
     let factor = scale * std::f32::consts::LOG2_E;
@@ -317,8 +313,9 @@ fn exp2(x: __m512) -> __m512 {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 #[inline]
 fn round_pair(_proof: Avx512Bf16, [low, high]: [__m512; 2]) -> Line {
+    let pairs = _mm512_cvtne2ps_pbh(high, low);
     // SAFETY: any 512 bits are a line.
-    unsafe { std::mem::transmute::<__m512bh, Line>(_mm512_cvtne2ps_pbh(high, low)) }
+    unsafe { std::mem::transmute::<__m512bh, Line>(pairs) }
 }
 
 /// Rounds values into lines, filled up with zeros.

@@ -17,7 +17,10 @@
 //! The prompt's keys and values are rounded once and stay; its dK and dV grow with the rows of every
 //! branch. Each branch puts its own behind them, and finds zeros in the places of its dK and dV.
 
-use super::tiles::{Fetch, Grow, MAX_ROWS, MixedOut, ask_for, ask_for_lines, Panel, Products, ScoresOut, Softmax, Weights, stride};
+use super::tiles::{
+    Fetch, Grow, MAX_ROWS, MixedOut, Panel, Products, ScoresOut, Softmax, Weights, ask_for,
+    ask_for_lines, stride,
+};
 use super::{AttnScratch, Lane, check_groups};
 use crate::cpu::Isa;
 use crate::disjoint::Disjoint;
@@ -380,7 +383,8 @@ impl<P: Products> Backward<'_, P> {
         let scale = self.scale;
         let fetch = (&mut *nothing, 0);
         let before_row: &dyn Fn(usize) = &|_| ();
-        let softmax = Softmax { scale, scores: p, stride, lens, sums: &mut sums, fetch, before_row };
+        let softmax =
+            Softmax { scale, scores: p, stride, lens, sums: &mut sums, fetch, before_row };
         isa.vectorize(softmax);
         for (row, &len) in lens.iter().enumerate() {
             let place = self.place(chunk, first + row);

@@ -1,8 +1,8 @@
 //! The forward pass: work items shared out to the threads.
 
 use super::tiles::{
-    Divide, Fetch, Grow, MAX_ROWS, MixedOut, Panel, Products, ScoresOut, Softmax, Softmaxed, ask_for,
-    stride,
+    Divide, Fetch, Grow, MAX_ROWS, MixedOut, Panel, Products, ScoresOut, Softmax, Softmaxed,
+    ask_for, stride,
 };
 use super::{Attention, AttnScratch, AttnSeq, Lane};
 use crate::disjoint::Disjoint;
@@ -328,8 +328,7 @@ impl<'a, P: Products> Forward<'a, P> {
         kv_head: usize,
         tiles: Range<usize>,
     ) -> impl Iterator<Item = usize> {
-        let (tile_words, per_block) =
-            (TILE * self.kv.head_words(), self.kv.block_size() / TILE);
+        let (tile_words, per_block) = (TILE * self.kv.head_words(), self.kv.block_size() / TILE);
         tiles.map(move |tile| {
             let block = blocks[tile / per_block] as usize;
             self.kv.keys_start(self.task.layer, block, kv_head) + tile % per_block * tile_words

@@ -1,11 +1,11 @@
 //! The pieces both passes are made of: products of a few rows with tiles of 16 positions, and the
 //! softmax between them.
 
-use crate::Dtype;
 use crate::cpu::Isa;
 use crate::gemm::Write;
 use crate::kv::TILE;
 use crate::simd::{Job, LANES, Simd};
+use crate::{Dtype, prefetch};
 
 /// Most rows of one product, whatever computes it.
 pub(super) const MAX_ROWS: usize = 32;
@@ -68,8 +68,9 @@ impl<'a> Fetch<'a> {
                 (self.next, self.left) = (tile + self.shift, self.tile_lines);
             }
             let here = lines.min(self.left);
-            (0..here)
-                .for_each(|i| fetch_line(self.words.as_ptr().wrapping_add(self.next + i * TILE)));
+            (0..here).for_each(|i| {
+                prefetch::far(self.words.as_ptr().wrapping_add(self.next + i * TILE))
+            });
             (self.next, self.left) = (self.next + here * TILE, self.left - here);
             lines -= here;
         }
@@ -81,34 +82,14 @@ impl<'a> Fetch<'a> {
     }
 }
 
-/// Asks for the lines of `len` values that are needed at once, into the first-level cache.
+/// Asks for the lines of `len` values that are needed at once.
 pub(super) fn ask_for(values: *const f32, len: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..len).step_by(TILE) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch may be given any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(values.wrapping_add(line).cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (values, len);
+    (0..len).step_by(LANES).for_each(|i| prefetch::near(values.wrapping_add(i)));
 }
 
 /// Asks for the lines of values that are needed soon.
 pub(super) fn ask_for_lines(values: &[f32]) {
-    values.chunks(LANES).for_each(|line| fetch_line(line.as_ptr().cast()));
-}
-
-/// Asks for a line, into the second-level cache.
-#[inline(always)]
-fn fetch_line(line: *const u32) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: a prefetch may be given any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = line;
+    values.chunks(LANES).for_each(|line| prefetch::far(line.as_ptr()));
 }
 
 /// Up to [`MAX_ROWS`] rows of weights of positions, `stride` apart. Row r has `lens[r]` of them (in

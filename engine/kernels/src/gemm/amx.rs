@@ -28,6 +28,7 @@ use super::operand::RoundedRows;
 use super::product::{Product, Rectangle};
 use crate::cpu::{Amx, Isa};
 use crate::disjoint::Disjoint;
+use crate::prefetch;
 use crate::simd::{Job, Simd};
 use crate::swiglu::swiglu;
 
@@ -210,12 +211,8 @@ impl Beside for AskForOutputs {
     #[inline(always)]
     fn step(&mut self) {
         for _ in 0..self.share.min(self.rows) {
-            #[cfg(target_arch = "x86_64")]
-            for line in [self.to, self.to.wrapping_add(WORDS)] {
-                use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
-                // SAFETY: a prefetch may be given any address.
-                unsafe { _mm_prefetch::<_MM_HINT_ET0>(line.cast()) };
-            }
+            prefetch::near(self.to);
+            prefetch::near(self.to.wrapping_add(WORDS));
             self.to = self.to.wrapping_add(self.stride);
         }
         self.rows = self.rows.saturating_sub(self.share);
@@ -243,7 +240,13 @@ impl<F: Fn(&Multiply<'_>, &Target, AskForOutputs)> Blocked<'_, F> {
             }
             let (write, bias) = (self.p.write, self.p.bias);
             let blocks = block..block + blocks;
-            self.group(&multiply, row..part.rows.end, blocks, (write, bias), AskForOutputs::NOTHING);
+            self.group(
+                &multiply,
+                row..part.rows.end,
+                blocks,
+                (write, bias),
+                AskForOutputs::NOTHING,
+            );
         }
     }
 
@@ -253,7 +256,9 @@ impl<F: Fn(&Multiply<'_>, &Target, AskForOutputs)> Blocked<'_, F> {
         let depth = self.p.block_lines / WORDS;
         let steps = steps_of_part(depth);
         let groups = || part.rows.clone().step_by(GROUP);
-        for (from, row) in (0..depth).step_by(steps).flat_map(|from| groups().map(move |row| (from, row))) {
+        for (from, row) in
+            (0..depth.max(1)).step_by(steps).flat_map(|from| groups().map(move |row| (from, row)))
+        {
             let x = Rows::group(self.p, row).after(from);
             let write = if from == 0 { self.p.write } else { Write::Add };
             let bias = self.p.bias.filter(|_| from + steps >= depth);

@@ -115,7 +115,9 @@ impl Kernels {
             let mut whole = Vec::with_capacity(cols);
             for row in range {
                 whole.clear();
-                parts.iter().for_each(|(x, cols)| whole.extend_from_slice(&x[row * cols..][..*cols]));
+                parts
+                    .iter()
+                    .for_each(|(x, cols)| whole.extend_from_slice(&x[row * cols..][..*cols]));
                 // SAFETY: every row belongs to one task.
                 unsafe { out.set(self.isa, row, &whole) };
             }

@@ -7,7 +7,7 @@ use super::buffer::{Line, WORDS};
 use super::convert::{high, low, pack_line, pack_row, per_word};
 use super::operand::Operand;
 use crate::cpu::Isa;
-use crate::{Dtype, Kernels, Matrix};
+use crate::{Dtype, Kernels, Matrix, prefetch};
 
 /// A square of 16 x 16 words.
 type Square = [Line; WORDS];
@@ -202,13 +202,7 @@ widened! {
 }
 
 #[inline(always)]
-fn transpose_rows_body(
-    isa: Isa,
-    x: &Operand,
-    column: usize,
-    to_lines: usize,
-    target: &mut [Line],
-) {
+fn transpose_rows_body(isa: Isa, x: &Operand, column: usize, to_lines: usize, target: &mut [Line]) {
     let per_word = per_word(x.dtype());
     for row in (0..x.rows()).step_by(per_word) {
         let line = |row: usize| match row < x.rows() {
@@ -268,10 +262,10 @@ fn transpose_columns_body(isa: Isa, y: &Operand, columns: Range<usize>, out: &mu
             match dtype {
                 Dtype::F32 => squares[0] = std::array::from_fn(|i| line(i, column)),
                 Dtype::Bf16 => {
-                    for pair in 0..WORDS {
+                    let [first, second] = &mut squares;
+                    for (pair, (first, second)) in first.iter_mut().zip(second).enumerate() {
                         let rows = [line(2 * pair, column), line(2 * pair + 1, column)];
-                        let words = interleave_pair(isa, &rows);
-                        (squares[0][pair], squares[1][pair]) = (words[0], words[1]);
+                        [*first, *second] = interleave_pair(isa, &rows);
                     }
                 }
             }
@@ -293,12 +287,8 @@ fn transpose_columns_body(isa: Isa, y: &Operand, columns: Range<usize>, out: &mu
 /// Asks for a line of each of 32 rows.
 #[inline(always)]
 fn ask_for_square(y: &Operand, row: usize, column: usize) {
-    #[cfg(target_arch = "x86_64")]
     for row in row..y.rows().min(row + 2 * WORDS) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let line = std::ptr::from_ref(&y.lines()[row * y.stride() + column]);
-        // SAFETY: a prefetch may be given any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+        prefetch::near(&raw const y.lines()[row * y.stride() + column]);
     }
 }
 
