@@ -46,6 +46,7 @@ def main():
             continue
         for peer, kinds in PEERS.items():
             wanted = [mark for mark in marks if mark["job"]["kind"] in kinds]
+            wanted += [mark for mark in marks if wanted and peer in mark.get("also", [])]
             for row in theirs(args, peer, model, wanted):
                 rows.append({**base, **row})
                 show(rows[-1])
