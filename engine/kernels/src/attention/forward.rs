@@ -125,13 +125,11 @@ impl<'a, P: Products> Forward<'a, P> {
                 last.seqs += 1;
                 continue;
             }
-            if let Some(last) = bunches.last() {
-                items += self.chunks(&self.task.seqs[last.first]) * kv_heads;
-            }
             bunches.push(Bunch { first: i, seqs: 1, shared: 0, first_item: items });
+            // Others that join it fit into the same items.
+            items += self.chunks(seq) * kv_heads;
         }
-        let last = bunches.last().map(|last| self.chunks(&self.task.seqs[last.first]) * kv_heads);
-        items + last.unwrap_or(0)
+        items
     }
 
     /// Tiles that both sequences have, and see whole but for their last; an even number, as
