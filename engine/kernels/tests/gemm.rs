@@ -359,3 +359,18 @@ fn shapes_that_do_not_agree_are_refused() {
     let w = Matrix::zeros(Dtype::F32, 32, 5);
     kernels.matmul(&x, &w, 0..32, None, Write::Set, &mut [0.0; 32]);
 }
+
+/// A pass of no rows has no gradient: sums that are set become zero, others stay.
+#[test]
+fn a_weight_gradient_over_no_rows_is_zero() {
+    let (n, k) = (300, 40);
+    for (level, dtype) in levels().into_iter().flat_map(|l| DTYPES.map(|d| (l, d))) {
+        let kernels = kernels(level, 2);
+        let (dy, x) = (operand(&kernels, dtype, &[], n), operand(&kernels, dtype, &[], k));
+        for (write, expected) in [(Write::Add, 1.5), (Write::Set, 0.0)] {
+            let mut dw = vec![1.5; n * k];
+            kernels.matmul_dw(&dy, &x, write, &mut dw, &mut Scratch::new());
+            assert!(dw.iter().all(|&sum| sum == expected), "{level} {dtype:?} {write:?}");
+        }
+    }
+}
