@@ -41,6 +41,7 @@ mod x86 {
     use crate::gemm::buffer::{Line, WORDS};
     use crate::gemm::convert::{high, low};
     use crate::gemm::product::{Product, Rectangle};
+    use crate::prefetch;
 
     /// Most rows of a group: 6 x 2 sums, 2 weights and an element of x fit into 16 registers.
     const GROUP_ROWS: usize = 6;
@@ -280,7 +281,7 @@ mod x86 {
             let ahead = i + AHEAD_LINES;
             let ahead = if ahead < lines { ahead } else { ahead + (C - 1) * lines };
             for c in 0..C {
-                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(c * lines + ahead).cast());
+                prefetch::near(w.wrapping_add(c * lines + ahead));
             }
             let w = (w.wrapping_add(i), lines);
             let element = |at: usize| x.map(|x| x.wrapping_add(at + i));

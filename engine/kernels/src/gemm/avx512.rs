@@ -38,6 +38,7 @@ mod x86 {
     use crate::gemm::Write;
     use crate::gemm::buffer::{Line, WORDS};
     use crate::gemm::product::{Product, Rectangle};
+    use crate::prefetch;
 
     /// Most rows of a group: 12 x 2 sums, 2 weights and a word of x fit into 32 registers.
     const GROUP_ROWS: usize = 12;
@@ -149,20 +150,6 @@ mod x86 {
         unsafe { _mm512_load_si512(line.cast()) }
     }
 
-    /// Asks for the weights of a later step; any address will do.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn prefetch(line: *const Line) {
-        _mm_prefetch::<_MM_HINT_T0>(line.cast());
-    }
-
-    /// The same for weights that a first-level cache has no room for yet.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn prefetch_far(line: *const Line) {
-        _mm_prefetch::<_MM_HINT_T1>(line.cast());
-    }
-
     /// Asks for a row's outputs of `C` blocks, which will be read and written.
     #[inline]
     #[target_feature(enable = "avx512f")]
@@ -176,7 +163,7 @@ mod x86 {
         // SAFETY: no other task has outputs of this row and these blocks.
         let outputs = unsafe { out.part(place.start, place.end) }.as_ptr();
         for c in 0..C {
-            _mm_prefetch::<_MM_HINT_ET0>(outputs.wrapping_add(c * WORDS).cast());
+            prefetch::near(outputs.wrapping_add(c * WORDS));
         }
     }
 
@@ -213,7 +200,7 @@ mod x86 {
                 let (from, burst) = at.asks(C * lines, p.depth);
                 let mut next = w.wrapping_add(C * lines + from);
                 for start in (0..p.depth).step_by(BURST_STEPS) {
-                    (0..burst).for_each(|line| prefetch_far(next.wrapping_add(line)));
+                    (0..burst).for_each(|line| prefetch::far(next.wrapping_add(line)));
                     next = next.wrapping_add(burst);
                     for i in start..p.depth.min(start + BURST_STEPS) {
                         let ahead = i + AHEAD_LINES;
@@ -222,7 +209,7 @@ mod x86 {
                         for (c, weight) in weights.iter_mut().enumerate() {
                             // SAFETY: `c < C` and `i < depth <= lines`.
                             *weight = unsafe { load(w.wrapping_add(c * lines + i)) };
-                            prefetch(w.wrapping_add(c * lines + ahead));
+                            prefetch::near(w.wrapping_add(c * lines + ahead));
                         }
                         for (r, sums) in sums.iter_mut().enumerate() {
                             // SAFETY: `r < R` and `i < depth <= stride`.

@@ -31,6 +31,7 @@ mod x86 {
     use crate::cpu::Avx2;
     use crate::disjoint::Disjoint;
     use crate::gemm::buffer::WORDS;
+    use crate::prefetch;
     use crate::quant::matrix::of_format;
     use crate::quant::product::{Product, Rectangle};
 
@@ -84,7 +85,7 @@ mod x86 {
         for group in 0..groups {
             let at = w.wrapping_add(start + group * record);
             for line in (0..record).step_by(64) {
-                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD_BYTES + line).cast());
+                prefetch::near(at.wrapping_add(AHEAD_BYTES + line));
             }
             // SAFETY: by the first assertion the record can be read.
             unsafe { rows::<BITS, GROUP>(p, first, (at, group), sums) };

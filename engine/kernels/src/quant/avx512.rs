@@ -34,6 +34,7 @@ mod x86 {
     use crate::cpu::Avx512Vnni;
     use crate::disjoint::Disjoint;
     use crate::gemm::buffer::WORDS;
+    use crate::prefetch;
     use crate::quant::matrix::of_format;
     use crate::quant::product::{Product, Rectangle};
 
@@ -104,7 +105,7 @@ mod x86 {
         let mut sums = [_mm512_setzero_ps(); R];
         for group in 0..groups {
             for line in (0..record_bytes).step_by(64) {
-                _mm_prefetch::<_MM_HINT_T0>(record.wrapping_add(AHEAD_BYTES + line).cast());
+                prefetch::near(record.wrapping_add(AHEAD_BYTES + line));
             }
             let mut dots = [_mm512_setzero_si512(); R];
             let mut x_sums = [0; R];
