@@ -3,6 +3,7 @@
 //! A task is a range of outputs, so the number of threads never shows in a result.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::{Kernels, disjoint::Disjoint, simd::LANES};
 
@@ -73,6 +74,29 @@ impl Kernels {
         let width = cols.div_ceil(strips).next_multiple_of(LANES);
         self.pool.run(cols.div_ceil(width.max(1)), &|i| {
             task(i * width..cols.min((i + 1) * width));
+        });
+    }
+
+    /// Calls `task` for each of `0..tasks` with one of `lanes`, which is its thread's for all tasks that this
+    /// thread takes. As many threads take part as there are lanes, at most.
+    pub(crate) fn run_in_lanes<L: Send>(
+        &self,
+        tasks: usize,
+        lanes: &mut [L],
+        task: &(dyn Fn(usize, &mut L) + Sync),
+    ) {
+        let threads = self.pool.threads().min(tasks).min(lanes.len());
+        let (lanes, next) = (Disjoint::new(lanes), AtomicUsize::new(0));
+        self.pool.run(threads, &|thread| {
+            // SAFETY: each thread number has its own lane.
+            let lane = &mut unsafe { lanes.part(thread, thread + 1) }[0];
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                if i >= tasks {
+                    return;
+                }
+                task(i, lane);
+            }
         });
     }
 

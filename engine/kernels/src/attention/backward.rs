@@ -32,7 +32,6 @@ use crate::kv::{
 use crate::simd::{Job, LANES, Simd};
 use crate::{Dtype, Kernels};
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Products whose rows' probabilities are held at once: several, so that a gradient of keys and
 /// values is loaded and stored once for all of them.
@@ -172,18 +171,8 @@ pub(super) fn run<P: Products>(
     };
     let tasks = task.families.len() * kv_heads;
     let threads = kernels.pool().threads().min(tasks);
-    let lanes = Disjoint::new(scratch.lanes(threads));
-    let next = AtomicUsize::new(0);
-    kernels.pool().run(threads, &|thread| {
-        // SAFETY: each thread number has its own lane.
-        let lane = unsafe { lanes.part(thread, thread + 1) };
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= tasks {
-                return;
-            }
-            pass.compute(&task.families[i / kv_heads], i % kv_heads, &mut lane[0], &gradients);
-        }
+    kernels.run_in_lanes(tasks, scratch.lanes(threads), &|i, lane| {
+        pass.compute(&task.families[i / kv_heads], i % kv_heads, lane, &gradients);
     });
 }
 
@@ -297,14 +286,18 @@ impl<P: Products> Backward<'_, P> {
         let isa = self.kernels.isa;
         let (first, stride) = (piece.rows.start * self.kv_heads + piece.kv_head, self.kv_heads);
         let of = |x| Head { x, d: self.d, first: first * self.d, stride: stride * self.d };
-        let (dtype, start, rows) = (self.dtype, piece.start, piece.rows.len());
         let Buffers { key_tiles, key_rows, value_tiles, .. } = &mut lane.backward;
-        let tiles = key_tiles.slice(len);
-        isa.vectorize(RoundKeys { isa, dtype, head: of(self.k), start, rows, tiles });
-        let tiles = value_tiles.slice(len);
-        isa.vectorize(RoundKeys { isa, dtype, head: of(self.v), start, rows, tiles });
-        let tiles = key_rows.slice(len);
-        isa.vectorize(RoundValues { dtype, head: of(self.k), start, rows, tiles });
+        isa.vectorize(RoundPiece {
+            isa,
+            dtype: self.dtype,
+            start: piece.start,
+            rows: piece.rows.len(),
+            keys: of(self.k),
+            values: of(self.v),
+            key_tiles: key_tiles.slice(len),
+            key_rows: key_rows.slice(len),
+            value_tiles: value_tiles.slice(len),
+        });
     }
 
     /// Where a row of a chunk lies in `q` and what is shaped like it.
@@ -428,58 +421,58 @@ impl<'a> Head<'a> {
     }
 }
 
-/// Rounds `rows` rows into tiles of keys, from position `start` on.
-struct RoundKeys<'a> {
+/// Rounds `rows` rows from position `start` on: keys into tiles of keys and of values, values into tiles of
+/// keys.
+struct RoundPiece<'a> {
     isa: Isa,
     dtype: Dtype,
-    head: Head<'a>,
     start: usize,
     rows: usize,
-    tiles: &'a mut [u32],
+    keys: Head<'a>,
+    values: Head<'a>,
+    key_tiles: &'a mut [u32],
+    key_rows: &'a mut [u32],
+    value_tiles: &'a mut [u32],
 }
 
-impl Job for RoundKeys<'_> {
+impl Job for RoundPiece<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, _s: S) {
-        let words = self.head.d / per_word(self.dtype);
-        let mut rounded = [0; MAX_HEAD_DIM];
-        let mut row = 0;
-        while row < self.rows {
-            let position = self.start + row;
-            let tile = &mut self.tiles[position / TILE * TILE * words..][..TILE * words];
-            if position.is_multiple_of(TILE) && self.rows - row >= TILE {
-                let mut keys = [&[][..]; TILE];
-                keys.iter_mut().enumerate().for_each(|(i, key)| *key = self.head.row(row + i));
-                write_keys(self.isa, self.dtype, keys, tile);
-                row += TILE;
-                continue;
-            }
-            round_words(self.dtype, self.head.row(row), &mut rounded[..words]);
-            write_key(rounded[..words].iter().copied(), position % TILE, tile);
-            row += 1;
+        let Self { isa, dtype, start, rows, keys, values, .. } = self;
+        round_keys((isa, dtype), (start, rows), keys, self.key_tiles);
+        round_keys((isa, dtype), (start, rows), values, self.value_tiles);
+        for row in 0..rows {
+            write_value(dtype, keys.row(row), start + row, self.key_rows);
         }
     }
 }
 
-/// Rounds `rows` rows into tiles of values, from position `start` on.
-struct RoundValues<'a> {
-    dtype: Dtype,
-    head: Head<'a>,
-    start: usize,
-    rows: usize,
-    tiles: &'a mut [u32],
-}
-
-impl Job for RoundValues<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, _s: S) {
-        for row in 0..self.rows {
-            write_value(self.dtype, self.head.row(row), self.start + row, self.tiles);
+/// Rounds rows into tiles of keys, sixteen at once where they fill a tile.
+#[inline(always)]
+fn round_keys(
+    (isa, dtype): (Isa, Dtype),
+    (start, rows): (usize, usize),
+    head: Head<'_>,
+    tiles: &mut [u32],
+) {
+    let words = head.d / per_word(dtype);
+    let mut rounded = [0; MAX_HEAD_DIM];
+    let mut row = 0;
+    while row < rows {
+        let position = start + row;
+        let tile = &mut tiles[position / TILE * TILE * words..][..TILE * words];
+        if position.is_multiple_of(TILE) && rows - row >= TILE {
+            let mut keys = [&[][..]; TILE];
+            keys.iter_mut().enumerate().for_each(|(i, key)| *key = head.row(row + i));
+            write_keys(isa, dtype, keys, tile);
+            row += TILE;
+            continue;
         }
+        round_words(dtype, head.row(row), &mut rounded[..words]);
+        write_key(rounded[..words].iter().copied(), position % TILE, tile);
+        row += 1;
     }
 }
 

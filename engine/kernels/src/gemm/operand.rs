@@ -85,9 +85,9 @@ impl Operand {
         (self.dtype, self.rows, self.cols, self.stride) = (dtype, rows, cols, stride);
     }
 
-    /// The lines of all rows, if there are any.
-    pub(super) fn lines_mut(&mut self) -> Option<&mut [Line]> {
-        (self.rows * self.stride > 0).then_some(&mut self.buffer)
+    /// [`Self::lines`], to be written.
+    pub(super) fn lines_mut(&mut self) -> &mut [Line] {
+        &mut self.buffer
     }
 
     /// Writes row `row` as f32 into `out`, `cols` values.

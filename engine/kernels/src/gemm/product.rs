@@ -5,7 +5,6 @@
 //! fit into a core's second-level cache, through which the weights are streamed once per rectangle.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::amx::Gated;
 use super::buffer::{Line, WORDS};
@@ -90,6 +89,14 @@ impl Cut {
     }
 }
 
+/// The proof of tiles, where products of this format are computed with them.
+fn tiles(isa: Isa, dtype: Dtype) -> Option<Amx> {
+    match isa {
+        Isa::Amx(token) if dtype == Dtype::Bf16 => Some(token),
+        _ => None,
+    }
+}
+
 impl<'a> Product<'a> {
     /// `x` times the weight rows `rows`, which start at a whole block.
     pub(super) fn new(x: &'a Operand, w: &'a Matrix, rows: Range<usize>) -> Self {
@@ -140,7 +147,7 @@ impl<'a> Product<'a> {
         let threads = kernels.pool.threads();
         match kernels.isa {
             _ if self.rows == 0 || self.outputs == 0 => (1, 1),
-            Isa::Amx(_) if self.dtype == Dtype::Bf16 && self.rows > amx::FEW_ROWS => {
+            isa if tiles(isa, self.dtype).is_some() && self.rows > amx::FEW_ROWS => {
                 self.tiled_chunks(threads)
             }
             isa => self.chunks(isa, threads),
@@ -169,7 +176,7 @@ impl<'a> Product<'a> {
         let products = row_chunk.min(self.rows).max(READ_PRODUCTS) * self.depth.max(1) * WORDS;
         let smallest = TASK_PRODUCTS.div_ceil(products);
         let (unit, most) = match isa {
-            Isa::Amx(_) if self.dtype == Dtype::Bf16 => (ROWS_BLOCK_CHUNK, 1),
+            _ if tiles(isa, self.dtype).is_some() => (ROWS_BLOCK_CHUNK, 1),
             _ if self.rows < MANY_ROWS => (BLOCK_CHUNK, TASKS_PER_THREAD),
             _ => (ROWS_BLOCK_CHUNK, TASKS_PER_THREAD),
         };
@@ -187,10 +194,10 @@ impl<'a> Product<'a> {
     /// Whether [`Self::run_gated`] computes this product, its outputs being `gates` blocks of gates and as
     /// many of what they let through.
     pub(super) fn gates(&self, isa: Isa) -> Option<(Amx, usize)> {
-        let Isa::Amx(token) = isa else { return None };
+        let token = tiles(isa, self.dtype)?;
         let gates = self.outputs / (2 * WORDS);
         let whole = self.outputs == 2 * WORDS * gates && gates.is_multiple_of(2);
-        (self.dtype == Dtype::Bf16 && whole).then_some((token, gates))
+        whole.then_some((token, gates))
     }
 
     /// Computes `silu(gate) * up` of all rows into `out`, rounded, and gates and ups into `kept`.
@@ -222,9 +229,12 @@ impl<'a> Product<'a> {
 
     /// Computes all outputs on this thread, so many blocks at a time that their weights stay in the
     /// second-level cache.
-    fn in_one_task(&self, isa: Isa, tiled: bool, out: &Disjoint<'_, f32>) {
+    fn in_one_task(&self, isa: Isa, out: &Disjoint<'_, f32>) {
         let blocks = self.outputs.div_ceil(WORDS);
-        let chunk = if tiled { self.fitting_blocks() } else { blocks };
+        let chunk = match tiles(isa, self.dtype) {
+            Some(_) => self.fitting_blocks(),
+            None => blocks,
+        };
         for first in (0..blocks).step_by(chunk) {
             let blocks = first..blocks.min(first + chunk);
             self.rectangle(isa, &Rectangle { rows: 0..self.rows, blocks }, out);
@@ -261,8 +271,7 @@ pub(super) fn transposed(
         return;
     }
     let threads = kernels.pool.threads();
-    let tiled = matches!(kernels.isa, Isa::Amx(_)) && y.dtype() == Dtype::Bf16;
-    let (unit, per_thread) = match tiled {
+    let (unit, per_thread) = match tiles(kernels.isa, y.dtype()).is_some() {
         true => (amx::GROUP, TRANSPOSED_TASKS.0),
         false => (ROW_CHUNK, TRANSPOSED_TASKS.1),
     };
@@ -270,26 +279,16 @@ pub(super) fn transposed(
     let tasks = rows.div_ceil(fit.max(1)).next_multiple_of(threads).max(threads * per_thread);
     let chunk = rows.div_ceil(tasks).next_multiple_of(unit);
     let tasks = rows.div_ceil(chunk);
-    let threads = threads.min(tasks);
     if lanes.len() < threads {
         lanes.resize_with(threads, || Operand::new(y.dtype()));
     }
-    let (out, lanes) = (Disjoint::new(out), Disjoint::new(lanes));
-    let next = AtomicUsize::new(0);
-    kernels.pool.run(threads, &|thread| {
-        // SAFETY: each thread number has its own lane.
-        let lane = &mut unsafe { lanes.part(thread, thread + 1) }[0];
-        loop {
-            let first = next.fetch_add(1, Ordering::Relaxed) * chunk;
-            if first >= rows {
-                return;
-            }
-            let part = first..rows.min(first + chunk);
-            pack::transpose_columns(kernels.isa, y, part.clone(), lane);
-            // SAFETY: these rows are this task's.
-            let out = unsafe { out.part(part.start * outputs, part.end * outputs) };
-            let product = Product { write, ..Product::new(lane, w, 0..outputs) };
-            product.in_one_task(kernels.isa, tiled, &Disjoint::new(out));
-        }
+    let out = Disjoint::new(out);
+    kernels.run_in_lanes(tasks, lanes, &|task, lane| {
+        let part = task * chunk..rows.min((task + 1) * chunk);
+        pack::transpose_columns(kernels.isa, y, part.clone(), lane);
+        // SAFETY: these rows are this task's.
+        let out = unsafe { out.part(part.start * outputs, part.end * outputs) };
+        let product = Product { write, ..Product::new(lane, w, 0..outputs) };
+        product.in_one_task(kernels.isa, &Disjoint::new(out));
     });
 }
