@@ -84,7 +84,7 @@ impl Engine {
         let kernels = Kernels::new(level, config.resolved_threads())
             .ok_or_else(|| Error::unsupported(format!("this processor has no {level} kernels")))?;
         let dtype = config.resolved_dtype();
-        let weights = Weights::load(source, dtype, config.quantization, kernels.pool())?;
+        let weights = Weights::load(source, dtype, config.quantization, &kernels)?;
         let decoder = Decoder::new(source.config().clone(), weights, plan.max_model_len);
         let scheduler = Scheduler::new(scheduler::Config {
             block_size: config.block_size,

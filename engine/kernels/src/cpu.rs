@@ -173,10 +173,11 @@ pub(crate) struct Avx512Bf16(());
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx512Vnni(());
 
-/// Proof that AMX tiles with bf16 products may be used by this process.
+/// Proof that AMX tiles with bf16 products may be used by this process, and AVX512_BF16.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Amx {
     pub(crate) avx512: Avx512,
+    pub(crate) bf16: Avx512Bf16,
 }
 
 impl Amx {
@@ -185,7 +186,9 @@ impl Amx {
         #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
         {
             let avx512 = Avx512::new()?;
-            (amx::in_hardware() && amx::enabled() && amx::permitted()).then_some(Self { avx512 })
+            let bf16 = avx512.bf16()?;
+            let there = amx::in_hardware() && amx::enabled() && amx::permitted();
+            there.then_some(Self { avx512, bf16 })
         }
         #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
         None

@@ -14,7 +14,7 @@
 use std::ops::Range;
 
 use crate::{
-    Dtype, Input, Kernels, Linear, Matrix, Operand, Scratch, Write,
+    Dtype, Input, Kernels, Linear, Matrix, Operand, Part, Scratch, Write,
     cpu::Isa,
     disjoint::Disjoint,
     simd::{Job, LANES, Simd},
@@ -58,6 +58,9 @@ impl Default for HeadScratch {
         Self::new()
     }
 }
+
+/// Sets the logits of some hidden states and a range of the vocabulary.
+type BlockProduct<'a> = dyn FnMut(&Operand, Range<usize>, &mut [f32]) + 'a;
 
 /// Computes the logits of a block of rows and a chunk of the vocabulary.
 type ChunkProduct<'a> = dyn FnMut(Range<usize>, Range<usize>, &mut [f32]) + 'a;
@@ -105,20 +108,35 @@ impl Kernels {
         out: &mut [TokenStats],
         scratch: &mut HeadScratch,
     ) {
-        assert_eq!([targets.len(), out.len()], [h.rows(); 2], "lengths against rows");
-        check_targets(targets, w.rows());
         if let Isa::Reference = self.isa {
+            assert_eq!([targets.len(), out.len()], [h.rows(); 2], "lengths against rows");
+            check_targets(targets, w.rows());
             return self.reference_forward(h, w, targets, inv_temperature, out);
         }
-        let HeadScratch { hidden, logits, totals, .. } = scratch;
         let rows = RowsOut { targets, inv_temperature, out };
-        self.stats_by_chunks(w.rows(), rows, (logits, totals), &mut |rows, chunk, logits| {
+        self.stats_of_blocks((h, w.rows()), rows, scratch, &mut |hidden, chunk, logits| {
+            self.matmul(hidden, w, chunk, None, Write::Set, logits);
+        });
+    }
+
+    /// Joins what `product` gives for blocks of rows and chunks of the vocabulary.
+    fn stats_of_blocks(
+        &self,
+        (h, vocabulary): (&Operand, usize),
+        rows: RowsOut<'_>,
+        scratch: &mut HeadScratch,
+        product: &mut BlockProduct<'_>,
+    ) {
+        assert_eq!([rows.targets.len(), rows.out.len()], [h.rows(); 2], "lengths against rows");
+        check_targets(rows.targets, vocabulary);
+        let HeadScratch { hidden, logits, totals, .. } = scratch;
+        self.stats_by_chunks(vocabulary, rows, (logits, totals), &mut |rows, chunk, logits| {
             // The block of rows stays the same for all chunks of the vocabulary.
             if chunk.start == 0 && rows.len() < h.rows() {
                 copy_rows(h, &rows, hidden);
             }
             let hidden = if rows.len() < h.rows() { &*hidden } else { h };
-            self.matmul(hidden, w, chunk, None, Write::Set, logits);
+            product(hidden, chunk, logits);
         });
     }
 
@@ -141,6 +159,17 @@ impl Kernels {
             }
             Linear::Quantised(w) => w,
         };
+        if self.expands(h.full().dtype()) {
+            let rows = RowsOut { targets, inv_temperature, out };
+            return self.stats_of_blocks(
+                (h.full(), w.rows()),
+                rows,
+                scratch,
+                &mut |hidden, rows, out| {
+                    self.matmul_stored(hidden, w, Write::Set, [Part { rows, bias: None, out }]);
+                },
+            );
+        }
         let h = h.quantised();
         assert_eq!([targets.len(), out.len()], [h.rows(); 2], "lengths against rows");
         check_targets(targets, w.rows());

@@ -98,14 +98,6 @@ impl Input {
         &self.full
     }
 
-    /// Rows that were last given for weights like `w`.
-    fn rows(&self, w: &Linear) -> usize {
-        match w {
-            Linear::Full(_) => self.full.rows(),
-            Linear::Quantised(_) => self.quantised.rows(),
-        }
-    }
-
     /// What quantised weights were last given.
     pub(crate) fn quantised(&self) -> &QuantOperand {
         &self.quantised
@@ -113,14 +105,19 @@ impl Input {
 }
 
 impl Kernels {
+    /// Whether `w` is multiplied by what weights in full are, too.
+    pub(crate) fn takes_full(&self, w: &Linear, x: &Input) -> bool {
+        matches!(w, Linear::Full(_)) || self.expands(x.full.dtype())
+    }
+
     /// Rounds `x` `[rows, cols]` for products with `w`, or with others that are stored alike.
     ///
     /// # Panics
     /// When `x` is not whole rows of `w`'s columns.
     pub fn input(&self, x: &[f32], w: &Linear, out: &mut Input) {
         match w {
-            Linear::Full(w) => self.operand(x, w.cols(), &mut out.full),
-            Linear::Quantised(w) => self.quant_operand(x, w.cols(), &mut out.quantised),
+            _ if self.takes_full(w, out) => self.operand(x, w.cols(), &mut out.full),
+            _ => self.quant_operand(x, w.cols(), &mut out.quantised),
         }
     }
 
@@ -141,6 +138,9 @@ impl Kernels {
     ) {
         match w {
             Linear::Full(w) => self.matmul(&x.full, w, rows, bias, write, out),
+            Linear::Quantised(w) if self.expands(x.full.dtype()) => {
+                self.matmul_stored(&x.full, w, write, [Part { rows, bias, out }]);
+            }
             Linear::Quantised(w) => self.quant_matmul(&x.quantised, w, rows, bias, write, out),
         }
     }
@@ -152,6 +152,9 @@ impl Kernels {
     pub fn linear_parts<const N: usize>(&self, x: &Input, w: &Linear, parts: [Part<'_>; N]) {
         match w {
             Linear::Full(w) => self.matmul_parts(&x.full, w, Write::Set, parts),
+            Linear::Quantised(w) if self.expands(x.full.dtype()) => {
+                self.matmul_stored(&x.full, w, Write::Set, parts);
+            }
             Linear::Quantised(w) => parts.into_iter().for_each(|Part { rows, bias, out }| {
                 self.quant_matmul(&x.quantised, w, rows, bias, Write::Set, out);
             }),
@@ -171,12 +174,15 @@ impl Kernels {
         mut kept: Option<&mut Operand>,
         out: &mut Input,
     ) {
-        if let (Linear::Full(w), Linear::Full(_)) = (w, next)
+        let full = self.takes_full(w, x);
+        if full
+            && self.takes_full(next, out)
             && self.matmul_swiglu(&x.full, w, kept.as_deref_mut(), &mut out.full)
         {
             return;
         }
-        let (rows, inter) = (x.rows(w), next.cols());
+        let rows = if full { x.full.rows() } else { x.quantised.rows() };
+        let inter = next.cols();
         let GatedBuffers { gate_up, act } = buffers;
         gate_up.resize(rows * 2 * inter, 0.0);
         act.resize(rows * inter, 0.0);

@@ -64,15 +64,12 @@ impl Kernels {
         norm: &mut [f32],
         out: &mut Input,
     ) {
-        match next {
-            Linear::Full(w) => {
-                assert_eq!(w.cols(), weight.len(), "inputs of the product against the norm's");
-                self.normed_operand((x, weight, eps), &mut out.full);
-            }
-            Linear::Quantised(_) => {
-                self.rms_norm(x, weight, eps, norm);
-                self.input(norm, next, out);
-            }
+        assert_eq!(next.cols(), weight.len(), "inputs of the product against the norm's");
+        if self.takes_full(next, out) {
+            self.normed_operand((x, weight, eps), &mut out.full);
+        } else {
+            self.rms_norm(x, weight, eps, norm);
+            self.input(norm, next, out);
         }
     }
 

@@ -15,14 +15,34 @@
 
 mod avx2;
 mod avx512;
+pub(crate) mod expand;
 mod matrix;
 mod operand;
 mod product;
 #[cfg(test)]
 mod tests;
 
+use crate::{Dtype, Kernels};
+use matrix::Order;
 pub use matrix::{QuantFormat, QuantMatrix, QuantRow, ScaleOutOfRange};
 pub use operand::QuantOperand;
+
+impl Kernels {
+    /// Quantised weights, all zero, laid out for products with operands of format `dtype`.
+    ///
+    /// # Panics
+    /// When `cols` is not a multiple of 32.
+    pub fn quant_matrix(
+        &self,
+        dtype: Dtype,
+        format: QuantFormat,
+        rows: usize,
+        cols: usize,
+    ) -> QuantMatrix {
+        let order = if self.expands(dtype) { Order::Rows } else { Order::Pairs };
+        QuantMatrix::in_order(order, format, rows, cols)
+    }
+}
 
 /// Inputs that share an activation scale.
 pub(crate) const X_GROUP: usize = 32;

@@ -189,15 +189,17 @@ impl Weights {
         source: &ModelSource,
         dtype: Dtype,
         quantization: Quantization,
-        pool: &ThreadPool,
+        kernels: &Kernels,
     ) -> Result<Self> {
         let mut weights = Self::build(source.config(), dtype, |spec| {
             match stored_format(source, spec).filter(|_| quantization == Quantization::AsStored) {
-                Some(format) => Linear::Quantised(QuantMatrix::zeros(format, spec.rows, spec.cols)),
+                Some(format) => {
+                    Linear::Quantised(kernels.quant_matrix(dtype, format, spec.rows, spec.cols))
+                }
                 None => Linear::Full(Matrix::zeros(dtype, spec.rows, spec.cols)),
             }
         });
-        weights.read(source, pool)?;
+        weights.read(source, kernels.pool())?;
         Ok(weights)
     }
 

@@ -1,7 +1,7 @@
 //! The products of a decoder: forward, in full and quantised, and both of the backward, with different
 //! weights in each call.
 
-use kernels::{Matrix, Operand, QuantFormat, QuantMatrix, QuantOperand, Scratch, Write};
+use kernels::{Input, Linear, Matrix, Operand, QuantFormat, Scratch, Write};
 
 use super::{Ctx, Shape, Work, numbers};
 
@@ -54,17 +54,17 @@ fn quantised(
     (format, n, k): (QuantFormat, usize, usize),
 ) {
     let bytes = format.bytes(n, k) as usize;
-    let weights: Vec<QuantMatrix> =
-        (0..shape.copies(bytes)).map(|_| QuantMatrix::zeros(format, n, k)).collect();
+    let zeros = |_| Linear::Quantised(ctx.kernels.quant_matrix(ctx.dtype, format, n, k));
+    let weights: Vec<Linear> = (0..shape.copies(bytes)).map(zeros).collect();
     let kernels = ctx.kernels;
     for m in ctx.rows.iter().copied() {
-        let (mut x, mut y) = (QuantOperand::new(), vec![0.0; m * n]);
-        kernels.quant_operand(&numbers(m * k), k, &mut x);
+        let (mut x, mut y) = (Input::new(ctx.dtype), vec![0.0; m * n]);
+        kernels.input(&numbers(m * k), &weights[0], &mut x);
         let mut next = weights.iter().cycle();
         let of = format!("{name}, M {m}, N {n}, K {k}");
         ctx.time((operation, shape, of), Work { bytes, flop: 2 * m * n * k }, || {
             let w = next.next().expect("a cycle has no end");
-            kernels.quant_matmul(&x, w, 0..n, None, Write::Set, &mut y);
+            kernels.linear(&x, w, 0..n, None, Write::Set, &mut y);
         });
     }
 }

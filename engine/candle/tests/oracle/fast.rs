@@ -20,7 +20,7 @@ impl Fast {
     pub(crate) fn load(config: ModelConfig, source: &ModelSource) -> Self {
         let kernels = Kernels::new(Level::detect(), 2).unwrap();
         let full = Quantization::None;
-        let weights = Weights::load(source, Dtype::F32, full, kernels.pool()).unwrap();
+        let weights = Weights::load(source, Dtype::F32, full, &kernels).unwrap();
         Self { kernels, decoder: Decoder::new(config, weights, 512) }
     }
 

@@ -108,11 +108,7 @@ impl<'a> Multiply<'a> {
     }
 
     fn new(p: &Product<'a>, x: Rows<'a>, blocks: [usize; 2]) -> Self {
-        let w = blocks.map(|block| Rows {
-            lines: &p.w[block * p.block_lines..][..p.block_lines],
-            row: 1,
-            step: WORDS,
-        });
+        let w = blocks.map(|block| Rows { lines: p.block(block), row: 1, step: WORDS });
         Self::of(x, w, p.block_lines / WORDS)
     }
 
@@ -134,15 +130,42 @@ pub(crate) struct Target {
 pub(super) fn rectangle(token: Amx, p: &Product<'_>, part: &Rectangle, out: &Disjoint<'_, f32>) {
     #[cfg(target_arch = "x86_64")]
     {
-        let tiles = tiles::Tiles::of_rows(token, part.rows.len().min(GROUP));
-        let multiply = |multiply: &Multiply<'_>, to: &Target, mut ask: AskForOutputs| {
+        let tiles = p.tiles(token, part);
+        let multiply = &|multiply: &Multiply<'_>, to: &Target, mut ask: AskForOutputs| {
             // SAFETY: `Blocked` gives targets that are its own.
             unsafe { tiles.multiply_beside(multiply, to, &mut ask) };
         };
-        Blocked { p, out, multiply }.rectangle(part);
+        if let Some(stored) = p.stored.filter(|_| part.rows.len() <= GROUP) {
+            let (x, mut sums) = (Rows::group(p, part.rows.start), Group::ZERO);
+            for block in part.blocks.clone().step_by(2) {
+                let last = part.blocks.end.min(block + 2) - 1;
+                let product = |to: &Target| {
+                    // SAFETY: `write_group` gives targets that are its own.
+                    unsafe { stored.multiply(token, &tiles, x, [block, last], to) };
+                };
+                let how = (p.write, p.bias);
+                let place = (part.rows.clone(), block..last + 1);
+                write_group(p, out, &product, place, how, &mut sums);
+            }
+            return;
+        }
+        p.with_weights(token, part, None, |p, part, _| {
+            Blocked { p, out, multiply }.rectangle(part);
+        });
     }
     #[cfg(not(target_arch = "x86_64"))]
     super::avx512::rectangle(token.avx512, p, part, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Product<'_> {
+    /// Configures this thread's tiles for a rectangle.
+    fn tiles(&self, token: Amx, part: &Rectangle) -> tiles::Tiles {
+        match part.rows.len() {
+            1 if self.stored.is_some() => tiles::Tiles::by_rows(token),
+            rows => tiles::Tiles::of_rows(token, rows.min(GROUP)),
+        }
+    }
 }
 
 /// The loops around `multiply`, which writes a group's products to a target and meanwhile asks for the
@@ -227,6 +250,7 @@ impl<F: Fn(&Multiply<'_>, &Target, AskForOutputs)> Blocked<'_, F> {
         if part.rows.len() > FEW_ROWS {
             return self.many_rows(part);
         }
+        let mut sums = Group::ZERO;
         for Place { x, row, block, share, alone, more } in Place::all(self.p, part) {
             let blocks = 2.min(part.blocks.end - block);
             let mut multiply = Multiply::new(self.p, x, [block, block + blocks - 1]);
@@ -242,14 +266,9 @@ impl<F: Fn(&Multiply<'_>, &Target, AskForOutputs)> Blocked<'_, F> {
                 multiply.passing = Passing::X;
             }
             let (write, bias) = (self.p.write, self.p.bias);
-            let blocks = block..block + blocks;
-            self.group(
-                &multiply,
-                row..part.rows.end,
-                blocks,
-                (write, bias),
-                AskForOutputs::NOTHING,
-            );
+            let place = (row..part.rows.end, block..block + blocks);
+            let product = |to: &Target| (self.multiply)(&multiply, to, AskForOutputs::NOTHING);
+            write_group(self.p, self.out, &product, place, (write, bias), &mut sums);
         }
     }
 
@@ -259,6 +278,7 @@ impl<F: Fn(&Multiply<'_>, &Target, AskForOutputs)> Blocked<'_, F> {
         let depth = self.p.block_lines / WORDS;
         let steps = steps_of_part(depth);
         let groups = || part.rows.clone().step_by(GROUP);
+        let mut sums = Group::ZERO;
         for (from, row) in
             (0..depth.max(1)).step_by(steps).flat_map(|from| groups().map(move |row| (from, row)))
         {
@@ -274,8 +294,9 @@ impl<F: Fn(&Multiply<'_>, &Target, AskForOutputs)> Blocked<'_, F> {
                     true => self.ask(part, row, block + 2, multiply.depth),
                     false => self.ask(part, row + GROUP, part.blocks.start, multiply.depth),
                 };
-                let rows = row..part.rows.end;
-                self.group(&multiply, rows, block..block + blocks, (write, bias), ask);
+                let place = (row..part.rows.end, block..block + blocks);
+                let product = |to: &Target| (self.multiply)(&multiply, to, ask);
+                write_group(self.p, self.out, &product, place, (write, bias), &mut sums);
             }
         }
     }
@@ -286,44 +307,43 @@ impl<F: Fn(&Multiply<'_>, &Target, AskForOutputs)> Blocked<'_, F> {
         let to = self.out.address(self.p.place(row, block, 2).start);
         AskForOutputs { to, stride: self.p.outputs, rows, share: GROUP.div_ceil(steps.max(1)) }
     }
+}
 
-    /// Computes a group and writes what of it there is.
-    fn group(
-        &self,
-        multiply: &Multiply<'_>,
-        rows: std::ops::Range<usize>,
-        blocks: std::ops::Range<usize>,
-        (write, bias): (Write, Option<&[f32]>),
-        ask: AskForOutputs,
-    ) {
-        let p = self.p;
-        let place = |row: usize| p.place(row, blocks.start, blocks.len());
-        let first = place(rows.start);
-        if rows.len() >= GROUP && first.len() == GROUP && bias.is_none() {
-            let to = self.out.pointer(first.start, place(rows.start + GROUP - 1).end);
-            return (self.multiply)(multiply, &Target { to, stride: p.outputs, write }, ask);
-        }
-        let mut sums = Group::ZERO;
-        let rows = rows.take(GROUP).map(|row| {
-            let place = place(row);
-            // SAFETY: no other task has outputs of this row and these blocks.
-            unsafe { self.out.part(place.start, place.end) }
+/// Computes a group by `product`, which writes to the target that it is given, and writes what of it there is:
+/// at once, or by way of `sums`.
+fn write_group(
+    p: &Product<'_>,
+    out: &Disjoint<'_, f32>,
+    product: &impl Fn(&Target),
+    (rows, blocks): (std::ops::Range<usize>, std::ops::Range<usize>),
+    (write, bias): (Write, Option<&[f32]>),
+    sums: &mut Group,
+) {
+    let place = |row: usize| p.place(row, blocks.start, blocks.len());
+    let first = place(rows.start);
+    if rows.len() >= GROUP && first.len() == GROUP && bias.is_none() {
+        let to = out.pointer(first.start, place(rows.start + GROUP - 1).end);
+        return product(&Target { to, stride: p.outputs, write });
+    }
+    let rows = rows.take(GROUP).map(|row| {
+        let place = place(row);
+        // SAFETY: no other task has outputs of this row and these blocks.
+        unsafe { out.part(place.start, place.end) }
+    });
+    if write == Write::Add {
+        rows.clone().zip(&mut sums.0).for_each(|(to, sums)| {
+            sums[..to.len()].copy_from_slice(to);
         });
-        if write == Write::Add {
-            rows.clone().zip(&mut sums.0).for_each(|(to, sums)| {
-                sums[..to.len()].copy_from_slice(to);
-            });
-        }
-        (self.multiply)(multiply, &Target { write, ..sums.target() }, ask);
-        for (to, sums) in rows.zip(&sums.0) {
-            match bias {
-                Some(bias) => {
-                    let bias = &bias[blocks.start * WORDS..][..to.len()];
-                    let sums = sums.iter().zip(bias).map(|(sum, bias)| sum + bias);
-                    to.iter_mut().zip(sums).for_each(|(to, sum)| *to = sum);
-                }
-                None => to.copy_from_slice(&sums[..to.len()]),
+    }
+    product(&Target { write, ..sums.target() });
+    for (to, sums) in rows.zip(&sums.0) {
+        match bias {
+            Some(bias) => {
+                let bias = &bias[blocks.start * WORDS..][..to.len()];
+                let sums = sums.iter().zip(bias).map(|(sum, bias)| sum + bias);
+                to.iter_mut().zip(sums).for_each(|(to, sum)| *to = sum);
             }
+            None => to.copy_from_slice(&sums[..to.len()]),
         }
     }
 }
@@ -342,8 +362,12 @@ impl Group {
 pub(super) fn gated_rectangle(token: Amx, gated: &Gated<'_>, part: &Rectangle) {
     #[cfg(target_arch = "x86_64")]
     {
-        let tiles = tiles::Tiles::of_rows(token, part.rows.len().min(GROUP));
-        Isa::Amx(token).vectorize(GatedRectangle { tiles, gated, part });
+        let tiles = gated.product.tiles(token, part);
+        gated.product.with_weights(token, part, Some(gated.gates), |product, part, ups| {
+            let ups = ups.unwrap_or(gated.gates);
+            let tiles = &tiles;
+            Isa::Amx(token).vectorize(GatedRectangle { token, tiles, product, ups, gated, part });
+        });
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (token, gated, part);
@@ -366,7 +390,11 @@ pub(super) struct Gated<'a> {
 /// ```
 #[cfg(target_arch = "x86_64")]
 struct GatedRectangle<'a> {
-    tiles: tiles::Tiles,
+    token: Amx,
+    tiles: &'a tiles::Tiles,
+    product: &'a Product<'a>,
+    /// Blocks from a gate to its up.
+    ups: usize,
     gated: &'a Gated<'a>,
     part: &'a Rectangle,
 }
@@ -377,9 +405,11 @@ impl Job for GatedRectangle<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { tiles, gated, part } = self;
-        let p = &gated.product;
-        let share = GROUP.div_ceil(2 * (p.block_lines / WORDS).max(1));
+        let Self { token, tiles, product: p, ups, gated, part } = self;
+        let share = match p.stored {
+            Some(_) => GROUP,
+            None => GROUP.div_ceil(2 * (p.block_lines / WORDS).max(1)),
+        };
         let mut sums = [const { [Group::ZERO, Group::ZERO] }; 2];
         let [mut now, mut last] = sums.each_mut();
         let mut rows = 0..0;
@@ -387,19 +417,28 @@ impl Job for GatedRectangle<'_> {
         for Place { x, row, block, share: ahead, alone, more } in Place::all(p, part) {
             let mut activation = Activation { s, gated, sums: last, rows, line, done: 0, share };
             for (half, sums) in now.iter_mut().enumerate() {
-                let mut multiply = Multiply::new(p, x, [block + half, gated.gates + block + half]);
+                let blocks = [block + half, ups + block + half];
+                if let Some(stored) = p.stored {
+                    // SAFETY: the target is a whole group.
+                    unsafe { stored.multiply(token, tiles, x, blocks, &sums.target()) };
+                    continue;
+                }
+                let mut multiply = Multiply::new(p, x, blocks);
                 let next = multiply.w.map(|w| w.lines.as_ptr().wrapping_add(p.block_lines));
                 match ahead {
                     Some((skip, lines)) => {
                         // The first half asks for the next gates, the second for what they let through.
-                        let next = &p.w[(half * gated.gates + block + 2) * p.block_lines..];
-                        multiply.ahead = Ahead::Share(next.as_ptr().wrapping_add(skip), lines);
+                        let next = p.block(half * ups + block + 2).as_ptr();
+                        multiply.ahead = Ahead::Share(next.wrapping_add(skip), lines);
                     }
                     None if alone && (half == 0 || more) => multiply.ahead = Ahead::Stream(next),
                     None => {}
                 }
                 // SAFETY: the target is a whole group.
                 unsafe { tiles.multiply_beside(&multiply, &sums.target(), &mut activation) };
+            }
+            if p.stored.is_some() {
+                activation.step();
             }
             debug_assert_eq!(activation.done, activation.rows.len(), "rows activated");
             std::mem::swap(&mut now, &mut last);

@@ -21,7 +21,7 @@ use std::ops::Range;
 pub use operand::Operand;
 
 use crate::split::whole_rows;
-use crate::{Dtype, Kernels, Level, Matrix};
+use crate::{Dtype, Kernels, Level, Linear, Matrix, QuantMatrix};
 use buffer::WORDS;
 use product::Product;
 
@@ -173,17 +173,47 @@ impl Kernels {
         Product::run_all(self, products);
     }
 
+    /// Whether products with quantised weights are, in this format, those of the same weights in full,
+    /// which are expanded as they are multiplied.
+    pub fn expands(&self, dtype: Dtype) -> bool {
+        product::tiles(self.isa, dtype).is_some()
+    }
+
+    /// [`Kernels::matmul_parts`] with quantised weights, where the kernels expand them.
+    pub(crate) fn matmul_stored<const N: usize>(
+        &self,
+        x: &Operand,
+        w: &QuantMatrix,
+        write: Write,
+        parts: [Part<'_>; N],
+    ) {
+        debug_assert!(self.expands(x.dtype()), "weights that are not expanded");
+        let products = parts.map(|Part { rows, bias, out }| {
+            assert!(rows.end <= w.rows(), "rows {}..{} of {}", rows.start, rows.end, w.rows());
+            let biases = bias.map_or(rows.len(), <[f32]>::len);
+            assert_eq!(biases, rows.len(), "bias length against {} outputs", rows.len());
+            (Product { bias, write, ..Product::of_stored(x, w, rows) }, out)
+        });
+        Product::run_all(self, products);
+    }
+
     /// Sets `out` to the rounded `silu(g) * u` of `[g | u] = x W^T`, to the bits of [`Kernels::matmul`],
     /// [`Kernels::swiglu`] and [`Kernels::operand`], and `kept` to the rounded `[g | u]`, without writing g
     /// and u anywhere else; `false`, and nothing done, where no kernel does so.
     pub(crate) fn matmul_swiglu(
         &self,
         x: &Operand,
-        w: &Matrix,
+        w: &Linear,
         kept: Option<&mut Operand>,
         out: &mut Operand,
     ) -> bool {
-        let product = Product::new(x, w, 0..w.rows());
+        let product = match w {
+            Linear::Full(w) => Product::new(x, w, 0..w.rows()),
+            Linear::Quantised(w) if self.expands(x.dtype()) => {
+                Product::of_stored(x, w, 0..w.rows())
+            }
+            Linear::Quantised(_) => return false,
+        };
         match product.gates(self.isa) {
             Some(gates) if x.rows() > 0 => product.run_gated(self, gates, kept, out),
             _ => return false,

@@ -10,7 +10,7 @@ use crate::cpu::Isa;
 use crate::{Dtype, Kernels, Matrix, prefetch};
 
 /// A square of 16 x 16 words.
-type Square = [Line; WORDS];
+pub(crate) type Square = [Line; WORDS];
 
 /// Defines a function that runs `$body`, which is inlined, compiled for what the level may use.
 macro_rules! widened {
@@ -352,6 +352,9 @@ pub(crate) fn transpose(isa: Isa, square: &Square) -> Square {
 }
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) use x86::transpose as transpose_words;
+
+#[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
 
@@ -360,7 +363,7 @@ mod x86 {
     /// Interleaves words, then pairs of words, within 128-bit lanes, then the lanes.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-    pub(super) fn transpose(square: &Square) -> Square {
+    pub(crate) fn transpose(square: &Square) -> Square {
         let mut a = [_mm512_setzero_si512(); WORDS];
         for (a, line) in a.iter_mut().zip(square) {
             // SAFETY: a line is 64 aligned bytes.

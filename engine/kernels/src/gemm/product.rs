@@ -11,7 +11,8 @@ use super::buffer::{Line, WORDS};
 use super::{Operand, Write, amx, avx2, avx512, pack, portable};
 use crate::cpu::{Amx, Isa};
 use crate::disjoint::Disjoint;
-use crate::{Dtype, Kernels, Matrix};
+use crate::quant::expand;
+use crate::{Dtype, Kernels, Matrix, QuantMatrix};
 
 /// Bytes of the left operand that a rectangle may take: half of a common second-level cache.
 const ROW_CHUNK_BYTES: usize = 512 << 10;
@@ -34,6 +35,8 @@ const TASKS_PER_THREAD: usize = 8;
 const TILED_ROWS: usize = 256;
 const TILED_BYTES: usize = 600 << 10;
 const TILED_TASKS: usize = 2;
+/// Bytes of weights that are expanded at a time.
+const EXPANDED_BYTES: usize = 600 << 10;
 
 /// The same of a left operand that a task transposes for itself, which then is in the second-level cache
 /// when it is multiplied; tasks per thread with tiles and without.
@@ -47,8 +50,11 @@ pub(super) struct Product<'a> {
     pub(super) x: &'a [Line],
     pub(super) stride: usize,
     pub(super) rows: usize,
-    /// Blocks of 16 weight rows, `block_lines` lines each.
+    /// Blocks of 16 weight rows, `block_lines` lines each, from block `from` on.
     pub(super) w: &'a [Line],
+    pub(super) from: usize,
+    /// Weights that are expanded where they are multiplied; there are no lines of `w` then.
+    pub(super) stored: Option<Stored<'a>>,
     pub(super) block_lines: usize,
     /// Words of a row of `x`, lines of a block, that are summed over: the rest is padding.
     pub(super) depth: usize,
@@ -56,6 +62,33 @@ pub(super) struct Product<'a> {
     pub(super) outputs: usize,
     pub(super) bias: Option<&'a [f32]>,
     pub(super) write: Write,
+}
+
+/// Quantised weights, and which of their blocks the first one of a product is.
+#[derive(Clone, Copy)]
+pub(super) struct Stored<'a> {
+    w: &'a QuantMatrix,
+    first: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Stored<'_> {
+    /// The product of a group of rows by two blocks.
+    ///
+    /// # Safety
+    /// The target's rows, as many as the tiles are configured for, of 32 elements may be written.
+    pub(super) unsafe fn multiply(
+        self,
+        token: Amx,
+        tiles: &amx::tiles::Tiles,
+        x: amx::Rows<'_>,
+        blocks: [usize; 2],
+        to: &amx::Target,
+    ) {
+        let blocks = blocks.map(|block| self.first + block);
+        // SAFETY: promised.
+        unsafe { expand::multiply(token.bf16, tiles, x, (self.w, blocks), to) };
+    }
 }
 
 /// What one task computes.
@@ -90,7 +123,7 @@ impl Cut {
 }
 
 /// The proof of tiles, where products of this format are computed with them.
-fn tiles(isa: Isa, dtype: Dtype) -> Option<Amx> {
+pub(super) fn tiles(isa: Isa, dtype: Dtype) -> Option<Amx> {
     match isa {
         Isa::Amx(token) if dtype == Dtype::Bf16 => Some(token),
         _ => None,
@@ -110,11 +143,74 @@ impl<'a> Product<'a> {
             stride: x.stride(),
             rows: x.rows(),
             w: &w.lines()[blocks.start * block_lines..blocks.end * block_lines],
+            from: 0,
+            stored: None,
             block_lines,
             depth: x.cols().div_ceil(super::convert::per_word(x.dtype())),
             outputs: rows.len(),
             bias: None,
             write: Write::Set,
+        }
+    }
+
+    /// `x` times the weight rows `rows`, which start at a whole block and are expanded to the format of `x`:
+    /// for tiles only.
+    pub(super) fn of_stored(x: &'a Operand, w: &'a QuantMatrix, rows: Range<usize>) -> Self {
+        assert_eq!((x.dtype(), x.cols()), (Dtype::Bf16, w.cols()), "left operand against weights");
+        assert!(rows.start.is_multiple_of(WORDS), "range starts inside a block at {}", rows.start);
+        let depth = x.cols() / super::convert::per_word(x.dtype());
+        Self {
+            dtype: x.dtype(),
+            x: x.lines(),
+            stride: x.stride(),
+            rows: x.rows(),
+            w: &[],
+            from: 0,
+            stored: Some(Stored { w, first: rows.start / WORDS }),
+            block_lines: depth,
+            depth,
+            outputs: rows.len(),
+            bias: None,
+            write: Write::Set,
+        }
+    }
+
+    /// The lines of a block of weights.
+    pub(super) fn block(&self, block: usize) -> &'a [Line] {
+        &self.w[(block - self.from) * self.block_lines..][..self.block_lines]
+    }
+
+    /// Calls `each` with the product and `part`; where weights are expanded for several groups of rows, with
+    /// some of its blocks at a time, whose weights are there, and with those `ups` blocks further on, if there
+    /// are any, behind them.
+    pub(super) fn with_weights(
+        &self,
+        token: Amx,
+        part: &Rectangle,
+        ups: Option<usize>,
+        mut each: impl FnMut(&Product<'_>, &Rectangle, Option<usize>),
+    ) {
+        let Some(Stored { w, first }) = self.stored.filter(|_| part.rows.len() > amx::GROUP) else {
+            return each(self, part, ups);
+        };
+        let block_bytes = self.block_lines * size_of::<Line>();
+        let most = match part.rows.len() > amx::FEW_ROWS {
+            true => EXPANDED_BYTES / block_bytes.max(1) / 2 * 2,
+            false => 2,
+        };
+        for from in part.blocks.clone().step_by(most.max(2)) {
+            let blocks = from..part.blocks.end.min(from + most.max(2));
+            let len = blocks.len();
+            let count = len * if ups.is_some() { 2 } else { 1 };
+            let of = |i: usize| match i.checked_sub(len) {
+                None => first + from + i,
+                Some(i) => first + from + i + ups.unwrap_or(0),
+            };
+            expand::with_blocks(token.bf16, w, (0..count).map(of), |lines| {
+                let product = Product { w: lines, from, stored: None, ..*self };
+                let part = Rectangle { rows: part.rows.clone(), blocks };
+                each(&product, &part, ups.map(|_| len));
+            });
         }
     }
 

@@ -15,7 +15,7 @@
 //! Without VNNI the AVX2 kernel runs.
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::rectangle;
+pub(super) use x86::{halves, rectangle};
 
 /// Never called: no token exists on other processors.
 #[cfg(not(target_arch = "x86_64"))]
@@ -159,7 +159,7 @@ mod x86 {
     /// 32 bytes can be read.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn halves(at: *const u8) -> __m512 {
+    pub(in crate::quant) unsafe fn halves(at: *const u8) -> __m512 {
         // SAFETY: by the contract.
         _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(at.cast()) })
     }

@@ -10,12 +10,20 @@
 //! ```
 //! A plane of `b` bits holds 16-bit lanes in vectors of 16: lane `2 (row mod 8) + (k mod 2)` of the
 //! vectors of rows 0 to 7, then of rows 8 to 15; bits `b i ..` of a lane belong to the i-th pair of
-//! inputs of its vector. Masking and shifting a vector gives what `vpmaddwd` takes. Rows past the last
-//! are zero.
+//! inputs of its vector. Masking and shifting a vector gives what `vpmaddwd` takes.
+//!
+//! Where tiles multiply, weights are expanded row by row instead, and a record is of 32 inputs, with two
+//! pairs of scales and minima where groups are of 16. Lane k of a vector of 32 lanes then belongs to input
+//! k of the record: bits `b i ..` to the i-th row of those that the vector has, which are 16 / b one after
+//! the other; a plane of 8 bits has the rows one after the other.
+//!
+//! Rows past the last are zero.
 
 use half::f16;
 
+use super::X_GROUP;
 use crate::gemm::buffer::{Buffer, Line, WORDS};
+use crate::gemm::convert::{low, round_bf16};
 
 /// 16-bit lanes of a line.
 const LANES: usize = 2 * WORDS;
@@ -150,6 +158,15 @@ pub struct QuantRow<'a> {
     pub minima: &'a [f32],
 }
 
+/// Which of the two ways the planes of a matrix are laid out in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Pairs of inputs of all rows, for products of integers.
+    Pairs,
+    /// Rows, to be expanded.
+    Rows,
+}
+
 /// Quantised weights `[rows, cols]` of a product `y = x W^T`.
 ///
 /// ```
@@ -164,20 +181,34 @@ pub struct QuantRow<'a> {
 /// ```
 pub struct QuantMatrix {
     format: QuantFormat,
+    order: Order,
     rows: usize,
     cols: usize,
     buffer: Buffer,
 }
 
 impl QuantMatrix {
-    /// All weights zero.
+    /// All weights zero, for products of integers: see [`crate::Kernels::quant_matrix`].
     ///
     /// # Panics
     /// When `cols` is not a multiple of 32.
     pub fn zeros(format: QuantFormat, rows: usize, cols: usize) -> Self {
-        assert!(cols.is_multiple_of(super::X_GROUP), "{cols} columns, limit is a multiple of 32");
+        Self::in_order(Order::Pairs, format, rows, cols)
+    }
+
+    /// All weights zero.
+    ///
+    /// # Panics
+    /// When `cols` is not a multiple of 32.
+    pub(crate) fn in_order(order: Order, format: QuantFormat, rows: usize, cols: usize) -> Self {
+        assert!(cols.is_multiple_of(X_GROUP), "{cols} columns, limit is a multiple of 32");
         let lanes = format.bytes(rows, cols).div_ceil(2) as usize;
-        Self { format, rows, cols, buffer: Buffer::shared_zeros(lanes.div_ceil(LANES)) }
+        Self { format, order, rows, cols, buffer: Buffer::shared_zeros(lanes.div_ceil(LANES)) }
+    }
+
+    /// How the planes are laid out.
+    pub(crate) fn order(&self) -> Order {
+        self.order
     }
 
     /// How the weights are stored.
@@ -220,15 +251,60 @@ impl QuantMatrix {
         let (shift, power) = (format.zero - source.zero, (format.exponent as f32).exp2());
         for group in 0..self.cols / format.group {
             let wide = group * format.group / source.group;
-            let at = self.record(row, group);
-            self.set_half(at + row % WORDS, from.scales[wide], (power, group))?;
+            let at = self.head(row, group) + row % WORDS;
+            self.set_half(at, from.scales[wide], (power, group))?;
             if source.minimum {
-                self.set_half(at + WORDS + row % WORDS, from.minima[wide], (power, group))?;
+                self.set_half(at + WORDS, from.minima[wide], (power, group))?;
             }
             let q = &from.q[group * format.group..][..format.group];
-            self.set_group(row, at + format.head_lanes(), q, shift);
+            match self.order {
+                Order::Pairs => {
+                    self.set_group(row, self.record(row, group) + format.head_lanes(), q, shift);
+                }
+                Order::Rows => self.set_inputs(row, group * format.group, q, shift),
+            }
         }
         Ok(())
+    }
+
+    /// The integers of a row from input `first` on, `shift` added, into planes of rows.
+    fn set_inputs(&mut self, row: usize, first: usize, q: &[u8], shift: u8) {
+        let (low, high) = self.format.planes();
+        for (bits, skip, plane) in [(low, 0, 0), (high, low, 1)].into_iter().filter(|p| p.0 > 0) {
+            let mask = ((1u32 << bits) - 1) as u8;
+            // A word has two inputs of a row, or, with 8 bits, four.
+            let (lane, at) = self.place(row, first, plane);
+            let per_word = if bits == 8 { 4 } else { 2 };
+            let field = 32 / per_word as u32;
+            let keep = (0..per_word as u32).fold(0, |all, i| all | u32::from(mask) << (i * field));
+            for (i, q) in q.chunks_exact(per_word).enumerate() {
+                let new = q
+                    .iter()
+                    .rev()
+                    .fold(0, |word, q| word << field | u32::from((q + shift) >> skip & mask));
+                let word = lane / 2 + i;
+                let word = &mut self.buffer[word / WORDS].0[word % WORDS];
+                *word = *word & !(keep << at) | new << at;
+            }
+        }
+    }
+
+    /// The lane and the first bit of an integer in the low (0) or the high plane (1), in rows.
+    fn place(&self, row: usize, k: usize, plane: usize) -> (usize, u32) {
+        let (format, groups) = (self.format, X_GROUP / self.format.group);
+        let (low, high) = format.planes();
+        let start = self.record(row, k / format.group);
+        let start = start + groups * format.head_lanes();
+        let (bits, start) = match plane {
+            0 => (low as usize, start),
+            _ => (high as usize, start + groups * format.low_lanes()),
+        };
+        let (row, k) = (row % WORDS, k % X_GROUP);
+        if bits == 8 {
+            return (start + (row * X_GROUP + k) / 2, k as u32 % 2 * 8);
+        }
+        let rows = 16 / bits;
+        (start + row / rows * X_GROUP + k, (row % rows * bits) as u32)
     }
 
     /// The integers of one group of a row, `shift` added, into the planes from lane `at` on.
@@ -268,34 +344,59 @@ impl QuantMatrix {
         Ok(())
     }
 
-    /// Writes row `row` as f32 into `out`.
+    /// Writes row `row` as f32 into `out`: rounded to bf16 where products expand the weights to that.
     ///
     /// # Panics
     /// When there is no such row or `out` is not `cols` long.
     pub fn get_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows, "row {row} of a matrix with {} rows", self.rows);
         assert_eq!(out.len(), self.cols, "output length against the matrix's columns");
-        let unit = self.format.unit();
+        let (unit, zero) = (self.format.unit(), i32::from(self.format.zero));
+        let mut integers = [0; X_GROUP];
         for (group, out) in out.chunks_exact_mut(self.format.group).enumerate() {
             let (scale, minimum) = self.scale(row, group);
-            let at = self.record(row, group);
-            for (k, out) in out.iter_mut().enumerate() {
-                let q = self.integer(row, at, k) - i32::from(self.format.zero);
-                *out = (q as f32).mul_add(scale * unit, minimum * unit);
+            let integers = &mut integers[..out.len()];
+            self.integers(row, group * out.len(), integers);
+            for (out, q) in out.iter_mut().zip(integers) {
+                let value = ((*q - zero) as f32).mul_add(scale * unit, minimum * unit);
+                *out = match self.order {
+                    Order::Pairs => value,
+                    Order::Rows => low(round_bf16(value)),
+                };
+            }
+        }
+    }
+
+    /// The integers of a row's inputs from `first` on, at most those of a group.
+    fn integers(&self, row: usize, first: usize, out: &mut [i32]) {
+        if self.order == Order::Pairs {
+            return out.iter_mut().zip(first..).for_each(|(q, k)| *q = self.integer(row, k));
+        }
+        let (low, high) = self.format.planes();
+        out.fill(0);
+        for (plane, bits, up) in [(0, low, 0), (1, high, low)].into_iter().filter(|p| p.1 > 0) {
+            let (lane, at) = self.place(row, first, plane);
+            for (i, q) in out.iter_mut().enumerate() {
+                let (lane, at) = match bits {
+                    8 => (lane + i / 2, i as u32 % 2 * 8),
+                    _ => (lane + i, at),
+                };
+                *q |= i32::from(self.lane(lane) >> at & ((1 << bits) - 1)) << up;
             }
         }
     }
 
     /// Scale and minimum of a group, still multiplied by the format's power of two.
     pub(crate) fn scale(&self, row: usize, group: usize) -> (f32, f32) {
-        let at = self.record(row, group) + row % WORDS;
+        let at = self.head(row, group) + row % WORDS;
         let half = |at| f16::from_bits(self.lane(at)).to_f32();
         (half(at), if self.format.minimum { half(at + WORDS) } else { 0.0 })
     }
 
-    /// Integer `k` of the group whose record starts at lane `record`.
-    pub(crate) fn integer(&self, row: usize, record: usize, k: usize) -> i32 {
+    /// The integer of row `row` and input `k`, of those in pairs.
+    pub(crate) fn integer(&self, row: usize, k: usize) -> i32 {
         let (low, high) = self.format.planes();
+        let (record, k) = (self.record(row, k / self.format.group), k % self.format.group);
         let plane = |bits: u32, start: usize| {
             let (pair, pairs) = (k / 2, (16 / bits) as usize);
             let index = start + (pair / pairs * 2 + row % WORDS / 8) * VECTOR;
@@ -307,9 +408,23 @@ impl QuantMatrix {
         if high == 0 { q } else { q | plane(high, start + self.format.low_lanes()) << low }
     }
 
-    /// First lane of a group's record.
+    /// First lane of a group's record, or of the one that it shares with others.
     pub(crate) fn record(&self, row: usize, group: usize) -> usize {
+        let shared = match self.order {
+            Order::Pairs => 1,
+            Order::Rows => X_GROUP / self.format.group,
+        };
+        let group = group / shared * shared;
         (row / WORDS * (self.cols / self.format.group) + group) * self.format.record_lanes()
+    }
+
+    /// First lane of a group's scales.
+    fn head(&self, row: usize, group: usize) -> usize {
+        let of_record = match self.order {
+            Order::Pairs => 0,
+            Order::Rows => group % (X_GROUP / self.format.group),
+        };
+        self.record(row, group) + of_record * self.format.head_lanes()
     }
 
     /// All lines.

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::matrix::Order;
 use super::{FINE_GROUP, QuantMatrix, QuantOperand, X_GROUP, avx2, avx512};
 use crate::cpu::{Amx, Isa};
 use crate::gemm::buffer::WORDS;
@@ -80,6 +81,7 @@ impl Product<'_> {
     fn run(&self, kernels: &Kernels, out: &mut [f32]) {
         let (rows, blocks) = (self.rows.len(), self.outputs.div_ceil(WORDS));
         assert_eq!(self.x.cols(), self.w.cols(), "columns of the operand against the weights'");
+        assert_eq!(self.w.order(), Order::Pairs, "order of the weights for products of integers");
         assert!(self.first.is_multiple_of(WORDS), "range start {} inside a block", self.first);
         assert!(self.rows.end <= self.x.rows(), "rows of the operand");
         assert_eq!(out.len(), rows * self.outputs, "output length against {rows} rows");
@@ -102,7 +104,7 @@ impl Product<'_> {
             match kernels.isa {
                 Isa::Reference | Isa::Portable => self.rectangle(&part, &out),
                 Isa::Avx2(token) => avx2::rectangle(token, self, &part, &out),
-                Isa::Avx512(token) | Isa::Amx(Amx { avx512: token }) => match token.vnni() {
+                Isa::Avx512(token) | Isa::Amx(Amx { avx512: token, .. }) => match token.vnni() {
                     Some(vnni) => avx512::rectangle(vnni, self, &part, &out),
                     None => avx2::rectangle(token.avx2(), self, &part, &out),
                 },
@@ -129,11 +131,10 @@ impl Product<'_> {
         let group_len = format.group();
         let mut sum = 0.0f32;
         for group in 0..self.w.cols() / group_len {
-            let record = self.w.record(output, group);
-            let integer = |k| self.x.integer(row, group * group_len + k);
-            let x_sum: i32 = (0..group_len).map(integer).sum();
+            let inputs = group * group_len..(group + 1) * group_len;
+            let x_sum: i32 = inputs.clone().map(|k| self.x.integer(row, k)).sum();
             let product: i32 =
-                (0..group_len).map(|k| integer(k) * self.w.integer(output, record, k)).sum();
+                inputs.map(|k| self.x.integer(row, k) * self.w.integer(output, k)).sum();
             let (scale, minimum) = self.w.scale(output, group);
             let x_scale = self.x_scale(row, group, group_len);
             let product = product - i32::from(format.zero()) * x_sum;

@@ -1,8 +1,14 @@
 //! Every format and level against the definition: bits where they must agree, errors where not.
 
-use super::{QuantFormat, QuantMatrix, QuantOperand, QuantRow};
+use super::matrix::Order;
+use super::{QuantFormat, QuantMatrix, QuantOperand, QuantRow, expand};
+use crate::cpu::Isa;
+use crate::gemm::convert::{low, round_bf16};
 use crate::testing::{Random, bits, every_level, reference};
-use crate::{Kernels, Write};
+use crate::{
+    Dtype, GatedBuffers, HeadScratch, Input, Kernels, Linear, Matrix, Operand, Part, TokenStats,
+    Write,
+};
 
 /// The formats of ggml, as bits, group, minimum, zero, exponent.
 fn formats() -> Vec<QuantFormat> {
@@ -62,7 +68,11 @@ impl Numbers {
 }
 
 fn matrix(format: QuantFormat, rows: &[Numbers], cols: usize) -> QuantMatrix {
-    let mut w = QuantMatrix::zeros(format, rows.len(), cols);
+    in_order(Order::Pairs, format, rows, cols)
+}
+
+fn in_order(order: Order, format: QuantFormat, rows: &[Numbers], cols: usize) -> QuantMatrix {
+    let mut w = QuantMatrix::in_order(order, format, rows.len(), cols);
     for (i, row) in rows.iter().enumerate() {
         w.set_row(i, row.row()).expect("scales are small");
     }
@@ -89,12 +99,21 @@ fn rows_come_back_as_they_were_set_in_joined_formats_too() {
                     Numbers::random(&mut random, if i % 3 == 0 { *first } else { *second }, 96)
                 })
                 .collect();
-            let w = matrix(format, &rows, 96);
-            let mut out = [0.0; 96];
-            for (i, row) in rows.iter().enumerate() {
-                w.get_row(i, &mut out);
-                for (k, &x) in out.iter().enumerate() {
-                    assert_eq!(x, row.value(k) as f32, "{first:?} in {format:?}, row {i}, {k}");
+            for order in [Order::Pairs, Order::Rows] {
+                let mut w = in_order(order, format, &rows, 96);
+                // A row that is set again leaves nothing of what it was.
+                w.set_row(20, rows[4].row()).expect("scales are small");
+                w.set_row(20, rows[20].row()).expect("scales are small");
+                let mut out = [0.0; 96];
+                for (i, row) in rows.iter().enumerate() {
+                    w.get_row(i, &mut out);
+                    for (k, &x) in out.iter().enumerate() {
+                        let expected = match order {
+                            Order::Pairs => row.value(k) as f32,
+                            Order::Rows => low(round_bf16(row.value(k) as f32)),
+                        };
+                        assert_eq!(x, expected, "{first:?} in {format:?}, row {i}, {k}");
+                    }
                 }
             }
         }
@@ -170,6 +189,124 @@ fn neither_neighbours_nor_ranges_change_a_bit() {
                 kernels.quant_matmul(&operand, &w, range, Some(bias), Write::Add, &mut one);
                 assert_eq!(bits(&one), bits(&all[row * n + 16..row * n + 46]));
             }
+        }
+    }
+}
+
+/// The same weights in full.
+fn expanded(kernels: &Kernels, w: &QuantMatrix) -> Matrix {
+    let (n, k) = (w.rows(), w.cols());
+    let mut values = vec![0.0; n * k];
+    values.chunks_exact_mut(k).enumerate().for_each(|(row, out)| w.get_row(row, out));
+    let mut full = Matrix::zeros(Dtype::Bf16, n, k);
+    kernels.load_matrix(&values, &mut full);
+    full
+}
+
+/// All formats and some that hold two.
+fn joined_formats() -> Vec<QuantFormat> {
+    let all = formats();
+    let joined = [(0, 1), (1, 4), (0, 9), (3, 4), (6, 9)].map(|(a, b)| all[a].join(all[b]));
+    all.into_iter().chain(joined).collect()
+}
+
+/// Needs no tiles, only the processor's rounding to bf16.
+#[test]
+fn expanded_blocks_are_those_of_the_weights_in_full() {
+    let mut random = Random::new(97);
+    let tokens = every_level(1).filter_map(|kernels| kernels.isa.avx512()?.bf16());
+    let Some(token) = tokens.last() else { return };
+    for format in joined_formats() {
+        let (n, k) = (40, 160);
+        let rows: Vec<_> = (0..n).map(|_| Numbers::random(&mut random, format, k)).collect();
+        let w = in_order(Order::Rows, format, &rows, k);
+        let full = expanded(&reference(), &w);
+        let lines = full.lines();
+        expand::with_blocks(token, &w, [2, 0, 1].into_iter(), |got| {
+            let [first, second, third] = [0, 1, 2].map(|i| &lines[i * k / 2..(i + 1) * k / 2]);
+            assert!(got == [third, first, second].concat(), "{format:?}");
+        });
+    }
+}
+
+#[test]
+fn where_weights_are_expanded_products_have_the_bits_of_weights_in_full() {
+    let mut random = Random::new(98);
+    for kernels in every_level(2).filter(|kernels| kernels.expands(Dtype::Bf16)) {
+        assert!(matches!(kernels.isa, Isa::Amx(_)), "only tiles expand");
+        for (i, format) in joined_formats().into_iter().enumerate() {
+            for (m, n, k) in [(1, 40, 96), (2, 33, 64), (17, 16, 160), (33, 70, 64), (140, 52, 96)]
+            {
+                let rows: Vec<_> =
+                    (0..n).map(|_| Numbers::random(&mut random, format, k)).collect();
+                let w = in_order(Order::Rows, format, &rows, k);
+                let full = Linear::Full(expanded(&kernels, &w));
+                let w = Linear::Quantised(w);
+                let (x, bias) = (random.vec(m * k, 2.0), random.vec(n - 16, 1.0));
+                let mut input = Input::new(Dtype::Bf16);
+                kernels.input(&x, &w, &mut input);
+                let what = format!("{format:?}, {m} x {n} x {k}");
+                let product = |w: &Linear, bias: Option<&[f32]>, write| {
+                    let mut out = vec![0.75; m * (n - 16)];
+                    kernels.linear(&input, w, 16..n, bias, write, &mut out);
+                    bits(&out)
+                };
+                for write in [Write::Set, Write::Add] {
+                    for bias in [None, Some(&bias[..])] {
+                        assert_eq!(product(&w, bias, write), product(&full, bias, write), "{what}");
+                    }
+                }
+                let parts = |w: &Linear| {
+                    let mut out = [vec![0.0; m * 16], vec![0.0; m * (n - 16)]];
+                    let [first, second] = out.each_mut();
+                    let parts = [
+                        Part { rows: 16..n, bias: None, out: second },
+                        Part { rows: 0..16, bias: Some(&bias[..0]).filter(|_| false), out: first },
+                    ];
+                    kernels.linear_parts(&input, w, parts);
+                    out.map(|out| bits(&out))
+                };
+                assert_eq!(parts(&w), parts(&full), "{what}, parts");
+                let targets: Vec<u32> = (0..m).map(|_| random.below(n) as u32).collect();
+                let stats = |w: &Linear| {
+                    let mut out = vec![TokenStats::default(); m];
+                    let mut scratch = HeadScratch::new();
+                    kernels.head_stats(&input, w, &targets, 0.7, &mut out, &mut scratch);
+                    out.iter()
+                        .map(|s| [s.log_prob.to_bits(), s.entropy.to_bits()])
+                        .collect::<Vec<_>>()
+                };
+                assert_eq!(stats(&w), stats(&full), "{what}, head {i}");
+            }
+        }
+    }
+}
+
+#[test]
+fn where_weights_are_expanded_gates_have_the_bits_of_weights_in_full() {
+    let mut random = Random::new(99);
+    let format = formats()[1];
+    for kernels in every_level(2).filter(|kernels| kernels.expands(Dtype::Bf16)) {
+        for (m, inter, k) in [(1, 64, 96), (5, 96, 64), (40, 32, 64), (150, 160, 96), (3, 48, 32)] {
+            let n = 2 * inter;
+            let rows: Vec<_> = (0..n).map(|_| Numbers::random(&mut random, format, k)).collect();
+            let w = in_order(Order::Rows, format, &rows, k);
+            let full = Linear::Full(expanded(&kernels, &w));
+            let w = Linear::Quantised(w);
+            let next = Linear::Full(Matrix::zeros(Dtype::Bf16, k, inter));
+            let mut input = Input::new(Dtype::Bf16);
+            kernels.input(&random.vec(m * k, 2.0), &w, &mut input);
+            let gated = |w: &Linear| {
+                let (mut out, mut kept) = (Input::new(Dtype::Bf16), Operand::new(Dtype::Bf16));
+                let mut buffers = GatedBuffers::default();
+                kernels.gated((&input, w), &next, &mut buffers, Some(&mut kept), &mut out);
+                let rows = |x: &Operand| {
+                    let at = |i: usize| x.get(i / x.cols(), i % x.cols());
+                    bits(&(0..m * x.cols()).map(at).collect::<Vec<_>>())
+                };
+                [rows(out.full()), rows(&kept)]
+            };
+            assert_eq!(gated(&w), gated(&full), "{m} x {inter} x {k}");
         }
     }
 }

@@ -6,7 +6,12 @@ use crate::model::bytes::Bytes;
 use crate::model::dequant::Format;
 use crate::model::gguf::tests::Builder;
 use crate::model::safetensors::Writer;
-use kernels::{Dtype, ThreadPool};
+use kernels::{Dtype, Kernels, Level};
+
+/// Kernels that multiply quantised weights as they are, on so many threads.
+fn kernels(threads: usize) -> Kernels {
+    Kernels::new(Level::Portable, threads).unwrap()
+}
 
 /// A folder of one test, removed when dropped.
 pub(crate) struct Scratch {
@@ -361,9 +366,8 @@ fn weights_kept_as_stored_are_the_expanded_ones() {
         let other = formats[(i + 3) % formats.len()];
         let source =
             quantised_model(|name| Some(if name.contains("v_proj") { other } else { format }));
-        let load = |quantization| {
-            Weights::load(&source, Dtype::F32, quantization, &ThreadPool::new(2)).unwrap()
-        };
+        let load =
+            |quantization| Weights::load(&source, Dtype::F32, quantization, &kernels(2)).unwrap();
         let (mut full, mut stored) = (load(Quantization::None), load(Quantization::AsStored));
         assert!(stored.quantised() && !full.quantised());
         assert_eq!(stored.bytes(), Weights::bytes_as_stored(&source, Dtype::F32));
@@ -384,8 +388,8 @@ fn a_matrix_with_one_tensor_in_full_is_kept_in_full() {
     use crate::decoder::Weights;
     use kernels::Linear;
     let source = quantised_model(|name| (!name.contains("up_proj")).then_some(Format::Q4_0));
-    let (stored, pool) = (Quantization::AsStored, ThreadPool::new(1));
-    let weights = Weights::load(&source, Dtype::Bf16, stored, &pool).unwrap();
+    let (stored, kernels) = (Quantization::AsStored, kernels(1));
+    let weights = Weights::load(&source, Dtype::Bf16, stored, &kernels).unwrap();
     for layer in &weights.layers {
         assert!(matches!(layer.gate_up, Linear::Full(_)));
         assert!(matches!(layer.down, Linear::Quantised(_)));
@@ -400,10 +404,11 @@ fn a_scale_that_does_not_fit_names_its_tensor() {
     use crate::decoder::Weights;
     // Scales of 16,384 and more, times the scales within a block.
     let source = quantised_model_of_scale(0x74, |_| Some(Format::Q4_K));
-    let pool = ThreadPool::new(2);
-    let error = Weights::load(&source, Dtype::Bf16, Quantization::AsStored, &pool).err().unwrap();
+    let kernels = kernels(2);
+    let error =
+        Weights::load(&source, Dtype::Bf16, Quantization::AsStored, &kernels).err().unwrap();
     let message = error.to_string();
     assert!(message.contains("limit is what f16 holds"), "{message}");
     assert!(message.contains("tensor \"model."), "{message}");
-    assert!(Weights::load(&source, Dtype::Bf16, Quantization::None, &pool).is_ok());
+    assert!(Weights::load(&source, Dtype::Bf16, Quantization::None, &kernels).is_ok());
 }

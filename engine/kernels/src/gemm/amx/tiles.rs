@@ -23,6 +23,8 @@ pub(crate) struct Tiles {
     rows: usize,
     /// Pairs of inputs in a step.
     pairs: usize,
+    /// Whether the left operand is weights, and x one row.
+    by_rows: bool,
     thread: PhantomData<*const ()>,
 }
 
@@ -35,6 +37,17 @@ impl Configuration {
     pub(super) const fn of_rows(rows: usize) -> Self {
         Self::of(rows, WORDS)
     }
+
+    /// For [`Tiles::by_rows`]: of the sums, 0 and 1, and of x, 4; weights are 6 and 7.
+    const BY_ROWS: Self = {
+        let mut all = Self::of(WORDS, WORDS);
+        let mut tile = 0;
+        while tile < 6 {
+            all.0[16 + 2 * tile] = 4;
+            tile += 1;
+        }
+        all
+    };
 
     /// Of that many rows of x and pairs of inputs a step.
     const fn of(rows: usize, pairs: usize) -> Self {
@@ -65,7 +78,15 @@ impl Tiles {
         assert!((1..=GROUP).contains(&rows), "{rows} rows of tiles");
         // SAFETY: the token proves AMX; the configuration is valid for palette 1.
         unsafe { configure(&Configuration::of_rows(rows)) };
-        Self { rows, pairs: WORDS, thread: PhantomData }
+        Self { rows, pairs: WORDS, by_rows: false, thread: PhantomData }
+    }
+
+    /// Configures this thread's tiles for one row of x, which weights are multiplied by that lie in rows:
+    /// the sums of 16 of them are the 16 rows of a tile of one column.
+    pub(crate) fn by_rows(_token: Amx) -> Self {
+        // SAFETY: the token proves AMX; the configuration is valid for palette 1.
+        unsafe { configure(&Configuration::BY_ROWS) };
+        Self { rows: 1, pairs: WORDS, by_rows: true, thread: PhantomData }
     }
 
     /// Configures this thread's tiles for [`Self::multiply_pairs`] with `rows` rows.
@@ -73,7 +94,7 @@ impl Tiles {
         assert!((1..=GROUP).contains(&rows), "{rows} rows of tiles");
         // SAFETY: the token proves AMX; the configuration is valid for palette 1.
         unsafe { configure(&Configuration::of(rows, PAIRS)) };
-        Self { rows, pairs: PAIRS, thread: PhantomData }
+        Self { rows, pairs: PAIRS, by_rows: false, thread: PhantomData }
     }
 
     /// # Safety
@@ -95,6 +116,7 @@ impl Tiles {
         beside: &mut impl Beside,
     ) {
         operands.check(self.rows);
+        assert!(!self.by_rows, "tiles of weights by rows");
         assert_eq!(self.pairs, WORDS, "pairs of inputs in a step");
         macro_rules! products {
             ($share:literal, $stream:literal, $both:literal, $x:literal) => {
@@ -141,6 +163,99 @@ impl Tiles {
         } else {
             // SAFETY: as above.
             unsafe { products_of_pairs::<false>(x, (w, row), to, beside) };
+        }
+    }
+}
+
+impl Tiles {
+    /// Begins a product whose weights are given step by step.
+    ///
+    /// # Safety
+    /// Until it ends, the target's rows, as many as configured, of 32 elements may be written, and nothing
+    /// else uses tiles.
+    #[inline(always)]
+    pub(crate) unsafe fn begin<'a>(
+        &'a self,
+        x: Rows<'a>,
+        steps: usize,
+        to: &'a Target,
+    ) -> Steps<'a> {
+        x.check(self.rows, steps);
+        assert_eq!(self.pairs, WORDS, "pairs of inputs in a step");
+        let shape = match (self.by_rows, self.rows > WORDS) {
+            (true, _) => Shape::ByRows,
+            (false, true) => Shape::Two,
+            (false, false) => Shape::One,
+        };
+        match shape {
+            // SAFETY: promised.
+            Shape::ByRows => unsafe { begin_by_rows(to) },
+            // SAFETY: promised.
+            Shape::Two => unsafe { begin::<true>(to) },
+            // SAFETY: promised.
+            Shape::One => unsafe { begin::<false>(to) },
+        }
+        Steps { x, at: 0, steps, shape, to }
+    }
+}
+
+/// A product that is under way.
+pub(crate) struct Steps<'a> {
+    x: Rows<'a>,
+    /// Steps that are done, and all of them.
+    at: usize,
+    steps: usize,
+    shape: Shape,
+    to: &'a Target,
+}
+
+/// What the tiles of a product are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    /// Up to 16 rows of x by 32 outputs.
+    One,
+    /// Up to 32.
+    Two,
+    /// 32 rows of weights by a row of x.
+    ByRows,
+}
+
+impl Steps<'_> {
+    /// Whether a line of weights is 32 inputs of a row, for one row of x.
+    pub(crate) fn by_rows(&self) -> bool {
+        self.shape == Shape::ByRows
+    }
+
+    /// Adds the products of 32 inputs and two blocks of weights, a line of which is a pair of inputs of all
+    /// rows, or a row.
+    #[inline(always)]
+    pub(crate) fn step(&mut self, w: &[[Line; WORDS]; 2]) {
+        assert!(self.at < self.steps, "step {} of {}", self.at, self.steps);
+        let x0 = self.x.lines.as_ptr().wrapping_add(self.at * self.x.step);
+        let x = [x0, x0.wrapping_add(WORDS * self.x.row)];
+        let w = [w[0].as_ptr(), w[1].as_ptr()];
+        let rows = [self.x.row, 1].map(|row| row * size_of::<Line>());
+        match self.shape {
+            // SAFETY: the tiles are this product's; x was checked for all steps.
+            Shape::ByRows => unsafe { step_by_rows(x0, w) },
+            // SAFETY: as above.
+            Shape::Two => unsafe { step::<0, false, true, false>(x, w, w, rows) },
+            // SAFETY: as above.
+            Shape::One => unsafe { step::<0, false, false, false>(x, w, w, rows) },
+        }
+        self.at += 1;
+    }
+
+    /// Writes the sums.
+    #[inline(always)]
+    pub(crate) fn end(self) {
+        match self.shape {
+            // SAFETY: promised when it began.
+            Shape::ByRows => unsafe { end_by_rows(self.to) },
+            // SAFETY: as above.
+            Shape::Two => unsafe { end::<true>(self.to) },
+            // SAFETY: as above.
+            Shape::One => unsafe { end::<false>(self.to) },
         }
     }
 }
@@ -334,6 +449,71 @@ unsafe fn step<const SHARE: usize, const STREAM: bool, const BOTH: bool, const X
             x_row = in(reg) x_row,
             w_row = in(reg) w_row,
             options(nostack, readonly),
+        );
+    }
+}
+
+/// [`begin`] of one row.
+///
+/// # Safety
+/// This thread holds [`Tiles::by_rows`], and the target's row may be read.
+#[inline(always)]
+unsafe fn begin_by_rows(target: &Target) {
+    if target.write == Write::Set {
+        // SAFETY: no compiled code uses tiles.
+        unsafe { asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem)) };
+        return;
+    }
+    // SAFETY: no compiled code uses tiles; the row of the target is there.
+    unsafe {
+        asm!(
+            "tileloadd tmm0, [{to} + {element}*1]",
+            "tileloadd tmm1, [{to} + {element}*1 + 64]",
+            to = in(reg) target.to,
+            element = in(reg) size_of::<f32>(),
+            options(nostack, readonly),
+        );
+    }
+}
+
+/// [`step`] of one row of x and two times 16 rows of weights.
+///
+/// # Safety
+/// This thread holds [`Tiles::by_rows`], and all tiles can be read.
+#[inline(always)]
+unsafe fn step_by_rows(x: *const Line, [w0, w1]: [*const Line; 2]) {
+    // SAFETY: promised; no compiled code uses tiles.
+    unsafe {
+        asm!(
+            "tileloadd tmm4, [{x} + {pair}*1]",
+            "tileloadd tmm6, [{w0} + {line}*1]",
+            "tdpbf16ps tmm0, tmm6, tmm4",
+            "tileloadd tmm7, [{w1} + {line}*1]",
+            "tdpbf16ps tmm1, tmm7, tmm4",
+            x = in(reg) x,
+            w0 = in(reg) w0,
+            w1 = in(reg) w1,
+            pair = in(reg) size_of::<u32>(),
+            line = in(reg) size_of::<Line>(),
+            options(nostack, readonly),
+        );
+    }
+}
+
+/// [`end`] of one row.
+///
+/// # Safety
+/// This thread holds [`Tiles::by_rows`], and the target's row may be written.
+#[inline(always)]
+unsafe fn end_by_rows(target: &Target) {
+    // SAFETY: the row of the target is there.
+    unsafe {
+        asm!(
+            "tilestored [{to} + {element}*1], tmm0",
+            "tilestored [{to} + {element}*1 + 64], tmm1",
+            to = in(reg) target.to,
+            element = in(reg) size_of::<f32>(),
+            options(nostack),
         );
     }
 }
