@@ -35,8 +35,10 @@ const TASKS_PER_THREAD: usize = 8;
 const TILED_ROWS: usize = 256;
 const TILED_BYTES: usize = 600 << 10;
 const TILED_TASKS: usize = 2;
-/// Bytes of weights that are expanded at a time.
+/// Bytes of weights that are expanded at a time, and blocks below which that is more: rows of many inputs
+/// would pass too often.
 const EXPANDED_BYTES: usize = 600 << 10;
+const EXPANDED_BLOCKS: usize = 16;
 
 /// The same of a left operand that a task transposes for itself, which then is in the second-level cache
 /// when it is multiplied; tasks per thread with tiles and without.
@@ -193,13 +195,15 @@ impl<'a> Product<'a> {
         let Some(Stored { w, first }) = self.stored.filter(|_| part.rows.len() > amx::GROUP) else {
             return each(self, part, ups);
         };
-        let block_bytes = self.block_lines * size_of::<Line>();
         let most = match part.rows.len() > amx::FEW_ROWS {
-            true => EXPANDED_BYTES / block_bytes.max(1) / 2 * 2,
+            true => {
+                let block_bytes = self.block_lines * size_of::<Line>();
+                (EXPANDED_BYTES / block_bytes.max(1) / 2 * 2).max(EXPANDED_BLOCKS)
+            }
             false => 2,
         };
-        for from in part.blocks.clone().step_by(most.max(2)) {
-            let blocks = from..part.blocks.end.min(from + most.max(2));
+        for from in part.blocks.clone().step_by(most) {
+            let blocks = from..part.blocks.end.min(from + most);
             let len = blocks.len();
             let count = len * if ups.is_some() { 2 } else { 1 };
             let of = |i: usize| match i.checked_sub(len) {
