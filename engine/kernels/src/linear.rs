@@ -83,6 +83,7 @@ pub struct GatedBuffers {
 
 /// The left operand of products with a [`Linear`], rounded as its weights want it.
 pub struct Input {
+    /// For weights in full, and for quantised ones that are expanded to them.
     pub(crate) full: Operand,
     quantised: QuantOperand,
 }
@@ -115,9 +116,10 @@ impl Kernels {
     /// # Panics
     /// When `x` is not whole rows of `w`'s columns.
     pub fn input(&self, x: &[f32], w: &Linear, out: &mut Input) {
-        match w {
-            _ if self.takes_full(w, out) => self.operand(x, w.cols(), &mut out.full),
-            _ => self.quant_operand(x, w.cols(), &mut out.quantised),
+        if self.takes_full(w, out) {
+            self.operand(x, w.cols(), &mut out.full);
+        } else {
+            self.quant_operand(x, w.cols(), &mut out.quantised);
         }
     }
 

@@ -261,7 +261,7 @@ fn where_weights_are_expanded_products_have_the_bits_of_weights_in_full() {
                     let [first, second] = out.each_mut();
                     let parts = [
                         Part { rows: 16..n, bias: None, out: second },
-                        Part { rows: 0..16, bias: Some(&bias[..0]).filter(|_| false), out: first },
+                        Part { rows: 0..16, bias: None, out: first },
                     ];
                     kernels.linear_parts(&input, w, parts);
                     out.map(|out| bits(&out))
@@ -308,6 +308,33 @@ fn where_weights_are_expanded_gates_have_the_bits_of_weights_in_full() {
             };
             assert_eq!(gated(&w), gated(&full), "{m} x {inter} x {k}");
         }
+    }
+}
+
+/// Many rows by so many blocks of so many inputs that they are expanded in several turns.
+#[test]
+fn weights_that_are_expanded_in_turns_have_the_bits_of_weights_in_full() {
+    let mut random = Random::new(100);
+    let format = formats()[0];
+    let (m, inter, k) = (140, 576, 4864);
+    for kernels in every_level(1).filter(|kernels| kernels.expands(Dtype::Bf16)) {
+        let rows: Vec<_> =
+            (0..2 * inter).map(|_| Numbers::random(&mut random, format, k)).collect();
+        let w = in_order(Order::Rows, format, &rows, k);
+        let full = Linear::Full(expanded(&kernels, &w));
+        let w = Linear::Quantised(w);
+        let next = Linear::Full(Matrix::zeros(Dtype::Bf16, 16, inter));
+        let mut input = Input::new(Dtype::Bf16);
+        kernels.input(&random.vec(m * k, 1.0), &w, &mut input);
+        let results = |w: &Linear| {
+            let mut out = vec![0.0; m * 2 * inter];
+            kernels.linear(&input, w, 0..2 * inter, None, Write::Set, &mut out);
+            let (mut gated, mut buffers) = (Input::new(Dtype::Bf16), GatedBuffers::default());
+            kernels.gated((&input, w), &next, &mut buffers, None, &mut gated);
+            let at = |i: usize| gated.full().get(i / inter, i % inter);
+            (bits(&out), bits(&(0..m * inter).map(at).collect::<Vec<_>>()))
+        };
+        assert!(results(&w) == results(&full), "{m} x {} x {k}", 2 * inter);
     }
 }
 
