@@ -119,6 +119,7 @@ impl<'a> Multiply<'a> {
 }
 
 /// Where a group's outputs go: rows of two lines, `stride` elements apart.
+#[derive(Clone, Copy)]
 pub(crate) struct Target {
     pub(crate) to: *mut f32,
     pub(crate) stride: usize,

@@ -174,12 +174,7 @@ impl Tiles {
     /// Until it ends, the target's rows, as many as configured, of 32 elements may be written, and nothing
     /// else uses tiles.
     #[inline(always)]
-    pub(crate) unsafe fn begin<'a>(
-        &'a self,
-        x: Rows<'a>,
-        steps: usize,
-        to: &'a Target,
-    ) -> Steps<'a> {
+    pub(crate) unsafe fn begin<'a>(&'a self, x: Rows<'a>, steps: usize, to: &Target) -> Steps<'a> {
         x.check(self.rows, steps);
         assert_eq!(self.pairs, WORDS, "pairs of inputs in a step");
         let shape = match (self.by_rows, self.rows > WORDS) {
@@ -187,13 +182,16 @@ impl Tiles {
             (false, true) => Shape::Two,
             (false, false) => Shape::One,
         };
+        let to = match shape {
+            // The sums of a row of x lie one below the other in their tiles.
+            Shape::ByRows => Target { stride: 1, ..*to },
+            Shape::One | Shape::Two => *to,
+        };
         match shape {
             // SAFETY: promised.
-            Shape::ByRows => unsafe { begin_by_rows(to) },
+            Shape::Two => unsafe { begin::<true>(&to) },
             // SAFETY: promised.
-            Shape::Two => unsafe { begin::<true>(to) },
-            // SAFETY: promised.
-            Shape::One => unsafe { begin::<false>(to) },
+            Shape::ByRows | Shape::One => unsafe { begin::<false>(&to) },
         }
         Steps { x, at: 0, steps, shape, to }
     }
@@ -206,7 +204,7 @@ pub(crate) struct Steps<'a> {
     at: usize,
     steps: usize,
     shape: Shape,
-    to: &'a Target,
+    to: Target,
 }
 
 /// What the tiles of a product are.
@@ -251,11 +249,9 @@ impl Steps<'_> {
     pub(crate) fn end(self) {
         match self.shape {
             // SAFETY: promised when it began.
-            Shape::ByRows => unsafe { end_by_rows(self.to) },
+            Shape::Two => unsafe { end::<true>(&self.to) },
             // SAFETY: as above.
-            Shape::Two => unsafe { end::<true>(self.to) },
-            // SAFETY: as above.
-            Shape::One => unsafe { end::<false>(self.to) },
+            Shape::ByRows | Shape::One => unsafe { end::<false>(&self.to) },
         }
     }
 }
@@ -453,29 +449,6 @@ unsafe fn step<const SHARE: usize, const STREAM: bool, const BOTH: bool, const X
     }
 }
 
-/// [`begin`] of one row.
-///
-/// # Safety
-/// This thread holds [`Tiles::by_rows`], and the target's row may be read.
-#[inline(always)]
-unsafe fn begin_by_rows(target: &Target) {
-    if target.write == Write::Set {
-        // SAFETY: no compiled code uses tiles.
-        unsafe { asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem)) };
-        return;
-    }
-    // SAFETY: no compiled code uses tiles; the row of the target is there.
-    unsafe {
-        asm!(
-            "tileloadd tmm0, [{to} + {element}*1]",
-            "tileloadd tmm1, [{to} + {element}*1 + 64]",
-            to = in(reg) target.to,
-            element = in(reg) size_of::<f32>(),
-            options(nostack, readonly),
-        );
-    }
-}
-
 /// [`step`] of one row of x and two times 16 rows of weights.
 ///
 /// # Safety
@@ -496,24 +469,6 @@ unsafe fn step_by_rows(x: *const Line, [w0, w1]: [*const Line; 2]) {
             pair = in(reg) size_of::<u32>(),
             line = in(reg) size_of::<Line>(),
             options(nostack, readonly),
-        );
-    }
-}
-
-/// [`end`] of one row.
-///
-/// # Safety
-/// This thread holds [`Tiles::by_rows`], and the target's row may be written.
-#[inline(always)]
-unsafe fn end_by_rows(target: &Target) {
-    // SAFETY: the row of the target is there.
-    unsafe {
-        asm!(
-            "tilestored [{to} + {element}*1], tmm0",
-            "tilestored [{to} + {element}*1 + 64], tmm1",
-            to = in(reg) target.to,
-            element = in(reg) size_of::<f32>(),
-            options(nostack),
         );
     }
 }
