@@ -155,13 +155,7 @@ impl Kernels {
     ) {
         assert_eq!(x.dtype(), w.dtype(), "format of the left operand against the weights'");
         assert_eq!(x.cols(), w.cols(), "columns of the left operand against the weights'");
-        for Part { rows, bias, out } in &parts {
-            check_range(w, rows);
-            let n = rows.len();
-            assert_eq!(out.len(), x.rows() * n, "output length against {} rows of {n}", x.rows());
-            let biases = bias.map_or(n, <[f32]>::len);
-            assert_eq!(biases, n, "bias length against {n} outputs");
-        }
+        check_parts(x, w.rows(), &parts);
         if self.level() == Level::Reference {
             return parts.into_iter().for_each(|Part { rows, bias, out }| {
                 reference::matmul(x, w, rows, bias, write, out);
@@ -187,11 +181,9 @@ impl Kernels {
         write: Write,
         parts: [Part<'_>; N],
     ) {
-        debug_assert!(self.expands(x.dtype()), "weights that are not expanded");
+        assert!(self.expands(x.dtype()), "weights that are not expanded");
+        check_parts(x, w.rows(), &parts);
         let products = parts.map(|Part { rows, bias, out }| {
-            assert!(rows.end <= w.rows(), "rows {}..{} of {}", rows.start, rows.end, w.rows());
-            let biases = bias.map_or(rows.len(), <[f32]>::len);
-            assert_eq!(biases, rows.len(), "bias length against {} outputs", rows.len());
             (Product { bias, write, ..Product::of_stored(x, w, rows) }, out)
         });
         Product::run_all(self, products);
@@ -236,7 +228,7 @@ impl Kernels {
         dx: &mut [f32],
         scratch: &mut Scratch,
     ) {
-        check_range(w, &rows);
+        check_range(w.rows(), &rows);
         assert_eq!(dy.dtype(), w.dtype(), "format of the left operand against the weights'");
         assert_eq!(dy.cols(), rows.len(), "columns of the left operand against the range");
         let (m, k) = (dy.rows(), w.cols());
@@ -274,8 +266,19 @@ impl Kernels {
     }
 }
 
-fn check_range(w: &Matrix, rows: &Range<usize>) {
+/// Checks parts of a product of `x` with so many weight rows.
+fn check_parts(x: &Operand, weight_rows: usize, parts: &[Part<'_>]) {
+    for Part { rows, bias, out } in parts {
+        check_range(weight_rows, rows);
+        let n = rows.len();
+        assert_eq!(out.len(), x.rows() * n, "output length against {} rows of {n}", x.rows());
+        let biases = bias.map_or(n, <[f32]>::len);
+        assert_eq!(biases, n, "bias length against {n} outputs");
+    }
+}
+
+fn check_range(weight_rows: usize, rows: &Range<usize>) {
     let (start, end) = (rows.start, rows.end);
-    assert!(start <= end && end <= w.rows(), "rows {start}..{end} of {}", w.rows());
+    assert!(start <= end && end <= weight_rows, "rows {start}..{end} of {weight_rows}");
     assert!(start.is_multiple_of(WORDS), "range start {start} is not a multiple of {WORDS}");
 }

@@ -139,20 +139,8 @@ impl<'a> Product<'a> {
         assert!(rows.start.is_multiple_of(WORDS), "range starts inside a block at {}", rows.start);
         let block_lines = w.block_lines();
         let blocks = rows.start / WORDS..rows.end.div_ceil(WORDS);
-        Self {
-            dtype: x.dtype(),
-            x: x.lines(),
-            stride: x.stride(),
-            rows: x.rows(),
-            w: &w.lines()[blocks.start * block_lines..blocks.end * block_lines],
-            from: 0,
-            stored: None,
-            block_lines,
-            depth: x.cols().div_ceil(super::convert::per_word(x.dtype())),
-            outputs: rows.len(),
-            bias: None,
-            write: Write::Set,
-        }
+        let lines = &w.lines()[blocks.start * block_lines..blocks.end * block_lines];
+        Self { w: lines, ..Self::without_weights(x, rows.len(), block_lines) }
     }
 
     /// `x` times the weight rows `rows`, which start at a whole block and are expanded to the format of `x`:
@@ -160,7 +148,12 @@ impl<'a> Product<'a> {
     pub(super) fn of_stored(x: &'a Operand, w: &'a QuantMatrix, rows: Range<usize>) -> Self {
         assert_eq!((x.dtype(), x.cols()), (Dtype::Bf16, w.cols()), "left operand against weights");
         assert!(rows.start.is_multiple_of(WORDS), "range starts inside a block at {}", rows.start);
-        let depth = x.cols() / super::convert::per_word(x.dtype());
+        let stored = Some(Stored { w, first: rows.start / WORDS });
+        Self { stored, ..Self::without_weights(x, rows.len(), expand::block_lines(w)) }
+    }
+
+    /// All but the weights, of which a block is so many lines; set, without a bias.
+    fn without_weights(x: &'a Operand, outputs: usize, block_lines: usize) -> Self {
         Self {
             dtype: x.dtype(),
             x: x.lines(),
@@ -168,10 +161,10 @@ impl<'a> Product<'a> {
             rows: x.rows(),
             w: &[],
             from: 0,
-            stored: Some(Stored { w, first: rows.start / WORDS }),
-            block_lines: depth,
-            depth,
-            outputs: rows.len(),
+            stored: None,
+            block_lines,
+            depth: x.cols().div_ceil(super::convert::per_word(x.dtype())),
+            outputs,
             bias: None,
             write: Write::Set,
         }

@@ -23,6 +23,11 @@ thread_local! {
     static BLOCKS: RefCell<Buffer> = RefCell::new(Buffer::zeros(0));
 }
 
+/// Lines of a block: all pairs of inputs, whose number needs no padding.
+pub(crate) fn block_lines(w: &QuantMatrix) -> usize {
+    w.cols() / 2
+}
+
 /// Calls `with` with some blocks of 16 rows of `w`, one after the other, in the layout of a bf16 matrix.
 pub(crate) fn with_blocks<R>(
     token: Avx512Bf16,
@@ -31,7 +36,7 @@ pub(crate) fn with_blocks<R>(
     with: impl FnOnce(&[Line]) -> R,
 ) -> R {
     BLOCKS.with_borrow_mut(|lines| {
-        let block_lines = w.cols() / 2;
+        let block_lines = block_lines(w);
         let len = blocks.len() * block_lines;
         lines.reserve(len);
         for (block, lines) in blocks.zip(lines.chunks_exact_mut(block_lines.max(1))) {
@@ -58,7 +63,7 @@ mod x86 {
     use super::super::X_GROUP;
     use super::super::avx512::halves;
     use super::super::matrix::{Order, of_format};
-    use super::{Avx512Bf16, Line, QuantMatrix};
+    use super::{Avx512Bf16, Line, QuantMatrix, block_lines};
     use crate::QuantFormat;
     use crate::gemm::amx::{Rows, Target, tiles::Tiles};
     use crate::gemm::buffer::WORDS;
@@ -68,7 +73,7 @@ mod x86 {
     /// How far ahead of their use weights are asked for, in bytes.
     const AHEAD_BYTES: usize = 2048;
 
-    /// Writes a block of weights, `cols / 2` lines.
+    /// Writes a block of weights, all of its lines.
     pub(super) fn expand(_token: Avx512Bf16, w: &QuantMatrix, block: usize, to: &mut [Line]) {
         let expand: unsafe fn(&QuantMatrix, usize, &mut [Line]) = of_format!(w.format(), block_of);
         // SAFETY: the token proves the features.
@@ -81,7 +86,7 @@ mod x86 {
         block: usize,
         to: &mut [Line],
     ) {
-        assert_eq!(to.len(), w.cols() / 2, "lines of a block");
+        assert_eq!(to.len(), block_lines(w), "lines of a block");
         let mut records = Records::of_block::<BITS, GROUP>(w, block, 0);
         let mut rows = [Line::ZERO; WORDS];
         for to in to.as_chunks_mut().0 {
