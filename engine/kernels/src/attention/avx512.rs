@@ -1,4 +1,4 @@
-//! The products in AVX-512, with bf16 dot products where the processor has them.
+//! The products in AVX-512; bf16 by its dot products where the processor has them (`dots`).
 //!
 //! ```text
 //! scores:  R rows x P tiles of accumulators (R * P <= 24), lanes = positions
@@ -11,33 +11,34 @@
 //! ```
 //! An accumulator is one output's whole chain, so neither R, P nor D can be seen in the results.
 
-use super::tiles::{Buffers, Fetch, MixedOut, Panel, Products, ScoresOut, Weights};
+use super::dots;
+use super::rounded::{Buffers, Rounding};
+use super::tiles::{Fetch, MixedOut, Panel, Products, ScoresOut, Softmax, Softmaxed, Weights};
 use crate::Dtype;
-use crate::cpu::{Avx512, Avx512Bf16};
+use crate::cpu::{Avx512, Isa};
 use crate::gemm::Write;
 use crate::gemm::convert::{per_word, round_bf16};
 use crate::kv::{MAX_HEAD_DIM, TILE};
 use std::arch::x86_64::*;
 
 /// Most rows and vectors of one `mix`.
-const MIX_ROWS: usize = 6;
+pub(super) const MIX_ROWS: usize = 6;
 const MIX_VECTORS: usize = 4;
 /// Positions of one `mix_transposed`.
 const POSITIONS: usize = 4;
 
-/// The proof that these products may be used.
+/// The proof that these products may be used, and how words of a query meet lines of keys.
 ///
 /// The packed operand of R rows is `[w][R]` words where dot products exist, else `[d][R]` f32.
 #[derive(Clone, Copy)]
 pub(super) struct Fast {
-    dot: Option<Avx512Bf16>,
+    multiply: Multiply,
 }
 
-/// How a word of a query meets a line of keys.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 enum Multiply {
-    /// bf16 pairs, both products in one instruction.
-    Dot,
+    /// bf16 pairs, both products in one instruction; weights of values are rounded.
+    Dot(Rounding),
     /// bf16 pairs widened to f32, even elements first.
     Widened,
     /// f32.
@@ -45,22 +46,14 @@ enum Multiply {
 }
 
 impl Fast {
-    pub(super) fn new(token: Avx512) -> Self {
-        Self { dot: token.bf16() }
-    }
-
-    /// As on a processor that has AVX-512 but not its bf16 part.
-    #[cfg(test)]
-    pub(super) fn without_dot(_token: Avx512) -> Self {
-        Self { dot: None }
-    }
-
-    fn multiply(self, dtype: Dtype) -> Multiply {
-        match (dtype, self.dot) {
+    /// For keys and values of `dtype`.
+    pub(super) fn new(token: Avx512, dtype: Dtype) -> Self {
+        let multiply = match (dtype, Rounding::new(token)) {
             (Dtype::F32, _) => Multiply::Single,
-            (Dtype::Bf16, Some(_)) => Multiply::Dot,
+            (Dtype::Bf16, Some(rounding)) => Multiply::Dot(rounding),
             (Dtype::Bf16, None) => Multiply::Widened,
-        }
+        };
+        Self { multiply }
     }
 
     /// All tiles for R rows: P at a time, then the rest by halves.
@@ -101,10 +94,10 @@ impl Fast {
         let to = out.as_mut_ptr();
         let at = ScoreAt { keys, words, to, stride: task.out.stride };
         let x = task.x;
-        match self.multiply(task.keys.dtype) {
-            Multiply::Dot => {
+        match self.multiply {
+            Multiply::Dot(_) => {
                 assert!(x.len() >= words * R);
-                // SAFETY: `multiply` saw the token of the dot product; tiles, x and out are checked.
+                // SAFETY: the proof of the dot product is there; tiles, x and out are checked.
                 unsafe { score_dot::<R, P>(x, at, task.fetch) }
             }
             Multiply::Widened => {
@@ -142,14 +135,14 @@ impl Products for Fast {
 
     fn pack<'x>(
         self,
-        dtype: Dtype,
+        _dtype: Dtype,
         rows: impl ExactSizeIterator<Item = &'x [f32]>,
         out: &mut [u32],
     ) {
         let count = rows.len();
         for (row, x) in rows.enumerate() {
             // SAFETY: `self` proves AVX-512.
-            unsafe { pack(self.multiply(dtype), x, (row, count), out) };
+            unsafe { pack(self.multiply, x, (row, count), out) };
         }
     }
 
@@ -173,13 +166,36 @@ impl Products for Fast {
         }
     }
 
+    fn softmax(self, isa: Isa, task: Softmax<'_, '_>, buffers: &mut Buffers) {
+        match self.multiply {
+            Multiply::Dot(rounding) => rounding.softmax(task, buffers),
+            Multiply::Widened | Multiply::Single => isa.vectorize(task),
+        }
+    }
+
+    fn mix_softmax(
+        self,
+        p: Softmaxed<'_>,
+        values: Panel<'_>,
+        out: MixedOut<'_>,
+        (buffers, fetch): (&mut Buffers, &mut Fetch<'_>),
+    ) {
+        match self.multiply {
+            Multiply::Dot(rounding) => dots::mix(rounding, p.rounded(buffers), values, out, fetch),
+            _ => self.mix(p.weights(), values, out, (buffers, fetch)),
+        }
+    }
+
     fn mix(
         self,
         p: Weights<'_>,
         values: Panel<'_>,
         out: MixedOut<'_>,
-        (_, fetch): (&mut Buffers, &mut Fetch<'_>),
+        (buffers, fetch): (&mut Buffers, &mut Fetch<'_>),
     ) {
+        if let Multiply::Dot(rounding) = self.multiply {
+            return dots::mix(rounding, rounding.weights(p, buffers), values, out, fetch);
+        }
         let rows = p.lens.len();
         assert!(rows <= Self::ROWS);
         let MixedOut { to: out, write } = out;
@@ -202,7 +218,10 @@ impl Products for Fast {
         }
     }
 
-    fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32], _buffers: &mut Buffers) {
+    fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32], buffers: &mut Buffers) {
+        if let Multiply::Dot(rounding) = self.multiply {
+            return dots::mix_transposed(rounding, p, x, out, buffers);
+        }
         let d = x.len() / p.lens.len();
         let positions = p.lens.last().copied().unwrap_or(0).next_multiple_of(TILE);
         assert!(out.len() >= positions * d);
@@ -232,12 +251,12 @@ impl Products for Fast {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 fn pack(multiply: Multiply, x: &[f32], (row, count): (usize, usize), out: &mut [u32]) {
     let mut half = [0u16; MAX_HEAD_DIM];
-    if multiply != Multiply::Single {
+    if !matches!(multiply, Multiply::Single) {
         half.iter_mut().zip(x).for_each(|(half, &x)| *half = round_bf16(x) as u16);
     }
     let to = out.iter_mut().skip(row).step_by(count);
     match multiply {
-        Multiply::Dot => to
+        Multiply::Dot(_) => to
             .zip(half[..x.len()].as_chunks::<2>().0)
             .for_each(|(to, half)| *to = u32::from(half[0]) | u32::from(half[1]) << 16),
         Multiply::Widened => {
@@ -249,7 +268,7 @@ fn pack(multiply: Multiply, x: &[f32], (row, count): (usize, usize), out: &mut [
 
 /// Cuts `d` elements into even parts of at most [`MIX_VECTORS`] vectors: first vector and number.
 #[inline(always)]
-fn split_vectors(d: usize, mut each: impl FnMut(usize, usize)) {
+pub(super) fn split_vectors(d: usize, mut each: impl FnMut(usize, usize)) {
     let vectors = d / TILE;
     let parts = vectors.div_ceil(MIX_VECTORS);
     for part in 0..parts {

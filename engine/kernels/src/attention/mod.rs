@@ -23,9 +23,13 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod backward;
+#[cfg(target_arch = "x86_64")]
+mod dots;
 mod forward;
 mod lanes;
 mod reference;
+#[cfg(target_arch = "x86_64")]
+mod rounded;
 #[cfg(test)]
 mod tests;
 mod tiles;
@@ -33,7 +37,7 @@ mod tiles;
 pub use backward::{AttnBackward, AttnFamily};
 
 use crate::kv::{KvCache, TILE};
-use crate::{Kernels, KvDtype, Level};
+use crate::{Dtype, Kernels, KvDtype, Level};
 use tiles::{Grow, MAX_ROWS};
 
 /// The rows of one sequence in a call of [`Kernels::attention`].
@@ -139,7 +143,11 @@ impl Kernels {
         }
         #[cfg(target_arch = "x86_64")]
         if let Some(token) = self.isa.avx512() {
-            return forward::run(self, avx512::Fast::new(token), (kv, task), out, scratch);
+            let dtype = match kv.dtype() {
+                KvDtype::Plain(dtype) => dtype,
+                KvDtype::Int8 => Dtype::F32,
+            };
+            return forward::run(self, avx512::Fast::new(token, dtype), (kv, task), out, scratch);
         }
         forward::run(self, lanes::Lanes(self.isa), (kv, task), out, scratch);
     }
@@ -165,7 +173,8 @@ impl Kernels {
         }
         #[cfg(target_arch = "x86_64")]
         if let Some(token) = self.isa.avx512() {
-            return backward::run(self, avx512::Fast::new(token), task, scratch);
+            let products = avx512::Fast::new(token, task.dtype);
+            return backward::run(self, products, task, scratch);
         }
         backward::run(self, lanes::Lanes(self.isa), task, scratch);
     }

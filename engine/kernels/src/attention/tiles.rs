@@ -131,9 +131,7 @@ pub(super) trait Products: Copy + Send + Sync {
         out: MixedOut<'_>,
         beside: (&mut Buffers, &mut Fetch<'_>),
     ) {
-        let Softmaxed { scores, stride, row, start, lens } = p;
-        let rows = &scores[row * stride + start..];
-        self.mix(Weights { rows, stride, lens }, values, out, beside);
+        self.mix(p.weights(), values, out, beside);
     }
 
     /// `out[r] = sum over j < lens[r] of p_rj v_j`. Values are finite.
@@ -151,7 +149,7 @@ pub(super) trait Products: Copy + Send + Sync {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use super::amx::Buffers;
+pub(super) use super::rounded::Buffers;
 
 /// What products work in: nothing.
 #[cfg(not(target_arch = "x86_64"))]
@@ -167,6 +165,14 @@ pub(super) struct Softmaxed<'a> {
     pub(super) row: usize,
     pub(super) start: usize,
     pub(super) lens: &'a [usize],
+}
+
+impl<'a> Softmaxed<'a> {
+    /// The weights that took the place of the scores.
+    pub(super) fn weights(self) -> Weights<'a> {
+        let Self { scores, stride, row, start, lens } = self;
+        Weights { rows: &scores[row * stride + start..], stride, lens }
+    }
 }
 
 /// Where `mix` goes, `[rows][d]`; with [`Write::Add`] the sums go on from what is there.
