@@ -120,10 +120,10 @@ mod x86 {
             line.cast::<i32>().wrapping_add(group * GROUP / 2)
         };
         // SAFETY: scales, and minima where there are any, are the head of the record.
-        let scales = unsafe { halves(record) };
+        let scales = unsafe { halves(record, p.unit) };
         let minima = if format.minimum() {
             // SAFETY: as above.
-            Some(unsafe { halves(record.wrapping_add(32)) })
+            Some(unsafe { halves(record.wrapping_add(32), p.unit) })
         } else {
             None
         };
@@ -206,28 +206,29 @@ mod x86 {
     ) {
         let x_sum = p.x_sum(row, group, GROUP);
         let x_scale = _mm256_set1_ps(p.x_scale(row, group, GROUP));
-        let zeros = _mm256_set1_epi32(x_sum * i32::from(p.w.format().zero()));
+        let zeros = _mm256_set1_epi32(x_sum as i32 * i32::from(p.w.format().zero()));
         for (half, sum) in sum.iter_mut().enumerate() {
             let dot = _mm256_cvtepi32_ps(_mm256_sub_epi32(dot[half], zeros));
             *sum = _mm256_fmadd_ps(dot, _mm256_mul_ps(scales[half], x_scale), *sum);
             if let Some(minima) = minima {
-                let x_sum = _mm256_set1_ps(x_sum as f32);
+                let x_sum = _mm256_set1_ps(x_sum);
                 *sum = _mm256_fmadd_ps(x_sum, _mm256_mul_ps(minima[half], x_scale), *sum);
             }
         }
     }
 
-    /// Sixteen f16.
+    /// Sixteen f16 times `unit`.
     ///
     /// # Safety
     /// 32 bytes can be read.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn halves(at: *const u8) -> Floats {
+    unsafe fn halves(at: *const u8, unit: f32) -> Floats {
         // SAFETY: by the contract.
         let both = unsafe { _mm256_loadu_si256(at.cast()) };
         let high = _mm256_extracti128_si256::<1>(both);
-        [_mm256_cvtph_ps(_mm256_castsi256_si128(both)), _mm256_cvtph_ps(high)]
+        let unit = _mm256_set1_ps(unit);
+        [_mm256_castsi256_si128(both), high].map(|half| _mm256_mul_ps(_mm256_cvtph_ps(half), unit))
     }
 
     /// The integers of pairs `4 quad .. 4 quad + 4` of a group.

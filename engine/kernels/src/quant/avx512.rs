@@ -4,9 +4,9 @@
 //! for each block of 16 outputs, for R rows at a time:
 //!     sum[r] = 0
 //!     for each group of inputs, ascending:
-//!         dot[r] = - zero x_sum[r]                             R independent chains
+//!         dot[r] = 0                                           R independent chains
 //!         for each pair p of inputs, four at a time:
-//!             w[p] = its integers, from the planes             1 vector a pair, for R rows
+//!             w[p] = its integers, from the planes, - zero     1 vector a pair, for R rows
 //!             dot[r] += x[r][p] in all lanes * w[p], in twos   vpdpwssd
 //!         sum[r] = fma(dot[r], scale x_scale, sum[r])          (and the minima's share)
 //! ```
@@ -37,6 +37,7 @@ mod x86 {
     use crate::prefetch;
     use crate::quant::matrix::of_format;
     use crate::quant::product::{Product, Rectangle};
+    use crate::quant::{FINE_GROUP, X_GROUP};
 
     /// How far ahead of their use weights are asked for, in bytes.
     const AHEAD_BYTES: usize = 8192;
@@ -101,46 +102,54 @@ mod x86 {
         let x: [_; R] = std::array::from_fn(|r| {
             p.x.values.as_ptr().wrapping_add((first + r) * p.x.stride()).cast::<i32>()
         });
-        let zero = i32::from(format.zero());
+        let zero = _mm512_set1_epi16(i16::from(format.zero()));
+        let unit = _mm512_set1_ps(p.unit);
+        let of_groups = p.x.cols() / X_GROUP;
+        let x_scales = p.x.scales[first * of_groups..][..R * of_groups].as_ptr();
+        let x_sums = p.x.sums[first * of_groups * 2..][..R * of_groups * 2].as_ptr();
         let mut sums = [_mm512_setzero_ps(); R];
         for group in 0..groups {
             for line in (0..record_bytes).step_by(64) {
                 prefetch::near(record.wrapping_add(AHEAD_BYTES + line));
             }
             let mut dots = [_mm512_setzero_si512(); R];
-            let mut x_sums = [0; R];
-            for r in 0..R {
-                x_sums[r] = p.x_sum(first + r, group, GROUP);
-                dots[r] = _mm512_set1_epi32(-zero * x_sums[r]);
-            }
             for quad in 0..GROUP / 8 {
                 // SAFETY: by the first assertion the record can be read.
                 let w = unsafe {
                     integers::<BITS>(record.wrapping_add(low), record.wrapping_add(high), quad)
                 };
                 for (i, w) in w.into_iter().enumerate() {
+                    let w = _mm512_sub_epi16(w, zero);
                     for (dot, x) in dots.iter_mut().zip(x) {
                         let pair = x.wrapping_add(group * GROUP / 2 + 4 * quad + i);
                         // SAFETY: by the other assertions the row has all pairs of the groups.
-                        let x = _mm512_set1_epi32(unsafe { pair.read() });
-                        *dot = _mm512_dpwssd_epi32(*dot, w, x);
+                        *dot = unsafe { dot_pair(*dot, w, pair) };
                     }
                 }
             }
             // SAFETY: scales, and minima where there are any, are the head of the record.
-            let scales = unsafe { halves(record) };
+            let scales = _mm512_mul_ps(unsafe { halves(record) }, unit);
+            let at = group * GROUP / X_GROUP;
+            let mut x_scale = [_mm512_setzero_ps(); R];
             for r in 0..R {
-                let scale =
-                    _mm512_mul_ps(scales, _mm512_set1_ps(p.x_scale(first + r, group, GROUP)));
+                // SAFETY: the rows have scales for all groups.
+                x_scale[r] = unsafe { broadcast(x_scales.wrapping_add(r * of_groups + at)) };
+                let scale = _mm512_mul_ps(scales, x_scale[r]);
                 sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r]), scale, sums[r]);
             }
             if format.minimum() {
                 // SAFETY: as above.
-                let minima = unsafe { halves(record.wrapping_add(32)) };
+                let minima = _mm512_mul_ps(unsafe { halves(record.wrapping_add(32)) }, unit);
+                let at = group * GROUP / FINE_GROUP;
                 for r in 0..R {
-                    let x_scale = _mm512_set1_ps(p.x_scale(first + r, group, GROUP));
-                    let x_sum = _mm512_set1_ps(x_sums[r] as f32);
-                    sums[r] = _mm512_fmadd_ps(x_sum, _mm512_mul_ps(minima, x_scale), sums[r]);
+                    let x_sums = x_sums.wrapping_add(r * of_groups * 2 + at);
+                    // SAFETY: the rows have two sums for each scale.
+                    let mut x_sum = unsafe { broadcast(x_sums) };
+                    if GROUP > FINE_GROUP {
+                        // SAFETY: as above.
+                        x_sum = _mm512_add_ps(x_sum, unsafe { broadcast(x_sums.wrapping_add(1)) });
+                    }
+                    sums[r] = _mm512_fmadd_ps(x_sum, _mm512_mul_ps(minima, x_scale[r]), sums[r]);
                 }
             }
             record = record.wrapping_add(record_bytes);
@@ -151,6 +160,39 @@ mod x86 {
             unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sum) };
             p.store(at.row + r, at.block, &lanes, out);
         }
+    }
+
+    /// Adds the products of two integers in each word of `w` with those at `pair`.
+    ///
+    /// In assembler, since the compiler makes two instructions of `vpdpwssd` where it counts latencies alone.
+    ///
+    /// # Safety
+    /// A word can be read.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    unsafe fn dot_pair(mut sum: __m512i, w: __m512i, pair: *const i32) -> __m512i {
+        // SAFETY: promised; the instruction reads a word and changes its target only.
+        unsafe {
+            std::arch::asm!(
+                "vpdpwssd {sum}, {w}, dword ptr [{pair}]{{1to16}}",
+                sum = inout(zmm_reg) sum,
+                w = in(zmm_reg) w,
+                pair = in(reg) pair,
+                options(pure, readonly, nostack, preserves_flags),
+            );
+        }
+        sum
+    }
+
+    /// One number in all lanes.
+    ///
+    /// # Safety
+    /// It can be read.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn broadcast(at: *const f32) -> __m512 {
+        // SAFETY: promised.
+        _mm512_set1_ps(unsafe { at.read() })
     }
 
     /// Sixteen f16.

@@ -23,8 +23,8 @@ pub struct QuantOperand {
     pub(super) values: Buffer,
     /// `[rows, cols / 32]`.
     pub(super) scales: Vec<f32>,
-    /// `[rows, cols / 16]`: sums of the integers.
-    pub(super) sums: Vec<i32>,
+    /// `[rows, cols / 16]`: sums of the integers, which are exact.
+    pub(super) sums: Vec<f32>,
 }
 
 impl QuantOperand {
@@ -60,7 +60,7 @@ impl QuantOperand {
         let stride = (cols / (2 * WORDS)) | 1;
         self.values.reserve(rows * stride);
         self.scales.resize(rows * (cols / X_GROUP), 0.0);
-        self.sums.resize(rows * (cols / FINE_GROUP), 0);
+        self.sums.resize(rows * (cols / FINE_GROUP), 0.0);
         (self.rows, self.cols, self.stride) = (rows, cols, stride);
     }
 }
@@ -103,7 +103,7 @@ impl Kernels {
 struct Target<'a> {
     lines: &'a mut [Line],
     scales: &'a mut [f32],
-    sums: &'a mut [i32],
+    sums: &'a mut [f32],
 }
 
 widened! {
@@ -132,6 +132,7 @@ fn quantize_row_body(_isa: Isa, row: &[f32], to: Target<'_>) {
             *word = even as u32 & 0xffff | (odd as u32) << 16;
         }
         let (first, second) = integers.split_at(FINE_GROUP);
-        *sums = if valid { [first.iter().sum(), second.iter().sum()] } else { [0, 0] };
+        let sum = |integers: &[i32]| integers.iter().sum::<i32>() as f32;
+        *sums = if valid { [sum(first), sum(second)] } else { [0.0; 2] };
     }
 }

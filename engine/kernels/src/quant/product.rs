@@ -136,6 +136,7 @@ impl Product<'_> {
             let product: i32 =
                 inputs.map(|k| self.x.integer(row, k) * self.w.integer(output, k)).sum();
             let (scale, minimum) = self.w.scale(output, group);
+            let (scale, minimum) = (scale * self.unit, minimum * self.unit);
             let x_scale = self.x_scale(row, group, group_len);
             let product = product - i32::from(format.zero()) * x_sum;
             sum = (product as f32).mul_add(scale * x_scale, sum);
@@ -146,16 +147,16 @@ impl Product<'_> {
         sum
     }
 
-    /// The activations' scale of a group of `len` weights, times the unit of the weights' scales.
+    /// The activations' scale of a group of `len` weights.
     #[inline(always)]
     pub(super) fn x_scale(&self, row: usize, group: usize, len: usize) -> f32 {
         let per_row = self.x.cols() / X_GROUP;
-        self.x.scales[row * per_row + group * len / X_GROUP] * self.unit
+        self.x.scales[row * per_row + group * len / X_GROUP]
     }
 
     /// The sum of the activations' integers of a group of `len` weights.
     #[inline(always)]
-    pub(super) fn x_sum(&self, row: usize, group: usize, len: usize) -> i32 {
+    pub(super) fn x_sum(&self, row: usize, group: usize, len: usize) -> f32 {
         let fine = len / FINE_GROUP;
         let at = row * (self.x.cols() / FINE_GROUP) + group * fine;
         self.x.sums[at..at + fine].iter().sum()
