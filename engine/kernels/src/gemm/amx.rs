@@ -27,13 +27,12 @@ pub(crate) mod tiles;
 
 use super::Write;
 use super::buffer::{Line, WORDS};
-use super::operand::RoundedRows;
+use super::gated::Gated;
 use super::product::{Product, Rectangle};
 use crate::cpu::{Amx, Isa};
 use crate::disjoint::Disjoint;
 use crate::prefetch;
 use crate::simd::{Job, Simd};
-use crate::swiglu::swiglu;
 
 /// Rows and outputs of a group of tiles.
 pub(super) const GROUP: usize = 2 * WORDS;
@@ -374,16 +373,6 @@ pub(super) fn gated_rectangle(token: Amx, gated: &Gated<'_>, part: &Rectangle) {
     let _ = (token, gated, part);
 }
 
-/// A product whose outputs are gates and, as many blocks further on, what they let through.
-pub(super) struct Gated<'a> {
-    pub(super) product: Product<'a>,
-    /// Blocks of gates.
-    pub(super) gates: usize,
-    /// Where both go, if they are kept, and what is let through.
-    pub(super) kept: Option<RoundedRows<'a>>,
-    pub(super) out: RoundedRows<'a>,
-}
-
 /// A rectangle of it, two blocks of gates at a time, which make a line of every row of the output.
 ///
 /// ```text
@@ -481,25 +470,13 @@ impl<S: Simd> Beside for Activation<'_, S> {
     fn step(&mut self) {
         let s = self.s;
         for r in self.done..self.rows.len().min(self.done + self.share) {
-            let [mut gates, mut ups, mut values] = [[0.0; GROUP]; 3];
+            let [mut gates, mut ups] = [[s.splat(0.0); 2]; 2];
             for (half, sums) in self.sums.iter().enumerate() {
                 let [gate, up] = [0, 1].map(|i| s.load(&sums.0[r].as_chunks::<WORDS>().0[i]));
-                let to = |to: &mut [f32; GROUP], x| s.store(&mut to.as_chunks_mut().0[half], x);
-                to(&mut values, swiglu(s, gate, up));
-                if self.gated.kept.is_some() {
-                    to(&mut gates, gate);
-                    to(&mut ups, up);
-                }
+                (gates[half], ups[half]) = (gate, up);
             }
-            let row = self.rows.start + r;
             // SAFETY: the line is this task's.
-            unsafe { self.gated.out.set_line(row, self.line, &values) };
-            if let Some(kept) = &self.gated.kept {
-                // SAFETY: as are these.
-                unsafe { kept.set_line(row, self.line, &gates) };
-                // SAFETY: as above.
-                unsafe { kept.set_line(row, self.gated.gates / 2 + self.line, &ups) };
-            }
+            unsafe { self.gated.set_line(s, (self.rows.start + r, self.line), gates, ups) };
             self.done += 1;
         }
     }

@@ -15,7 +15,19 @@
 //! chosen by speed: enough chains to cover the latency, few enough for 32 registers.
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::rectangle;
+pub(super) use x86::{gated_rectangle, rectangle};
+
+/// Rows from which gates are activated as they leave a product. Fewer take wider panels.
+pub(super) const GATED_ROWS: usize = 6;
+
+/// Never called: no token exists on other processors.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn gated_rectangle(
+    _token: crate::cpu::Avx512,
+    _gated: &super::gated::Gated<'_>,
+    _part: &super::product::Rectangle,
+) {
+}
 
 /// Never called: no token exists on other processors.
 #[cfg(not(target_arch = "x86_64"))]
@@ -31,14 +43,17 @@ pub(super) fn rectangle(
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
+    use std::ops::Range;
 
     use crate::Dtype;
-    use crate::cpu::Avx512;
+    use crate::cpu::{Avx512, Isa};
     use crate::disjoint::Disjoint;
     use crate::gemm::Write;
     use crate::gemm::buffer::{Line, WORDS};
+    use crate::gemm::gated::Gated;
     use crate::gemm::product::{Product, Rectangle};
     use crate::prefetch;
+    use crate::simd::{Job, Simd};
 
     /// Most rows of a group: 12 x 2 sums, 2 weights and a word of x fit into 32 registers.
     const GROUP_ROWS: usize = 12;
@@ -47,6 +62,9 @@ mod x86 {
 
     /// Steps between two bursts of requests for weights of the next panel.
     const BURST_STEPS: usize = 32;
+
+    /// Outputs of two blocks.
+    const GATED_OUTPUTS: usize = 2 * WORDS;
 
     /// Where a micro-kernel works: its first row and its first block; and which of how many groups of rows
     /// it is.
@@ -83,27 +101,83 @@ mod x86 {
         part: &Rectangle,
         out: &Disjoint<'_, f32>,
     ) {
-        let kernel = match p.dtype {
-            Dtype::F32 => f32_kernel,
-            Dtype::Bf16 if token.bf16().is_some() => bf16_kernel,
-            Dtype::Bf16 => widened_kernel,
-        };
+        let kernel = kernel(token, p.dtype);
         let rows = part.rows.len();
-        let groups = rows.div_ceil(GROUP_ROWS);
-        let (base, longer) = (rows / groups, rows % groups);
-        let widest = widest(rows.div_ceil(groups));
+        let widest = widest(rows.div_ceil(rows.div_ceil(GROUP_ROWS)));
         let mut block = part.blocks.start;
         while block < part.blocks.end {
             let blocks = widest.min(1 << (part.blocks.end - block).ilog2());
-            let mut row = part.rows.start;
-            for group in 0..groups {
-                let rows = base + usize::from(group < longer);
+            for (rows, (group, groups)) in groups(&part.rows) {
+                let at = Corner { row: rows.start, block, group, groups };
                 // SAFETY: the token (and its bf16 part) proves the features of the chosen kernels.
-                unsafe { kernel(rows, blocks)(p, Corner { row, block, group, groups }, out) };
-                row += rows;
+                unsafe { kernel(rows.len(), blocks)(p, at, out) };
             }
             block += blocks;
         }
+    }
+
+    /// Computes a rectangle of `gated`, of which `part` counts blocks of gates.
+    pub(in crate::gemm) fn gated_rectangle(token: Avx512, gated: &Gated<'_>, part: &Rectangle) {
+        Isa::Avx512(token).vectorize(GatedRectangle { token, gated, part });
+    }
+
+    struct GatedRectangle<'a> {
+        token: Avx512,
+        gated: &'a Gated<'a>,
+        part: &'a Rectangle,
+    }
+
+    impl Job for GatedRectangle<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let Self { token, gated, part } = self;
+            let p = &gated.product;
+            let kernel = kernel(token, p.dtype);
+            let mut sums = [[0.0; GATED_OUTPUTS * GROUP_ROWS]; 2];
+            for block in part.blocks.clone().step_by(2) {
+                for (rows, (group, groups)) in groups(&part.rows) {
+                    let at = Corner { row: 0, block: 0, group, groups };
+                    for (half, sums) in [0, gated.gates].into_iter().zip(&mut sums) {
+                        // Its outputs are those of two blocks alone.
+                        let product = Product {
+                            x: &p.x[rows.start * p.stride..],
+                            w: &p.w[(half + block) * p.block_lines..],
+                            outputs: GATED_OUTPUTS,
+                            ..*p
+                        };
+                        // SAFETY: as above.
+                        unsafe { kernel(rows.len(), 2)(&product, at, &Disjoint::new(sums)) };
+                    }
+                    for (r, row) in rows.enumerate() {
+                        let [gates, ups] = sums.each_ref().map(|sums| {
+                            let of_row = sums[r * GATED_OUTPUTS..].as_chunks().0;
+                            [s.load(&of_row[0]), s.load(&of_row[1])]
+                        });
+                        // SAFETY: the line is this task's.
+                        unsafe { gated.set_line(s, (row, block / 2), gates, ups) };
+                    }
+                }
+            }
+        }
+    }
+
+    /// The micro-kernels of a format.
+    fn kernel(token: Avx512, dtype: Dtype) -> fn(usize, usize) -> Kernel {
+        match dtype {
+            Dtype::F32 => f32_kernel,
+            Dtype::Bf16 if token.bf16().is_some() => bf16_kernel,
+            Dtype::Bf16 => widened_kernel,
+        }
+    }
+
+    /// Rows cut into groups of nearly the same size, each with its number and how many there are.
+    fn groups(rows: &Range<usize>) -> impl Iterator<Item = (Range<usize>, (usize, usize))> + use<> {
+        let (start, len) = (rows.start, rows.len());
+        let groups = len.div_ceil(GROUP_ROWS);
+        let first = move |group: usize| start + group * (len / groups) + group.min(len % groups);
+        (0..groups).map(move |group| (first(group)..first(group + 1), (group, groups)))
     }
 
     /// Blocks of a panel for groups of at most `rows` rows.

@@ -10,6 +10,7 @@ mod avx2;
 mod avx512;
 pub(crate) mod buffer;
 pub(crate) mod convert;
+mod gated;
 mod operand;
 pub(crate) mod pack;
 mod portable;

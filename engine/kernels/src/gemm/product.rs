@@ -6,8 +6,8 @@
 
 use std::ops::Range;
 
-use super::amx::Gated;
 use super::buffer::{Line, WORDS};
+use super::gated::Gated;
 use super::{Operand, Write, amx, avx2, avx512, pack, portable};
 use crate::cpu::{Amx, Isa};
 use crate::disjoint::Disjoint;
@@ -284,20 +284,24 @@ impl<'a> Product<'a> {
         (row_chunk, chunks.min_by_key(busiest).unwrap_or(unit))
     }
 
-    /// Whether [`Self::run_gated`] computes this product, its outputs being `gates` blocks of gates and as
-    /// many of what they let through.
-    pub(super) fn gates(&self, isa: Isa) -> Option<(Amx, usize)> {
-        let token = tiles(isa, self.dtype)?;
+    /// How many blocks of gates there are, as many as of what they let through, where [`Self::run_gated`]
+    /// computes this product.
+    pub(super) fn gates(&self, isa: Isa) -> Option<usize> {
+        let computes = match isa {
+            Isa::Amx(_) => true,
+            Isa::Avx512(_) => self.rows >= avx512::GATED_ROWS,
+            Isa::Reference | Isa::Portable | Isa::Avx2(_) => false,
+        };
         let gates = self.outputs / (2 * WORDS);
         let whole = self.outputs == 2 * WORDS * gates && gates.is_multiple_of(2);
-        whole.then_some((token, gates))
+        (computes && self.dtype == Dtype::Bf16 && whole).then_some(gates)
     }
 
     /// Computes `silu(gate) * up` of all rows into `out`, rounded, and gates and ups into `kept`.
     pub(super) fn run_gated(
         self,
         kernels: &Kernels,
-        (token, gates): (Amx, usize),
+        gates: usize,
         kept: Option<&mut Operand>,
         out: &mut Operand,
     ) {
@@ -308,7 +312,11 @@ impl<'a> Product<'a> {
         let cut = Cut { rows: self.rows, blocks: gates, chunks: (row_chunk, block_chunk) };
         let kept = kept.map(|kept| kept.rounded_rows(rows, 2 * cols));
         let gated = Gated { product: self, gates, kept, out: out.rounded_rows(rows, cols) };
-        kernels.pool.run(cut.tasks(), &|task| amx::gated_rectangle(token, &gated, &cut.part(task)));
+        kernels.pool.run(cut.tasks(), &|task| match kernels.isa {
+            Isa::Amx(token) => amx::gated_rectangle(token, &gated, &cut.part(task)),
+            Isa::Avx512(token) => avx512::gated_rectangle(token, &gated, &cut.part(task)),
+            Isa::Reference | Isa::Portable | Isa::Avx2(_) => unreachable!("no such kernel"),
+        });
     }
 
     /// Rows and blocks of a rectangle of many rows with tiles.
