@@ -62,12 +62,17 @@ pub(crate) fn pack_line(dtype: Dtype, values: &[f32], line: &mut Line) {
             line.0.iter_mut().zip(values).for_each(|(word, &x)| *word = x.to_bits());
         }
         Dtype::Bf16 => {
-            let mut whole = [0.0; 2 * WORDS];
-            let n = values.len().min(2 * WORDS);
-            whole[..n].copy_from_slice(&values[..n]);
-            for (word, x) in line.0.iter_mut().zip(whole.chunks_exact(2)) {
-                *word = pair(x[0], x[1]);
+            let mut pack = |whole: &[f32; 2 * WORDS]| {
+                for (word, x) in line.0.iter_mut().zip(whole.as_chunks::<2>().0) {
+                    *word = pair(x[0], x[1]);
+                }
+            };
+            if let Some(whole) = values.first_chunk() {
+                return pack(whole);
             }
+            let mut whole = [0.0; 2 * WORDS];
+            whole[..values.len()].copy_from_slice(values);
+            pack(&whole);
         }
     }
 }
