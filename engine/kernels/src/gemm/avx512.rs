@@ -17,7 +17,8 @@
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::{gated_rectangle, rectangle};
 
-/// Rows from which gates are activated as they leave a product. Fewer take wider panels.
+/// Rows from which gates are activated as they leave a product: fewer take panels wider than the two blocks
+/// that make a line of outputs.
 pub(super) const GATED_ROWS: usize = 6;
 
 /// Never called: no token exists on other processors.
@@ -147,7 +148,7 @@ mod x86 {
                             outputs: GATED_OUTPUTS,
                             ..*p
                         };
-                        // SAFETY: as above.
+                        // SAFETY: the token proves the features, as for `rectangle`.
                         unsafe { kernel(rows.len(), 2)(&product, at, &Disjoint::new(sums)) };
                     }
                     for (r, row) in rows.enumerate() {
