@@ -219,8 +219,9 @@ unsafe fn load<const D: usize>(at: *const u32) -> [__m512i; D] {
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[inline]
 fn accumulate<const D: usize>(sums: &mut [__m512; D], word: i32, v: &[__m512i; D]) {
+    let word = _mm512_set1_epi32(word);
     // SAFETY: any 512 bits are halves.
-    let word = unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(word)) };
+    let word = unsafe { std::mem::transmute::<__m512i, __m512bh>(word) };
     for (sum, &v) in sums.iter_mut().zip(v) {
         // SAFETY: as above.
         let v = unsafe { std::mem::transmute::<__m512i, __m512bh>(v) };
