@@ -306,6 +306,28 @@ pub(crate) mod avx512 {
         _mm512_maskz_scalef_ps(seen, p, n)
     }
 
+    /// One number in all lanes.
+    ///
+    /// # Safety
+    /// It can be read.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    pub(crate) unsafe fn broadcast(at: *const f32) -> __m512 {
+        // SAFETY: promised by the caller.
+        _mm512_set1_ps(unsafe { at.read() })
+    }
+
+    /// Adds the products of the two bf16 in each word of `x` with those of `w`.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline]
+    pub(crate) fn dot_bf16(sum: __m512, x: __m512i, w: __m512i) -> __m512 {
+        // SAFETY: both are 512 bits without invalid values.
+        let x = unsafe { std::mem::transmute::<__m512i, __m512bh>(x) };
+        // SAFETY: as above.
+        let w = unsafe { std::mem::transmute::<__m512i, __m512bh>(w) };
+        _mm512_dpbf16_ps(sum, x, w)
+    }
+
     /// The sum of the lanes: lane i + lane i+8, then i+4, i+2, i+1.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
     #[inline]

@@ -23,6 +23,13 @@ pub(crate) fn whole_rows(len: usize, cols: usize) -> usize {
     rows
 }
 
+/// `0..count` cut into as few parts of at most `most` as there can be, of nearly the same size.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn even_parts(count: usize, most: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    let parts = count.div_ceil(most);
+    (0..parts).map(move |part| count * part / parts..count * (part + 1) / parts)
+}
+
 impl Kernels {
     /// Calls `task` with ranges that cover `0..rows`, a row being about `cost` elements of work.
     pub(crate) fn split_rows(

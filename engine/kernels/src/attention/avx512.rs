@@ -19,11 +19,13 @@ use crate::cpu::{Avx512, Isa};
 use crate::gemm::Write;
 use crate::gemm::convert::{per_word, round_bf16};
 use crate::kv::{MAX_HEAD_DIM, TILE};
+use crate::simd::avx512::{broadcast, dot_bf16};
+use crate::split::even_parts;
 use std::arch::x86_64::*;
 
 /// Most rows and vectors of one `mix`.
 pub(super) const MIX_ROWS: usize = 6;
-const MIX_VECTORS: usize = 4;
+pub(super) const MIX_VECTORS: usize = 4;
 /// Positions of one `mix_transposed`.
 const POSITIONS: usize = 4;
 
@@ -200,21 +202,20 @@ impl Products for Fast {
         assert!(rows <= Self::ROWS);
         let MixedOut { to: out, write } = out;
         let d = out.len() / rows;
-        let parts = rows.div_ceil(MIX_ROWS);
-        for part in 0..parts {
-            let (from, to) = (rows * part / parts, rows * (part + 1) / parts);
-            let p = Weights { rows: &p.rows[from * p.stride..], lens: &p.lens[from..to], ..p };
-            let out = &mut out[from * d..to * d];
-            split_vectors(d, |first, vectors| {
+        for part in even_parts(rows, MIX_ROWS) {
+            let first = part.start * p.stride;
+            let p = Weights { rows: &p.rows[first..], lens: &p.lens[part.clone()], ..p };
+            let out = &mut out[part.start * d..part.end * d];
+            for vectors in even_parts(d / TILE, MIX_VECTORS) {
                 let (out, fetch) = (&mut *out, &mut *fetch);
-                let task = &mut MixTask { p, values, d, first, out, write, fetch };
-                match vectors {
+                let task = &mut MixTask { p, values, d, first: vectors.start, out, write, fetch };
+                match vectors.len() {
                     1 => task.vectors::<1>(self),
                     2 => task.vectors::<2>(self),
                     3 => task.vectors::<3>(self),
                     _ => task.vectors::<4>(self),
                 }
-            });
+            }
         }
     }
 
@@ -230,10 +231,10 @@ impl Products for Fast {
             let first = p.lens.partition_point(|&len| len <= position);
             let at =
                 OuterAt { p: &p.rows[position..], stride: p.stride, rows: first..p.lens.len(), d };
-            split_vectors(d, |column, vectors| {
-                let x = &x[column * TILE..];
-                let out = &mut out[position * d + column * TILE..];
-                let kernel = match vectors {
+            for vectors in even_parts(d / TILE, MIX_VECTORS) {
+                let x = &x[vectors.start * TILE..];
+                let out = &mut out[position * d + vectors.start * TILE..];
+                let kernel = match vectors.len() {
                     1 => outer::<1>,
                     2 => outer::<2>,
                     3 => outer::<3>,
@@ -242,7 +243,7 @@ impl Products for Fast {
                 // SAFETY: `self` proves AVX-512; rows and positions are within p, x and out by the
                 // checks above, columns by the split of d.
                 unsafe { kernel(&at, x, out) };
-            });
+            }
         }
     }
 }
@@ -263,17 +264,6 @@ fn pack(multiply: Multiply, x: &[f32], (row, count): (usize, usize), out: &mut [
             to.zip(&half[..x.len()]).for_each(|(to, &half)| *to = u32::from(half) << 16);
         }
         Multiply::Single => to.zip(x).for_each(|(to, x)| *to = x.to_bits()),
-    }
-}
-
-/// Cuts `d` elements into even parts of at most [`MIX_VECTORS`] vectors: first vector and number.
-#[inline(always)]
-pub(super) fn split_vectors(d: usize, mut each: impl FnMut(usize, usize)) {
-    let vectors = d / TILE;
-    let parts = vectors.div_ceil(MIX_VECTORS);
-    for part in 0..parts {
-        let (from, to) = (vectors * part / parts, vectors * (part + 1) / parts);
-        each(from, to - from);
     }
 }
 
@@ -396,15 +386,6 @@ unsafe fn load_value<const D: usize, const E: usize>(at: *const u32, lane: usize
     v
 }
 
-/// # Safety
-/// AVX-512 exists and `at` can be read.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-#[inline]
-unsafe fn broadcast(at: *const f32) -> __m512 {
-    // SAFETY: promised by the caller.
-    _mm512_set1_ps(unsafe { at.read() })
-}
-
 /// Some rows of weights from one position on.
 struct OuterAt<'a> {
     p: &'a [f32],
@@ -497,12 +478,8 @@ unsafe fn step_dot<const R: usize, const P: usize>(
     for (r, sums) in sums.iter_mut().enumerate() {
         // SAFETY: promised by the caller.
         let x = unsafe { broadcast(x.wrapping_add(word * R + r).cast()) };
-        // SAFETY: both are 512 bits that may hold anything.
-        let x = unsafe { std::mem::transmute::<__m512, __m512bh>(x) };
         for (sum, &key) in sums.iter_mut().zip(keys) {
-            // SAFETY: both are 512 bits that may hold anything.
-            let key = unsafe { std::mem::transmute::<__m512i, __m512bh>(key) };
-            *sum = _mm512_dpbf16_ps(*sum, key, x);
+            *sum = dot_bf16(*sum, key, _mm512_castps_si512(x));
         }
     }
 }

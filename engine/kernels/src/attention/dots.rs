@@ -10,12 +10,14 @@
 //! An accumulator is one output's whole chain, so neither R, D nor the number of positions can be seen in the
 //! results.
 
-use super::avx512::{MIX_ROWS, split_vectors};
+use super::avx512::{MIX_ROWS, MIX_VECTORS};
 use super::rounded::{Buffers, Rounded, Rounding, grow};
 use super::tiles::{Fetch, MixedOut, Panel, Weights};
 use crate::gemm::Write;
 use crate::gemm::buffer::{Line, WORDS};
 use crate::kv::TILE;
+use crate::simd::avx512::dot_bf16;
+use crate::split::even_parts;
 use std::arch::x86_64::*;
 
 /// Pairs of positions in a tile.
@@ -34,16 +36,16 @@ pub(super) fn mix(
     let MixedOut { to: out, write } = out;
     let rows = p.lens.len();
     let d = out.len() / rows;
-    let parts = rows.div_ceil(MIX_ROWS);
-    for part in 0..parts {
-        let (from, to) = (rows * part / parts, rows * (part + 1) / parts);
-        let p = Rounded { lines: &p.lines[from * p.row..], row: p.row, lens: &p.lens[from..to] };
+    for part in even_parts(rows, MIX_ROWS) {
+        let lines = &p.lines[part.start * p.row..];
+        let p = Rounded { lines, row: p.row, lens: &p.lens[part.clone()] };
         let tiles = p.lens[p.lens.len() - 1].div_ceil(TILE);
         assert!(p.lines.len() >= (p.lens.len() - 1) * p.row + tiles.div_ceil(2), "weights");
         assert!(values.tiles.len() >= tiles && d == 2 * values.head_words, "values");
-        let out = &mut out[from * d..to * d];
-        split_vectors(d, |first, vectors| {
-            let kernel = match vectors {
+        let out = &mut out[part.start * d..part.end * d];
+        for vectors in even_parts(d / TILE, MIX_VECTORS) {
+            let first = vectors.start;
+            let kernel = match vectors.len() {
                 1 => of_rows::<1>(p.lens.len()),
                 2 => of_rows::<2>(p.lens.len()),
                 3 => of_rows::<3>(p.lens.len()),
@@ -53,7 +55,7 @@ pub(super) fn mix(
             let task = MixTask { p, values, tiles, d, first, out, write, fetch: &mut *fetch };
             // SAFETY: the proof is there; weights, values and columns are checked.
             unsafe { kernel(task) };
-        });
+        }
     }
 }
 
@@ -143,16 +145,16 @@ pub(super) fn mix_transposed(
         unsafe { weight_pairs(rounding, p, (from, first), weights) };
         let x = &buffers.pairs[from * d / TILE..pairs * d / TILE];
         let out = &mut out[first * d..(first + TILE) * d];
-        split_vectors(d, |column, vectors| {
-            let kernel = match vectors {
+        for vectors in even_parts(d / TILE, MIX_VECTORS) {
+            let kernel = match vectors.len() {
                 1 => outer::<1>,
                 2 => outer::<2>,
                 3 => outer::<3>,
                 _ => outer::<4>,
             };
             // SAFETY: the proof is there; as many pairs of rows as of weights, columns by the split of d.
-            unsafe { kernel(weights, x, (d, column), out) };
-        });
+            unsafe { kernel(weights, x, (d, vectors.start), out) };
+        }
     }
 }
 
@@ -220,11 +222,7 @@ unsafe fn load<const D: usize>(at: *const u32) -> [__m512i; D] {
 #[inline]
 fn accumulate<const D: usize>(sums: &mut [__m512; D], word: i32, v: &[__m512i; D]) {
     let word = _mm512_set1_epi32(word);
-    // SAFETY: any 512 bits are halves.
-    let word = unsafe { std::mem::transmute::<__m512i, __m512bh>(word) };
     for (sum, &v) in sums.iter_mut().zip(v) {
-        // SAFETY: as above.
-        let v = unsafe { std::mem::transmute::<__m512i, __m512bh>(v) };
-        *sum = _mm512_dpbf16_ps(*sum, word, v);
+        *sum = dot_bf16(*sum, word, v);
     }
 }

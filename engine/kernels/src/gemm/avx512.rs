@@ -54,7 +54,9 @@ mod x86 {
     use crate::gemm::gated::Gated;
     use crate::gemm::product::{Product, Rectangle};
     use crate::prefetch;
+    use crate::simd::avx512::dot_bf16;
     use crate::simd::{Job, Simd};
+    use crate::split::even_parts;
 
     /// Most rows of a group: 12 x 2 sums, 2 weights and a word of x fit into 32 registers.
     const GROUP_ROWS: usize = 12;
@@ -175,10 +177,10 @@ mod x86 {
 
     /// Rows cut into groups of nearly the same size, each with its number and how many there are.
     fn groups(rows: &Range<usize>) -> impl Iterator<Item = (Range<usize>, (usize, usize))> + use<> {
-        let (start, len) = (rows.start, rows.len());
-        let groups = len.div_ceil(GROUP_ROWS);
-        let first = move |group: usize| start + group * (len / groups) + group.min(len % groups);
-        (0..groups).map(move |group| (first(group)..first(group + 1), (group, groups)))
+        let (start, groups) = (rows.start, rows.len().div_ceil(GROUP_ROWS));
+        even_parts(rows.len(), GROUP_ROWS)
+            .enumerate()
+            .map(move |(i, rows)| (start + rows.start..start + rows.end, (i, groups)))
     }
 
     /// Blocks of a panel for groups of at most `rows` rows.
@@ -194,16 +196,6 @@ mod x86 {
     #[target_feature(enable = "avx512f")]
     fn dot_f32(sum: __m512, x: __m512i, w: __m512i) -> __m512 {
         _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn dot_bf16(sum: __m512, x: __m512i, w: __m512i) -> __m512 {
-        // SAFETY: both are 512 bits without invalid values.
-        let x = unsafe { std::mem::transmute::<__m512i, __m512bh>(x) };
-        // SAFETY: as above.
-        let w = unsafe { std::mem::transmute::<__m512i, __m512bh>(w) };
-        _mm512_dpbf16_ps(sum, x, w)
     }
 
     #[inline]

@@ -38,6 +38,7 @@ mod x86 {
     use crate::quant::matrix::of_format;
     use crate::quant::product::{Product, Rectangle};
     use crate::quant::{FINE_GROUP, X_GROUP};
+    use crate::simd::avx512::broadcast;
 
     /// How far ahead of their use weights are asked for, in bytes.
     const AHEAD_BYTES: usize = 8192;
@@ -182,17 +183,6 @@ mod x86 {
             );
         }
         sum
-    }
-
-    /// One number in all lanes.
-    ///
-    /// # Safety
-    /// It can be read.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn broadcast(at: *const f32) -> __m512 {
-        // SAFETY: promised.
-        _mm512_set1_ps(unsafe { at.read() })
     }
 
     /// Sixteen f16.
