@@ -34,6 +34,19 @@ impl Random {
     pub(crate) fn vec(&mut self, len: usize, scale: f32) -> Vec<f32> {
         (0..len).map(|_| (self.uniform() as f32 * 2.0 - 1.0) * scale).collect()
     }
+
+    /// `len` roughly normal numbers, mean 0 and deviation 1.
+    pub(crate) fn normal(&mut self, len: usize) -> Vec<f32> {
+        let number = |_| 1.7 * (0..4).map(|_| self.uniform() as f32 - 0.5).sum::<f32>();
+        (0..len).map(number).collect()
+    }
+
+    /// The numbers below `len` in any order.
+    pub(crate) fn shuffled(&mut self, len: usize) -> Vec<u32> {
+        let mut items: Vec<u32> = (0..len as u32).collect();
+        (1..len).for_each(|i| items.swap(i, self.below(i + 1)));
+        items
+    }
 }
 
 /// Kernels of every level that this processor can run, on `threads` threads.

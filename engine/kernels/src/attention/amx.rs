@@ -13,7 +13,7 @@
 //! position can be seen in it.
 
 use super::rounded::{Buffers, Rounded, Rounding, STEP, as_lines, as_lines_mut, grow};
-use super::tiles::{Fetch, MixedOut, Panel, Products, ScoresOut, Softmax, Softmaxed, Weights};
+use super::tiles::{Fetch, MixedOut, Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
 use crate::cpu::{Amx, Isa};
 use crate::gemm::Write;
@@ -45,12 +45,13 @@ impl Tiled {
 impl Products for Tiled {
     const ROWS: usize = 32;
 
-    fn pack<'x>(
-        self,
-        _dtype: Dtype,
-        rows: impl ExactSizeIterator<Item = &'x [f32]>,
-        out: &mut [u32],
-    ) {
+    type Weighting = Rounding;
+
+    fn weighting(self) -> Rounding {
+        self.rounding
+    }
+
+    fn pack<'x>(self, rows: impl ExactSizeIterator<Item = &'x [f32]>, out: &mut [u32]) {
         let row_lines = out.len() / rows.len() / STEP;
         let lines = as_lines_mut(out).chunks_exact_mut(row_lines);
         rows.zip(lines).for_each(|(row, to)| self.rounding.round(row, to));
@@ -78,28 +79,27 @@ impl Products for Tiled {
         }
     }
 
-    fn softmax(self, _isa: Isa, task: Softmax<'_, '_>, buffers: &mut Buffers) {
-        self.rounding.softmax(task, buffers);
-    }
-
-    fn mix_softmax(
-        self,
-        p: Softmaxed<'_>,
-        values: Panel<'_>,
-        out: MixedOut<'_>,
-        (buffers, fetch): (&mut Buffers, &mut Fetch<'_>),
-    ) {
-        self.mix_rounded(p.rounded(buffers), values, out, fetch);
-    }
-
     fn mix(
         self,
-        p: Weights<'_>,
+        Rounded { lines, row, lens }: Rounded<'_>,
         values: Panel<'_>,
         out: MixedOut<'_>,
-        (buffers, fetch): (&mut Buffers, &mut Fetch<'_>),
+        fetch: &mut Fetch<'_>,
     ) {
-        self.mix_rounded(self.rounding.weights(p, buffers), values, out, fetch);
+        let MixedOut { to: out, write } = out;
+        let x = Rows { lines, row, step: 1 };
+        let (rows, d) = (lens.len(), out.len() / lens.len());
+        let tiles = lens[rows - 1].div_ceil(TILE);
+        let held = Tiles::of_pairs(self.token, rows);
+        let mut beside = FetchLines(fetch, values.head_words / (d / STEP));
+        for column in (0..d).step_by(STEP) {
+            let out = &mut out[column..];
+            assert!(out.len() >= (rows - 1) * d + STEP, "{} elements of output", out.len());
+            let to = Target { to: out.as_mut_ptr(), stride: d, write };
+            let w = (0..tiles).map(|tile| &values.tile(tile)[column..]);
+            // SAFETY: the rows are there, by the assertion.
+            unsafe { held.multiply_pairs(x, (w, d), &to, &mut beside) };
+        }
     }
 
     fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32], buffers: &mut Buffers) {
@@ -131,30 +131,6 @@ impl Products for Tiled {
 }
 
 impl Tiled {
-    /// `mix` of rounded weights.
-    fn mix_rounded(
-        self,
-        Rounded { lines, row, lens }: Rounded<'_>,
-        values: Panel<'_>,
-        out: MixedOut<'_>,
-        fetch: &mut Fetch<'_>,
-    ) {
-        let MixedOut { to: out, write } = out;
-        let x = Rows { lines, row, step: 1 };
-        let (rows, d) = (lens.len(), out.len() / lens.len());
-        let tiles = lens[rows - 1].div_ceil(TILE);
-        let held = Tiles::of_pairs(self.token, rows);
-        let mut beside = FetchLines(fetch, values.head_words / (d / STEP));
-        for column in (0..d).step_by(STEP) {
-            let out = &mut out[column..];
-            assert!(out.len() >= (rows - 1) * d + STEP, "{} elements of output", out.len());
-            let to = Target { to: out.as_mut_ptr(), stride: d, write };
-            let w = (0..tiles).map(|tile| &values.tile(tile)[column..]);
-            // SAFETY: the rows are there, by the assertion.
-            unsafe { held.multiply_pairs(x, (w, d), &to, &mut beside) };
-        }
-    }
-
     /// Columns `position` to `position + 32` of `p` rounded into rows of `depth` lines, 32 rows of `p` a
     /// line. A row counts as zero behind the tile where it ends.
     fn columns(self, p: Weights<'_>, position: usize, depth: usize, to: &mut [Line]) {

@@ -1,228 +1,116 @@
-//! The products in AVX-512; bf16 by its dot products where the processor has them (`dots`).
+//! The products in AVX-512: with dot products of bf16 (`dots`), or here in f32.
 //!
 //! ```text
-//! scores:  R rows x P tiles of accumulators (R * P <= 24), lanes = positions
-//!     for each word w of a head: for each tile load 64 bytes of keys; for each row broadcast word w
-//!     of the query; accumulate the R * P products
+//! scores:  see `scores`
 //! mix:     R rows x D vectors of 16 elements (R * D <= 24), lanes = elements
 //!     for each position j, ascending: load (and widen) D vectors of the value; for each row
 //!     broadcast p_rj; accumulate. Positions that not all rows see: the same, masked by row
 //! mix_transposed:  4 positions x D vectors, lanes = elements; loop over rows
 //! ```
-//! An accumulator is one output's whole chain, so neither R, P nor D can be seen in the results.
+//! An accumulator is one output's whole chain, so neither R nor D can be seen in the results.
 
-use super::dots;
-use super::rounded::{Buffers, Rounding};
-use super::tiles::{Fetch, MixedOut, Panel, Products, ScoresOut, Softmax, Softmaxed, Weights};
+/// `$kernel::<D>`, D = `$vectors`, at most [`MIX_VECTORS`]; called where arguments follow.
+macro_rules! by_vectors {
+    ($vectors:expr, $kernel:ident $($arguments:tt)?) => {
+        match $vectors {
+            1 => $kernel::<1> $($arguments)?,
+            2 => $kernel::<2> $($arguments)?,
+            3 => $kernel::<3> $($arguments)?,
+            _ => $kernel::<MIX_VECTORS> $($arguments)?,
+        }
+    };
+}
+
+/// `$kernel::<R, ...>`, R = `$rows`, at most [`MIX_ROWS`].
+macro_rules! by_rows {
+    ($rows:expr, $kernel:ident, $($size:tt),*) => {
+        match $rows {
+            1 => $kernel::<1, $($size),*>,
+            2 => $kernel::<2, $($size),*>,
+            3 => $kernel::<3, $($size),*>,
+            4 => $kernel::<4, $($size),*>,
+            5 => $kernel::<5, $($size),*>,
+            _ => $kernel::<MIX_ROWS, $($size),*>,
+        }
+    };
+}
+
+mod dots;
+mod scores;
+
+pub(super) use dots::Dots;
+
+use super::tiles::{Buffers, Exact, Fetch, MixedOut, Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
-use crate::cpu::{Avx512, Isa};
+use crate::cpu::Isa;
 use crate::gemm::Write;
-use crate::gemm::convert::{per_word, round_bf16};
-use crate::kv::{MAX_HEAD_DIM, TILE};
-use crate::simd::avx512::{broadcast, dot_bf16};
+use crate::gemm::convert::per_word;
+use crate::kv::TILE;
+use crate::simd::avx512::broadcast;
 use crate::split::even_parts;
+use scores::Scores;
 use std::arch::x86_64::*;
 
 /// Most rows and vectors of one `mix`.
-pub(super) const MIX_ROWS: usize = 6;
-pub(super) const MIX_VECTORS: usize = 4;
+const MIX_ROWS: usize = 6;
+const MIX_VECTORS: usize = 4;
 /// Positions of one `mix_transposed`.
 const POSITIONS: usize = 4;
 
-/// The proof that these products may be used, and how words of a query meet lines of keys.
-///
-/// The packed operand of R rows is `[w][R]` words where dot products exist, else `[d][R]` f32.
+/// The proof that these products may be used.
 #[derive(Clone, Copy)]
 pub(super) struct Fast {
-    multiply: Multiply,
-}
-
-#[derive(Clone, Copy)]
-enum Multiply {
-    /// bf16 pairs, both products in one instruction; weights of values are rounded.
-    Dot(Rounding),
-    /// bf16 pairs widened to f32, even elements first.
-    Widened,
-    /// f32.
-    Single,
+    isa: Isa,
+    scores: Scores,
 }
 
 impl Fast {
-    /// For keys and values of `dtype`.
-    pub(super) fn new(token: Avx512, dtype: Dtype) -> Self {
-        let multiply = match (dtype, Rounding::new(token)) {
-            (Dtype::F32, _) => Multiply::Single,
-            (Dtype::Bf16, Some(rounding)) => Multiply::Dot(rounding),
-            (Dtype::Bf16, None) => Multiply::Widened,
-        };
-        Self { multiply }
+    /// For keys and values of `dtype`, where the level has AVX-512.
+    pub(super) fn new(isa: Isa, dtype: Dtype) -> Option<Self> {
+        Some(Self { isa, scores: Scores::new(isa.avx512()?, dtype) })
     }
-
-    /// All tiles for R rows: P at a time, then the rest by halves.
-    fn score_rows<const R: usize, const P: usize>(self, task: &mut ScoreTask<'_, '_>) {
-        let tiles = task.keys.tiles.len();
-        let mut first = 0;
-        while first + P <= tiles {
-            self.score_tiles::<R, P>(task, first);
-            first += P;
-        }
-        while first < tiles {
-            match tiles - first {
-                4.. if P > 4 => {
-                    self.score_tiles::<R, 4>(task, first);
-                    first += 4;
-                }
-                2.. if P > 2 => {
-                    self.score_tiles::<R, 2>(task, first);
-                    first += 2;
-                }
-                _ => {
-                    self.score_tiles::<R, 1>(task, first);
-                    first += 1;
-                }
-            }
-        }
-    }
-
-    fn score_tiles<const R: usize, const P: usize>(
-        self,
-        task: &mut ScoreTask<'_, '_>,
-        first: usize,
-    ) {
-        let keys = std::array::from_fn(|p| task.keys.tile(first + p).as_ptr());
-        let words = task.keys.head_words;
-        let out = &mut task.out.to[first * TILE..];
-        assert!(out.len() >= (R - 1) * task.out.stride + P * TILE);
-        let to = out.as_mut_ptr();
-        let at = ScoreAt { keys, words, to, stride: task.out.stride };
-        let x = task.x;
-        match self.multiply {
-            Multiply::Dot(_) => {
-                assert!(x.len() >= words * R);
-                // SAFETY: the proof of the dot product is there; tiles, x and out are checked.
-                unsafe { score_dot::<R, P>(x, at, task.fetch) }
-            }
-            Multiply::Widened => {
-                assert!(x.len() >= 2 * words * R);
-                // SAFETY: `self` proves AVX-512; tiles, x and out are checked above.
-                unsafe { score_widened::<R, P>(x, at, task.fetch) }
-            }
-            Multiply::Single => {
-                assert!(x.len() >= words * R);
-                // SAFETY: `self` proves AVX-512; tiles, x and out are checked above.
-                unsafe { score_single::<R, P>(x, at, task.fetch) }
-            }
-        }
-    }
-}
-
-struct ScoreTask<'a, 'f> {
-    x: &'a [u32],
-    keys: Panel<'a>,
-    out: ScoresOut<'a>,
-    fetch: &'a mut Fetch<'f>,
-}
-
-/// P whole tiles of `words` lines, and room for P lines of output in each row.
-struct ScoreAt<const P: usize> {
-    keys: [*const u32; P],
-    words: usize,
-    to: *mut f32,
-    stride: usize,
 }
 
 impl Products for Fast {
-    /// With two tiles of keys they fill 24 of 32 registers.
-    const ROWS: usize = 12;
+    const ROWS: usize = Scores::ROWS;
 
-    fn pack<'x>(
-        self,
-        _dtype: Dtype,
-        rows: impl ExactSizeIterator<Item = &'x [f32]>,
-        out: &mut [u32],
-    ) {
-        let count = rows.len();
-        for (row, x) in rows.enumerate() {
-            // SAFETY: `self` proves AVX-512.
-            unsafe { pack(self.multiply, x, (row, count), out) };
-        }
+    type Weighting = Exact;
+
+    fn weighting(self) -> Exact {
+        Exact(self.isa)
+    }
+
+    fn pack<'x>(self, rows: impl ExactSizeIterator<Item = &'x [f32]>, out: &mut [u32]) {
+        self.scores.pack(rows, out);
     }
 
     fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>, fetch: &mut Fetch<'_>) {
-        let rows = out.rows;
-        let task = &mut ScoreTask { x, keys, out, fetch };
-        match rows {
-            1 => self.score_rows::<1, 8>(task),
-            2 => self.score_rows::<2, 8>(task),
-            3 => self.score_rows::<3, 8>(task),
-            4 => self.score_rows::<4, 4>(task),
-            5 => self.score_rows::<5, 4>(task),
-            6 => self.score_rows::<6, 4>(task),
-            7 => self.score_rows::<7, 2>(task),
-            8 => self.score_rows::<8, 2>(task),
-            9 => self.score_rows::<9, 2>(task),
-            10 => self.score_rows::<10, 2>(task),
-            11 => self.score_rows::<11, 2>(task),
-            12 => self.score_rows::<12, 2>(task),
-            n => unreachable!("{n} rows in a tile"),
-        }
+        self.scores.compute(x, keys, out, fetch);
     }
 
-    fn softmax(self, isa: Isa, task: Softmax<'_, '_>, buffers: &mut Buffers) {
-        match self.multiply {
-            Multiply::Dot(rounding) => rounding.softmax(task, buffers),
-            Multiply::Widened | Multiply::Single => isa.vectorize(task),
-        }
-    }
-
-    fn mix_softmax(
-        self,
-        p: Softmaxed<'_>,
-        values: Panel<'_>,
-        out: MixedOut<'_>,
-        (buffers, fetch): (&mut Buffers, &mut Fetch<'_>),
-    ) {
-        match self.multiply {
-            Multiply::Dot(rounding) => dots::mix(rounding, p.rounded(buffers), values, out, fetch),
-            _ => self.mix(p.weights(), values, out, (buffers, fetch)),
-        }
-    }
-
-    fn mix(
-        self,
-        p: Weights<'_>,
-        values: Panel<'_>,
-        out: MixedOut<'_>,
-        (buffers, fetch): (&mut Buffers, &mut Fetch<'_>),
-    ) {
-        if let Multiply::Dot(rounding) = self.multiply {
-            return dots::mix(rounding, rounding.weights(p, buffers), values, out, fetch);
-        }
-        let rows = p.lens.len();
-        assert!(rows <= Self::ROWS);
+    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: MixedOut<'_>, fetch: &mut Fetch<'_>) {
         let MixedOut { to: out, write } = out;
+        let rows = p.lens.len();
         let d = out.len() / rows;
         for part in even_parts(rows, MIX_ROWS) {
             let first = part.start * p.stride;
             let p = Weights { rows: &p.rows[first..], lens: &p.lens[part.clone()], ..p };
+            let (rows, last) = (p.lens.len(), p.lens[p.lens.len() - 1]);
+            assert!(p.rows.len() >= (rows - 1) * p.stride + last, "weights");
+            assert!(values.tiles.len() >= last.div_ceil(TILE), "values");
+            assert!(d == values.head_words * per_word(values.dtype), "values");
             let out = &mut out[part.start * d..part.end * d];
             for vectors in even_parts(d / TILE, MIX_VECTORS) {
-                let (out, fetch) = (&mut *out, &mut *fetch);
-                let task = &mut MixTask { p, values, d, first: vectors.start, out, write, fetch };
-                match vectors.len() {
-                    1 => task.vectors::<1>(self),
-                    2 => task.vectors::<2>(self),
-                    3 => task.vectors::<3>(self),
-                    _ => task.vectors::<4>(self),
-                }
+                let kernel = by_vectors!(vectors.len(), of_rows(rows, values.dtype));
+                let (first, out) = (vectors.start, &mut out[vectors.start * TILE..]);
+                let task = MixTask { p, values, d, first, out, write, fetch: &mut *fetch };
+                // SAFETY: `self` proves AVX-512; weights, values and columns are checked.
+                unsafe { kernel(task) };
             }
         }
     }
 
-    fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32], buffers: &mut Buffers) {
-        if let Multiply::Dot(rounding) = self.multiply {
-            return dots::mix_transposed(rounding, p, x, out, buffers);
-        }
+    fn mix_transposed(self, p: Weights<'_>, x: &[f32], out: &mut [f32], _buffers: &mut Buffers) {
         let d = x.len() / p.lens.len();
         let positions = p.lens.last().copied().unwrap_or(0).next_multiple_of(TILE);
         assert!(out.len() >= positions * d);
@@ -234,12 +122,7 @@ impl Products for Fast {
             for vectors in even_parts(d / TILE, MIX_VECTORS) {
                 let x = &x[vectors.start * TILE..];
                 let out = &mut out[position * d + vectors.start * TILE..];
-                let kernel = match vectors.len() {
-                    1 => outer::<1>,
-                    2 => outer::<2>,
-                    3 => outer::<3>,
-                    _ => outer::<4>,
-                };
+                let kernel = by_vectors!(vectors.len(), outer);
                 // SAFETY: `self` proves AVX-512; rows and positions are within p, x and out by the
                 // checks above, columns by the split of d.
                 unsafe { kernel(&at, x, out) };
@@ -248,92 +131,52 @@ impl Products for Fast {
     }
 }
 
-/// Row `row` of `count`: plain loops, compiled for AVX-512.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn pack(multiply: Multiply, x: &[f32], (row, count): (usize, usize), out: &mut [u32]) {
-    let mut half = [0u16; MAX_HEAD_DIM];
-    if !matches!(multiply, Multiply::Single) {
-        half.iter_mut().zip(x).for_each(|(half, &x)| *half = round_bf16(x) as u16);
-    }
-    let to = out.iter_mut().skip(row).step_by(count);
-    match multiply {
-        Multiply::Dot(_) => to
-            .zip(half[..x.len()].as_chunks::<2>().0)
-            .for_each(|(to, half)| *to = u32::from(half[0]) | u32::from(half[1]) << 16),
-        Multiply::Widened => {
-            to.zip(&half[..x.len()]).for_each(|(to, &half)| *to = u32::from(half) << 16);
-        }
-        Multiply::Single => to.zip(x).for_each(|(to, x)| *to = x.to_bits()),
-    }
-}
-
-/// One product of `mix`: the vectors from `first` on of all rows.
-struct MixTask<'a, 'f> {
-    p: Weights<'a>,
+/// One product of `mix`, with weights in the form P: the vectors from `first` on of all rows.
+struct MixTask<'a, 'f, P> {
+    p: P,
     values: Panel<'a>,
     d: usize,
     first: usize,
+    /// From the first vector on.
     out: &'a mut [f32],
     write: Write,
     fetch: &'a mut Fetch<'f>,
 }
 
-impl MixTask<'_, '_> {
-    fn vectors<const D: usize>(&mut self, _proof: Fast) {
-        let last = self.p.lens[self.p.lens.len() - 1];
-        assert!(self.p.rows.len() >= (self.p.lens.len() - 1) * self.p.stride + last);
-        assert!(self.values.tiles.len() * TILE >= last && (self.first + D) * TILE <= self.d);
-        assert!(self.d == self.values.head_words * per_word(self.values.dtype));
-        let kernel = match self.values.dtype {
-            Dtype::F32 => Self::kernel::<D, 1>(self.p.lens.len()),
-            Dtype::Bf16 => Self::kernel::<D, 2>(self.p.lens.len()),
-        };
-        // SAFETY: the proof of AVX-512 is there; weights, tiles and columns are checked above.
-        unsafe { kernel(self) };
-    }
+type MixKernel = unsafe fn(MixTask<'_, '_, Weights<'_>>);
 
-    fn kernel<const D: usize, const E: usize>(rows: usize) -> unsafe fn(&mut MixTask<'_, '_>) {
-        match rows {
-            1 => mix::<1, D, E>,
-            2 => mix::<2, D, E>,
-            3 => mix::<3, D, E>,
-            4 => mix::<4, D, E>,
-            5 => mix::<5, D, E>,
-            6 => mix::<6, D, E>,
-            n => unreachable!("{n} rows in a part"),
-        }
+fn of_rows<const D: usize>(rows: usize, dtype: Dtype) -> MixKernel {
+    match dtype {
+        Dtype::F32 => by_rows!(rows, mix, D, 1),
+        Dtype::Bf16 => by_rows!(rows, mix, D, 2),
     }
 }
 
 /// R rows times D vectors; E elements in a word.
 ///
 /// # Safety
-/// AVX-512 exists, and weights and tiles reach as far as the last length.
+/// AVX-512 exists, and weights and values reach as far as the last length.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask<'_, '_>) {
+unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: MixTask<'_, '_, Weights<'_>>) {
+    let MixTask { p: Weights { rows, stride, lens }, values, d, first, out, write, fetch } = task;
+    assert!(out.len() >= (R - 1) * d + D * TILE, "{} elements of output", out.len());
+    let out = out.as_mut_ptr();
     let mut sums = [[_mm512_setzero_ps(); D]; R];
-    if task.write == Write::Add {
-        for (r, sums) in sums.iter_mut().enumerate() {
-            let out = &task.out[r * task.d + task.first * TILE..][..D * TILE];
-            for (out, sum) in out.as_chunks::<TILE>().0.iter().zip(sums) {
-                // SAFETY: sixteen elements are there.
-                *sum = unsafe { _mm512_loadu_ps(out.as_ptr()) };
-            }
-        }
+    if write == Write::Add {
+        // SAFETY: by the assertion.
+        sums = unsafe { load_sums(out, d) };
     }
-    let Weights { rows, stride, lens } = task.p;
     let (common, last) = (lens[0], lens[R - 1]);
-    let words = task.values.head_words;
     for tile in 0..last.div_ceil(TILE) {
         let base = tile * TILE;
         let p = rows.as_ptr().wrapping_add(base);
-        let start = task.values.tile(tile).as_ptr().wrapping_add(task.first * TILE);
+        let start = values.tile(tile).as_ptr().wrapping_add(first * TILE);
         let here = TILE.min(last - base);
         let all = here.min(common.saturating_sub(base));
-        task.fetch.lines(words);
+        fetch.lines(values.head_words);
         for j in 0..all {
             // SAFETY: position j of the tile exists.
-            let v = unsafe { load_value::<D, E>(start.wrapping_add(j / E * task.d), j % E) };
+            let v = unsafe { load_value::<D, E>(start.wrapping_add(j / E * d), j % E) };
             for (r, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: each row has weights up to the last length.
                 let p = unsafe { broadcast(p.wrapping_add(r * stride + j)) };
@@ -344,7 +187,7 @@ unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask
         }
         for j in all..here {
             // SAFETY: position j of the tile exists.
-            let v = unsafe { load_value::<D, E>(start.wrapping_add(j / E * task.d), j % E) };
+            let v = unsafe { load_value::<D, E>(start.wrapping_add(j / E * d), j % E) };
             for (r, sums) in sums.iter_mut().enumerate() {
                 let seen: __mmask16 = if lens[r] > base + j { !0 } else { 0 };
                 // SAFETY: each row has room for weights up to the last length.
@@ -355,13 +198,8 @@ unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask
             }
         }
     }
-    for (r, sums) in sums.iter().enumerate() {
-        let out = &mut task.out[r * task.d + task.first * TILE..][..D * TILE];
-        for (out, &sum) in out.as_chunks_mut::<TILE>().0.iter_mut().zip(sums) {
-            // SAFETY: sixteen elements are there.
-            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) };
-        }
-    }
+    // SAFETY: by the assertion.
+    unsafe { store_sums(&sums, out, d) };
 }
 
 /// D vectors of a value, one element a word: part `lane` of the E in it.
@@ -371,10 +209,10 @@ unsafe fn mix<const R: usize, const D: usize, const E: usize>(task: &mut MixTask
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 #[inline]
 unsafe fn load_value<const D: usize, const E: usize>(at: *const u32, lane: usize) -> [__m512; D] {
+    // SAFETY: promised by the caller.
+    let words = unsafe { load_words::<D>(at) };
     let mut v = [_mm512_setzero_ps(); D];
-    for (c, v) in v.iter_mut().enumerate() {
-        // SAFETY: promised by the caller.
-        let words = unsafe { _mm512_loadu_si512(at.wrapping_add(c * TILE).cast()) };
+    for (v, words) in v.iter_mut().zip(words) {
         *v = _mm512_castsi512_ps(if E == 1 {
             words
         } else {
@@ -401,13 +239,8 @@ struct OuterAt<'a> {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 unsafe fn outer<const D: usize>(at: &OuterAt<'_>, x: &[f32], out: &mut [f32]) {
     let out = out.as_mut_ptr();
-    let mut sums = [[_mm512_setzero_ps(); D]; POSITIONS];
-    for (j, sums) in sums.iter_mut().enumerate() {
-        for (c, sum) in sums.iter_mut().enumerate() {
-            // SAFETY: promised by the caller.
-            *sum = unsafe { _mm512_loadu_ps(out.wrapping_add(j * at.d + c * TILE)) };
-        }
-    }
+    // SAFETY: promised by the caller.
+    let mut sums: [[_; D]; POSITIONS] = unsafe { load_sums(out, at.d) };
     for row in at.rows.clone() {
         // SAFETY: promised by the caller.
         let x = unsafe { load_value::<D, 1>(x.as_ptr().wrapping_add(row * at.d).cast(), 0) };
@@ -419,107 +252,60 @@ unsafe fn outer<const D: usize>(at: &OuterAt<'_>, x: &[f32], out: &mut [f32]) {
             }
         }
     }
-    for (j, sums) in sums.iter().enumerate() {
-        for (c, &sum) in sums.iter().enumerate() {
-            // SAFETY: promised by the caller.
-            unsafe { _mm512_storeu_ps(out.wrapping_add(j * at.d + c * TILE), sum) };
-        }
-    }
+    // SAFETY: promised by the caller.
+    unsafe { store_sums(&sums, out, at.d) };
 }
 
-/// R rows, P tiles, by the given function that adds the products of one word.
+/// R rows of D vectors, `stride` elements apart.
 ///
 /// # Safety
-/// The features exist; `x` and what `at` points to are as large as they say.
-macro_rules! score_kernel {
-    ($name:ident, $step:ident, $features:literal) => {
-        #[target_feature(enable = $features)]
-        unsafe fn $name<const R: usize, const P: usize>(
-            x: &[u32],
-            at: ScoreAt<P>,
-            fetch: &mut Fetch<'_>,
-        ) {
-            let mut sums = [[_mm512_setzero_ps(); P]; R];
-            for word in 0..at.words {
-                let mut keys = [_mm512_setzero_si512(); P];
-                for (keys, tile) in keys.iter_mut().zip(at.keys) {
-                    // SAFETY: the tile has this line.
-                    *keys = unsafe { _mm512_loadu_si512(tile.wrapping_add(word * TILE).cast()) };
-                }
-                fetch.lines(P);
-                // SAFETY: x has R rows of words.
-                unsafe { $step(x.as_ptr(), word, &keys, &mut sums) };
-            }
-            for (r, sums) in sums.iter().enumerate() {
-                for (p, &sum) in sums.iter().enumerate() {
-                    let to = at.to.wrapping_add(r * at.stride + p * TILE);
-                    // SAFETY: there is room for P lines in each row.
-                    unsafe { _mm512_storeu_ps(to, sum) };
-                }
-            }
+/// They can be read.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn load_sums<const R: usize, const D: usize>(
+    from: *const f32,
+    stride: usize,
+) -> [[__m512; D]; R] {
+    let mut sums = [[_mm512_setzero_ps(); D]; R];
+    for (r, sums) in sums.iter_mut().enumerate() {
+        for (c, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: promised by the caller.
+            *sum = unsafe { _mm512_loadu_ps(from.wrapping_add(r * stride + c * TILE)) };
         }
-    };
+    }
+    sums
 }
 
-score_kernel!(score_dot, step_dot, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16");
-score_kernel!(score_widened, step_widened, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma");
-score_kernel!(score_single, step_single, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma");
-
+/// Stores what [`load_sums`] loads.
+///
 /// # Safety
-/// AVX-512 with bf16 exists, and word `word` of the R rows of `x`.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16")]
+/// They can be written.
+#[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn step_dot<const R: usize, const P: usize>(
-    x: *const u32,
-    word: usize,
-    keys: &[__m512i; P],
-    sums: &mut [[__m512; P]; R],
+unsafe fn store_sums<const R: usize, const D: usize>(
+    sums: &[[__m512; D]; R],
+    to: *mut f32,
+    stride: usize,
 ) {
-    for (r, sums) in sums.iter_mut().enumerate() {
-        // SAFETY: promised by the caller.
-        let x = unsafe { broadcast(x.wrapping_add(word * R + r).cast()) };
-        for (sum, &key) in sums.iter_mut().zip(keys) {
-            *sum = dot_bf16(*sum, key, _mm512_castps_si512(x));
+    for (r, sums) in sums.iter().enumerate() {
+        for (c, &sum) in sums.iter().enumerate() {
+            // SAFETY: promised by the caller.
+            unsafe { _mm512_storeu_ps(to.wrapping_add(r * stride + c * TILE), sum) };
         }
     }
 }
 
+/// D vectors of words.
+///
 /// # Safety
-/// AVX-512 exists, and elements `2 * word` and the next of the R rows of `x`.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+/// They can be read.
+#[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn step_widened<const R: usize, const P: usize>(
-    x: *const u32,
-    word: usize,
-    keys: &[__m512i; P],
-    sums: &mut [[__m512; P]; R],
-) {
-    let mut even = *keys;
-    even.iter_mut().for_each(|key| *key = _mm512_slli_epi32::<16>(*key));
-    // SAFETY: promised by the caller.
-    unsafe { step_single(x, 2 * word, &even, sums) };
-    let mut odd = *keys;
-    let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
-    odd.iter_mut().for_each(|key| *key = _mm512_and_si512(*key, upper));
-    // SAFETY: promised by the caller.
-    unsafe { step_single(x, 2 * word + 1, &odd, sums) };
-}
-
-/// # Safety
-/// AVX-512 exists, and element `i` of the R rows of `x`.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-#[inline]
-unsafe fn step_single<const R: usize, const P: usize>(
-    x: *const u32,
-    i: usize,
-    keys: &[__m512i; P],
-    sums: &mut [[__m512; P]; R],
-) {
-    for (r, sums) in sums.iter_mut().enumerate() {
+unsafe fn load_words<const D: usize>(at: *const u32) -> [__m512i; D] {
+    let mut v = [_mm512_setzero_si512(); D];
+    for (c, v) in v.iter_mut().enumerate() {
         // SAFETY: promised by the caller.
-        let x = unsafe { broadcast(x.wrapping_add(i * R + r).cast()) };
-        for (sum, &key) in sums.iter_mut().zip(keys) {
-            *sum = _mm512_fmadd_ps(_mm512_castsi512_ps(key), x, *sum);
-        }
+        *v = unsafe { _mm512_loadu_si512(at.wrapping_add(c * TILE).cast()) };
     }
+    v
 }

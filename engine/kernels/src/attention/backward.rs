@@ -18,8 +18,8 @@
 //! branch. Each branch puts its own behind them, and finds zeros in the places of its dK and dV.
 
 use super::tiles::{
-    Fetch, Grow, MAX_ROWS, MixedOut, Panel, Products, ScoresOut, Softmax, Weights, ask_for,
-    ask_for_lines, stride,
+    Fetch, Grow, MAX_ROWS, MixedOut, Panel, Products, ScoresOut, Softmax, Weighting, Weights,
+    ask_for, ask_for_lines, stride,
 };
 use super::{AttnScratch, Lane, check_groups};
 use crate::cpu::Isa;
@@ -364,10 +364,10 @@ impl<P: Products> Backward<'_, P> {
         let ds = &mut ds.slice(all * stride)[part];
 
         let packed = lane.packed.slice(rows * d);
-        self.products.pack(self.dtype, q.chunks_exact(d), packed);
+        self.products.pack(q.chunks_exact(d), packed);
         let to = ScoresOut { to: p, stride, rows };
         self.products.scores(packed, panel(key_tiles.slice(words)), to, nothing);
-        self.products.pack(self.dtype, dout.chunks_exact(d), packed);
+        self.products.pack(dout.chunks_exact(d), packed);
         let to = ScoresOut { to: ds, stride, rows };
         self.products.scores(packed, panel(value_tiles.slice(words)), to, nothing);
 
@@ -396,7 +396,8 @@ impl<P: Products> Backward<'_, P> {
         let mixed = lane.mixed.slice(rows * d);
         let (ds, keys) = (Weights { rows: ds, stride, lens }, panel(key_rows.slice(words)));
         let to = MixedOut { to: &mut *mixed, write: Write::Set };
-        self.products.mix(ds, keys, to, (&mut lane.products, nothing));
+        let ds = self.products.weighting().of(ds, &mut lane.products);
+        self.products.mix(ds, keys, to, nothing);
         for (row, mixed) in mixed.chunks_exact(d).enumerate() {
             let place = self.place(chunk, first + row);
             // SAFETY: families do not overlap, and each row and head belongs to one task.

@@ -2,7 +2,7 @@
 
 use super::tiles::{
     Divide, Fetch, Grow, MAX_ROWS, MixedOut, Panel, Products, ScoresOut, Softmax, Softmaxed,
-    ask_for, stride,
+    Weighting, ask_for, stride,
 };
 use super::{Attention, AttnScratch, AttnSeq, Lane};
 use crate::disjoint::Disjoint;
@@ -133,7 +133,7 @@ impl<'a, P: Products> Forward<'a, P> {
     }
 
     /// Tiles that both sequences have, and see whole but for their last; an even number, as
-    /// [`Products::mix_softmax`] wants it.
+    /// [`Weighting::of_softmax`] wants it.
     fn shared(&self, a: &AttnSeq<'_>, b: &AttnSeq<'_>) -> usize {
         if (a.rows, b.rows) != (1, 1) {
             return 0;
@@ -229,7 +229,7 @@ impl<'a, P: Products> Forward<'a, P> {
             let count = rows.len();
             let packed = lane.packed.slice(count * d);
             let q = rows.clone().map(|row| &self.task.q[self.place(item, row)..][..d]);
-            self.products.pack(keys.dtype, q, packed);
+            self.products.pack(q, packed);
             let to = &mut scores[rows.start * stride + start..];
             let to = ScoresOut { to, stride, rows: count };
             let keys = Panel { tiles: &keys.tiles[tiles], ..keys };
@@ -251,7 +251,7 @@ impl<'a, P: Products> Forward<'a, P> {
                 }
             },
         };
-        self.products.softmax(self.kernels.isa, softmax, &mut lane.products);
+        self.products.weighting().softmax(softmax, &mut lane.products);
         first.rest();
         let mixed = lane.mixed.slice(rows * d);
         for Part { rows, tiles, start } in self.parts(item, lens) {
@@ -265,7 +265,8 @@ impl<'a, P: Products> Forward<'a, P> {
             let values = Panel { tiles: &values.tiles[tiles], ..values };
             let write = if start == 0 { Write::Set } else { Write::Add };
             let to = MixedOut { to: &mut mixed[rows.start * d..rows.end * d], write };
-            self.products.mix_softmax(weights, values, to, (&mut lane.products, second));
+            let weights = self.products.weighting().of_softmax(weights, &lane.products);
+            self.products.mix(weights, values, to, second);
         }
         second.rest();
         for (row, mixed) in mixed.chunks_exact(d).enumerate() {

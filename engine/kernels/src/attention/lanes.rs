@@ -9,7 +9,7 @@
 //! R is at most [`ROWS`]. An accumulator is one output's whole chain (from tile to tile it waits in the
 //! output), so R cannot be seen in the results.
 
-use super::tiles::{Buffers, Fetch, MixedOut, Panel, Products, ScoresOut, Weights};
+use super::tiles::{Buffers, Exact, Fetch, MixedOut, Panel, Products, ScoresOut, Weights};
 use crate::Dtype;
 use crate::cpu::Isa;
 use crate::gemm::Write;
@@ -22,21 +22,22 @@ const ROWS: usize = 6;
 /// Positions of one `mix_transposed`.
 const POSITIONS: usize = 4;
 
-/// The packed operand is `[rows][d]` of rounded f32 bits.
+/// The lanes of a level, for keys and values of a format. The packed operand is `[rows][d]` of rounded f32 bits.
 #[derive(Clone, Copy)]
-pub(super) struct Lanes(pub(super) Isa);
+pub(super) struct Lanes(pub(super) Isa, pub(super) Dtype);
 
 impl Products for Lanes {
     const ROWS: usize = 2 * ROWS;
 
-    fn pack<'x>(
-        self,
-        dtype: Dtype,
-        rows: impl ExactSizeIterator<Item = &'x [f32]>,
-        out: &mut [u32],
-    ) {
+    type Weighting = Exact;
+
+    fn weighting(self) -> Exact {
+        Exact(self.0)
+    }
+
+    fn pack<'x>(self, rows: impl ExactSizeIterator<Item = &'x [f32]>, out: &mut [u32]) {
         for (word, &x) in out.iter_mut().zip(rows.flatten()) {
-            *word = match dtype {
+            *word = match self.1 {
                 Dtype::F32 => x.to_bits(),
                 Dtype::Bf16 => round_bf16(x) << 16,
             };
@@ -47,13 +48,7 @@ impl Products for Lanes {
         self.0.vectorize(Scores { x, keys, out });
     }
 
-    fn mix(
-        self,
-        p: Weights<'_>,
-        values: Panel<'_>,
-        out: MixedOut<'_>,
-        _beside: (&mut Buffers, &mut Fetch<'_>),
-    ) {
+    fn mix(self, p: Weights<'_>, values: Panel<'_>, out: MixedOut<'_>, _fetch: &mut Fetch<'_>) {
         if out.write == Write::Set {
             out.to.fill(0.0);
         }

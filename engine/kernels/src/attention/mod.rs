@@ -23,8 +23,6 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod backward;
-#[cfg(target_arch = "x86_64")]
-mod dots;
 mod forward;
 mod lanes;
 mod reference;
@@ -117,6 +115,27 @@ impl AttnScratch {
     }
 }
 
+/// Returns what `run` does with the fastest products that a level has for keys and values of a format and
+/// heads of a size.
+macro_rules! with_products {
+    (($isa:expr, $dtype:expr, $d:expr), |$products:ident| $run:expr) => {{
+        #[cfg(target_arch = "x86_64")]
+        if let Some($products) = amx::Tiled::new($isa, $dtype, $d) {
+            return $run;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Some($products) = avx512::Dots::new($isa, $dtype) {
+            return $run;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Some($products) = avx512::Fast::new($isa, $dtype) {
+            return $run;
+        }
+        let $products = lanes::Lanes($isa, $dtype);
+        $run
+    }};
+}
+
 impl Kernels {
     /// Attention of each row over the positions of its sequence up to its own, all of which must be in
     /// the cache. `out` is `[rows, heads * head_dim]`; rows of no sequence are left as they are.
@@ -135,21 +154,14 @@ impl Kernels {
         if self.level() == Level::Reference {
             return reference::forward(kv, &task, out);
         }
-        #[cfg(target_arch = "x86_64")]
-        if let KvDtype::Plain(dtype) = kv.dtype()
-            && let Some(tiled) = amx::Tiled::new(self.isa, dtype, kv.head_dim())
-        {
-            return forward::run(self, tiled, (kv, task), out, scratch);
-        }
-        #[cfg(target_arch = "x86_64")]
-        if let Some(token) = self.isa.avx512() {
-            let dtype = match kv.dtype() {
-                KvDtype::Plain(dtype) => dtype,
-                KvDtype::Int8 => Dtype::F32,
-            };
-            return forward::run(self, avx512::Fast::new(token, dtype), (kv, task), out, scratch);
-        }
-        forward::run(self, lanes::Lanes(self.isa), (kv, task), out, scratch);
+        // Integers of the cache become f32 before they are multiplied.
+        let dtype = match kv.dtype() {
+            KvDtype::Plain(dtype) => dtype,
+            KvDtype::Int8 => Dtype::F32,
+        };
+        with_products!((self.isa, dtype, kv.head_dim()), |products| {
+            forward::run(self, products, (kv, task), out, scratch)
+        })
     }
 
     /// Gradients of attention over packed sequences, each from position 0; rows that several share are
@@ -167,16 +179,9 @@ impl Kernels {
         if self.level() == Level::Reference {
             return reference::backward(task);
         }
-        #[cfg(target_arch = "x86_64")]
-        if let Some(tiled) = amx::Tiled::new(self.isa, task.dtype, task.head_dim) {
-            return backward::run(self, tiled, task, scratch);
-        }
-        #[cfg(target_arch = "x86_64")]
-        if let Some(token) = self.isa.avx512() {
-            let products = avx512::Fast::new(token, task.dtype);
-            return backward::run(self, products, task, scratch);
-        }
-        backward::run(self, lanes::Lanes(self.isa), task, scratch);
+        with_products!((self.isa, task.dtype, task.head_dim), |products| {
+            backward::run(self, products, task, scratch)
+        })
     }
 }
 

@@ -8,7 +8,7 @@
 //! What fills up a line is zero, and meets something finite, so nothing of it can be seen in a product. Leaves
 //! out the products: see `amx` and `dots`.
 
-use super::tiles::{Softmax, Softmaxed, Weights, largest};
+use super::tiles::{Softmax, Softmaxed, Weighting, Weights, largest};
 use crate::cpu::Avx512;
 use crate::gemm::buffer::{Line, WORDS};
 use crate::kv::TILE;
@@ -54,24 +54,6 @@ impl Rounding {
         unsafe { round(self, values, to) }
     }
 
-    /// Writes rounded weights in place of scores into the buffers.
-    pub(super) fn softmax(self, task: Softmax<'_, '_>, buffers: &mut Buffers) {
-        grow(&mut buffers.weights, task.lens.len() * row_lines(task.stride));
-        // SAFETY: the proof is there.
-        unsafe { softmax(self, task, &mut buffers.weights) };
-    }
-
-    /// Rounds weights into the buffers.
-    pub(super) fn weights<'b>(self, p: Weights<'b>, buffers: &'b mut Buffers) -> Rounded<'b> {
-        let rows = p.lens.len();
-        let row = row_lines(p.lens[rows - 1]);
-        grow(&mut buffers.weights, rows * row);
-        for (i, to) in buffers.weights.chunks_exact_mut(row).take(rows).enumerate() {
-            self.round(&p.rows[i * p.stride..][..p.lens[i]], to);
-        }
-        Rounded { lines: &buffers.weights, row, lens: p.lens }
-    }
-
     /// Rows of `d` elements two and two, zero where one is not there: so many pairs of `d / 16` lines.
     pub(super) fn pairs(self, x: &[f32], d: usize, count: usize, to: &mut Vec<Line>) {
         grow(to, count * d / TILE);
@@ -80,13 +62,30 @@ impl Rounding {
     }
 }
 
-impl Softmaxed<'_> {
-    /// What [`Rounding::softmax`] wrote in place of these scores.
-    pub(super) fn rounded<'a>(&'a self, buffers: &'a Buffers) -> Rounded<'a> {
-        assert!(self.start.is_multiple_of(STEP), "weights begin inside a line at {}", self.start);
-        let row = row_lines(self.stride);
-        let lines = &buffers.weights[self.row * row + self.start / STEP..];
-        Rounded { lines, row, lens: self.lens }
+impl Weighting for Rounding {
+    type Rows<'a> = Rounded<'a>;
+
+    fn softmax(self, task: Softmax<'_, '_>, buffers: &mut Buffers) {
+        grow(&mut buffers.weights, task.lens.len() * row_lines(task.stride));
+        // SAFETY: the proof is there.
+        unsafe { softmax(self, task, &mut buffers.weights) };
+    }
+
+    fn of_softmax<'a>(self, p: Softmaxed<'a>, buffers: &'a Buffers) -> Rounded<'a> {
+        assert!(p.start.is_multiple_of(STEP), "weights begin inside a line at {}", p.start);
+        let row = row_lines(p.stride);
+        let lines = &buffers.weights[p.row * row + p.start / STEP..];
+        Rounded { lines, row, lens: p.lens }
+    }
+
+    fn of<'a>(self, p: Weights<'a>, buffers: &'a mut Buffers) -> Rounded<'a> {
+        let rows = p.lens.len();
+        let row = row_lines(p.lens[rows - 1]);
+        grow(&mut buffers.weights, rows * row);
+        for (i, to) in buffers.weights.chunks_exact_mut(row).take(rows).enumerate() {
+            self.round(&p.rows[i * p.stride..][..p.lens[i]], to);
+        }
+        Rounded { lines: &buffers.weights, row, lens: p.lens }
     }
 }
 

@@ -4,41 +4,9 @@ mod bunches;
 mod families;
 
 use super::*;
+use crate::testing::Random;
 use crate::{Dtype, KvDtype};
 use std::ops::Range;
-
-/// xorshift64*: small, seeded.
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64) -> Self {
-        println!("seed {seed}");
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-
-    /// Roughly normal, mean 0.
-    fn numbers(&mut self, len: usize) -> Vec<f32> {
-        let uniform = |r: &mut Self| (r.next() % 65_536) as f32 / 65_536.0 - 0.5;
-        (0..len).map(|_| 1.7 * (0..4).map(|_| uniform(self)).sum::<f32>()).collect()
-    }
-
-    fn shuffled(&mut self, len: usize) -> Vec<u32> {
-        let mut items: Vec<u32> = (0..len as u32).collect();
-        (1..len).for_each(|i| items.swap(i, self.below(i + 1)));
-        items
-    }
-}
 
 /// Heads of queries, of keys, and their size.
 #[derive(Clone, Copy, Debug)]
@@ -75,9 +43,9 @@ impl Tokens {
     fn random(random: &mut Random, shape: Heads, len: usize) -> Self {
         Self {
             len,
-            q: random.numbers(len * shape.heads * shape.d),
-            k: random.numbers(len * shape.kv_heads * shape.d),
-            v: random.numbers(len * shape.kv_heads * shape.d),
+            q: random.normal(len * shape.heads * shape.d),
+            k: random.normal(len * shape.kv_heads * shape.d),
+            v: random.normal(len * shape.kv_heads * shape.d),
         }
     }
 }
@@ -318,8 +286,12 @@ fn later_positions_reach_no_row_even_as_nan() {
 #[test]
 fn bf16_without_dot_products_agrees_with_the_definition() {
     let kernels = kernels(Level::detect(), 2);
-    let Some(token) = kernels.isa.avx512() else { return };
-    let products = avx512::Fast::new(token.without_dots(), Dtype::Bf16);
+    let Some(token) = kernels.isa.avx512() else {
+        println!("left out: this processor has no AVX-512");
+        return;
+    };
+    let isa = crate::cpu::Isa::Avx512(token.without_dots());
+    let products = avx512::Fast::new(isa, Dtype::Bf16).expect("the level has AVX-512");
     for shape in SHAPES {
         let Heads { heads, kv_heads, d } = shape;
         let tokens = Tokens::random(&mut Random::new(11), shape, 83);
@@ -358,7 +330,7 @@ impl Packed {
             end += len;
         }
         let tokens = Tokens::random(&mut random, shape, end);
-        let dout = random.numbers(tokens.q.len());
+        let dout = random.normal(tokens.q.len());
         let mut packed = Self { shape, dtype, tokens, seqs, out: vec![], dout };
         packed.out = packed.forward(&kernels(Level::Reference, 1), &packed.tokens);
         packed

@@ -101,46 +101,67 @@ pub(super) struct Weights<'a> {
     pub(super) lens: &'a [usize],
 }
 
-/// The products. All sums are f32, in an order that depends on what is summed over only, whatever the
-/// number of rows and tiles: chains in ascending order, but for those of AMX tiles.
+/// What scores become, and what values are multiplied with.
+pub(super) trait Weighting: Copy + Send + Sync {
+    /// Rows of weights.
+    type Rows<'a>;
+
+    /// Turns scores into weights, in their place or in the buffers.
+    fn softmax(self, task: Softmax<'_, '_>, buffers: &mut Buffers);
+
+    /// What [`Self::softmax`] made of the scores of some rows, from an even tile on.
+    fn of_softmax<'a>(self, p: Softmaxed<'a>, buffers: &'a Buffers) -> Self::Rows<'a>;
+
+    /// The given weights.
+    fn of<'a>(self, p: Weights<'a>, buffers: &'a mut Buffers) -> Self::Rows<'a>;
+}
+
+/// Weights in f32, in place of the scores.
+#[derive(Clone, Copy)]
+pub(super) struct Exact(pub(super) Isa);
+
+impl Weighting for Exact {
+    type Rows<'a> = Weights<'a>;
+
+    fn softmax(self, task: Softmax<'_, '_>, _buffers: &mut Buffers) {
+        self.0.vectorize(task);
+    }
+
+    fn of_softmax<'a>(self, p: Softmaxed<'a>, _buffers: &'a Buffers) -> Weights<'a> {
+        let Softmaxed { scores, stride, row, start, lens } = p;
+        Weights { rows: &scores[row * stride + start..], stride, lens }
+    }
+
+    fn of<'a>(self, p: Weights<'a>, _buffers: &'a mut Buffers) -> Weights<'a> {
+        p
+    }
+}
+
+/// The products for keys and values of one format. All sums are f32, in an order that depends on what is
+/// summed over only, whatever the number of rows and tiles: chains in ascending order, but for those of AMX
+/// tiles.
 pub(super) trait Products: Copy + Send + Sync {
     /// Most rows of one product.
     const ROWS: usize;
 
+    /// The form of the weights that values are multiplied with.
+    type Weighting: Weighting;
+
+    fn weighting(self) -> Self::Weighting;
+
     /// Rounds rows of elements into the left operand of `scores`; `out` has as many words, on a line.
-    fn pack<'x>(
-        self,
-        dtype: Dtype,
-        rows: impl ExactSizeIterator<Item = &'x [f32]>,
-        out: &mut [u32],
-    );
+    fn pack<'x>(self, rows: impl ExactSizeIterator<Item = &'x [f32]>, out: &mut [u32]);
 
     /// `out[r][j] = x_r . k_j` for all positions of all tiles of `keys`; one more tile may be written to.
     fn scores(self, x: &[u32], keys: Panel<'_>, out: ScoresOut<'_>, fetch: &mut Fetch<'_>);
 
-    /// Turns scores into what [`Self::mix_softmax`] wants of them.
-    fn softmax(self, isa: Isa, task: Softmax<'_, '_>, _buffers: &mut Buffers) {
-        isa.vectorize(task);
-    }
-
-    /// [`Self::mix`] of what [`Self::softmax`] left of the scores of some rows, from an even tile on.
-    fn mix_softmax(
-        self,
-        p: Softmaxed<'_>,
-        values: Panel<'_>,
-        out: MixedOut<'_>,
-        beside: (&mut Buffers, &mut Fetch<'_>),
-    ) {
-        self.mix(p.weights(), values, out, beside);
-    }
-
     /// `out[r] = sum over j < lens[r] of p_rj v_j`. Values are finite.
     fn mix(
         self,
-        p: Weights<'_>,
+        p: <Self::Weighting as Weighting>::Rows<'_>,
         values: Panel<'_>,
         out: MixedOut<'_>,
-        beside: (&mut Buffers, &mut Fetch<'_>),
+        fetch: &mut Fetch<'_>,
     );
 
     /// `out[j] += sum over r with lens[r] > j of p_rj x_r`; `x` is `[rows][d]`, `out` `[positions][d]`
@@ -156,7 +177,7 @@ pub(super) use super::rounded::Buffers;
 #[derive(Default)]
 pub(super) struct Buffers;
 
-/// Scores after [`Products::softmax`]: those of some rows from row `row` and position `start` on, of which
+/// Scores after [`Weighting::softmax`]: those of some rows from row `row` and position `start` on, of which
 /// they see `lens`.
 #[derive(Clone, Copy)]
 pub(super) struct Softmaxed<'a> {
@@ -165,14 +186,6 @@ pub(super) struct Softmaxed<'a> {
     pub(super) row: usize,
     pub(super) start: usize,
     pub(super) lens: &'a [usize],
-}
-
-impl<'a> Softmaxed<'a> {
-    /// The weights that took the place of the scores.
-    pub(super) fn weights(self) -> Weights<'a> {
-        let Self { scores, stride, row, start, lens } = self;
-        Weights { rows: &scores[row * stride + start..], stride, lens }
-    }
 }
 
 /// Where `mix` goes, `[rows][d]`; with [`Write::Add`] the sums go on from what is there.

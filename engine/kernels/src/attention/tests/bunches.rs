@@ -27,10 +27,10 @@ fn begin_alike(
     }
     let slots: Vec<u32> = (0..(paged.kv.num_blocks() * kind.1) as u32).collect();
     let width = shape.kv_heads * shape.d;
-    let [k, v] = [0; 2].map(|_| random.numbers(slots.len() * width));
+    let [k, v] = [0; 2].map(|_| random.normal(slots.len() * width));
     kernels.kv_write(&mut paged.kv, LAYER, &k, &v, &slots);
     let rows: usize = ranges.iter().map(Range::len).sum();
-    let q = random.numbers(rows * shape.heads * shape.d);
+    let q = random.normal(rows * shape.heads * shape.d);
     (paged, ranges, q)
 }
 

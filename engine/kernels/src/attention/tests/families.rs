@@ -36,7 +36,7 @@ impl Families {
             .collect();
         let mut random = Random::new(seed);
         let tokens = Tokens::random(&mut random, shape, end);
-        let dout = random.numbers(tokens.q.len());
+        let dout = random.normal(tokens.q.len());
         let packed = Packed { shape, dtype, tokens, seqs: vec![], out: vec![], dout };
         let mut all = Self { packed, families };
         all.packed.out = all.forward(&all.packed.tokens);
