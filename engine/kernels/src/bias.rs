@@ -1,9 +1,7 @@
 //! The backward of a bias: column sums over rows, in ascending order of rows.
 
 use crate::disjoint::Disjoint;
-
-/// Columns a task sums; a multiple of the vector width.
-const COLUMNS_PER_TASK: usize = 64;
+use crate::split::whole_rows;
 
 impl crate::Kernels {
     /// `db[c] += sum over rows r of dy[r, c]`, rows ascending; `dy` is `[M, db.len()]`.
@@ -12,18 +10,13 @@ impl crate::Kernels {
     /// When `dy` is not whole rows.
     pub fn bias_backward(&self, dy: &[f32], db: &mut [f32]) {
         let cols = db.len();
-        if cols == 0 {
-            return;
-        }
-        assert!(dy.len().is_multiple_of(cols), "{} values in rows of {cols}", dy.len());
+        let rows = whole_rows(dy.len(), cols);
         let db = Disjoint::new(db);
-        self.pool().run(cols.div_ceil(COLUMNS_PER_TASK), &|task| {
-            let from = task * COLUMNS_PER_TASK;
-            let to = (from + COLUMNS_PER_TASK).min(cols);
+        self.split_columns(cols, rows, &|columns| {
             // SAFETY: tasks own disjoint column ranges.
-            let sums = unsafe { db.part(from, to) };
+            let sums = unsafe { db.part(columns.start, columns.end) };
             for row in dy.chunks_exact(cols) {
-                sums.iter_mut().zip(&row[from..to]).for_each(|(sum, d)| *sum += d);
+                sums.iter_mut().zip(&row[columns.clone()]).for_each(|(sum, d)| *sum += d);
             }
         });
     }

@@ -24,7 +24,8 @@ use crate::{
 /// Hidden states that share one pass over the weights; logits of so many rows are held at once.
 pub const ROW_BLOCK: usize = 1536;
 
-/// Reusable memory of the head: a few times 4 MB, whatever the number of tokens.
+/// Reusable memory of the head, whatever the number of tokens: logits of [`ROW_BLOCK`] rows and [`VOCAB_CHUNK`]
+/// words (12.6 MB), and in the backward their gradient and its operands.
 pub struct HeadScratch {
     hidden: Operand,
     logits: Vec<f32>,
@@ -109,8 +110,7 @@ impl Kernels {
         scratch: &mut HeadScratch,
     ) {
         if let Isa::Reference = self.isa {
-            assert_eq!([targets.len(), out.len()], [h.rows(); 2], "lengths against rows");
-            check_targets(targets, w.rows());
+            check_rows(h.rows(), targets, out, w.rows());
             return self.reference_forward(h, w, targets, inv_temperature, out);
         }
         let rows = RowsOut { targets, inv_temperature, out };
@@ -127,8 +127,7 @@ impl Kernels {
         scratch: &mut HeadScratch,
         product: &mut BlockProduct<'_>,
     ) {
-        assert_eq!([rows.targets.len(), rows.out.len()], [h.rows(); 2], "lengths against rows");
-        check_targets(rows.targets, vocabulary);
+        check_rows(h.rows(), rows.targets, rows.out, vocabulary);
         let HeadScratch { hidden, logits, totals, .. } = scratch;
         self.stats_by_chunks(vocabulary, rows, (logits, totals), &mut |rows, chunk, logits| {
             // The block of rows stays the same for all chunks of the vocabulary.
@@ -171,8 +170,7 @@ impl Kernels {
             );
         }
         let h = h.quantised();
-        assert_eq!([targets.len(), out.len()], [h.rows(); 2], "lengths against rows");
-        check_targets(targets, w.rows());
+        check_rows(h.rows(), targets, out, w.rows());
         let to = (&mut scratch.logits, &mut scratch.totals);
         let rows = RowsOut { targets, inv_temperature, out };
         self.stats_by_chunks(w.rows(), rows, to, &mut |rows, chunk, logits| {
@@ -382,6 +380,12 @@ fn reference_gradient(slope: Slope, logits: &mut [f32]) {
         let surplus = if p == 0.0 { 0.0 } else { p * (log_p + f64::from(slope.total_entropy)) };
         *logit = (-f64::from(slope.log_prob) * p - f64::from(slope.entropy) * surplus) as f32;
     }
+}
+
+/// Refuses targets and statistics that are not one for each row, and words that do not exist.
+fn check_rows(rows: usize, targets: &[u32], out: &[TokenStats], vocabulary: usize) {
+    assert_eq!([targets.len(), out.len()], [rows; 2], "lengths against rows");
+    check_targets(targets, vocabulary);
 }
 
 /// Ranges of `size` that cover `0..len`.

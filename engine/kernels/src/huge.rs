@@ -40,8 +40,8 @@ pub struct HugePages;
 /// What is asked of the system for `layout`.
 fn on_a_line(layout: Layout) -> Layout {
     match layout.size() >= LINE_FROM && layout.align() < LINE {
-        // SAFETY: a power of two; a size that a layout had with another alignment was far from the limit.
-        true => unsafe { Layout::from_size_align_unchecked(layout.size(), LINE) },
+        // Sizes at the limit of the address space have no such layout, and no memory either.
+        true => Layout::from_size_align(layout.size(), LINE).unwrap_or(layout),
         false => layout,
     }
 }

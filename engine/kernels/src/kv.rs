@@ -72,7 +72,8 @@ impl KvCache {
     /// The system hands out the memory when it is first written to.
     ///
     /// # Panics
-    /// When `block_size` is no positive multiple of 16, or `head_dim` no multiple of 16 from 16 to 256.
+    /// When `block_size` is no positive multiple of 16, `head_dim` no multiple of 16 from 16 to 256, or the
+    /// bytes of all blocks exceed an address.
     pub fn new(
         dtype: impl Into<KvDtype>,
         layers: usize,
@@ -88,12 +89,16 @@ impl KvCache {
         check_head_dim(head_dim);
         let dtype = dtype.into();
         let bytes = Self::bytes_per_block(dtype, layers, block_size, kv_heads, head_dim);
-        let (words, lead) = zeroed(num_blocks * bytes / 4);
+        let bytes = num_blocks.checked_mul(bytes).expect("the bytes of all blocks fit an address");
+        let (words, lead) = zeroed(bytes / 4);
         let shape = Shape { dtype, layers, num_blocks, block_size, kv_heads, head_dim };
         Self { shape, words, lead }
     }
 
     /// Bytes of one block in all layers: keys and values.
+    ///
+    /// # Panics
+    /// When they exceed an address.
     pub fn bytes_per_block(
         dtype: impl Into<KvDtype>,
         layers: usize,
@@ -101,7 +106,10 @@ impl KvCache {
         kv_heads: usize,
         head_dim: usize,
     ) -> usize {
-        layers * kv_heads * 2 * block_size * dtype.into().head_bytes(head_dim)
+        [layers, kv_heads, 2, block_size]
+            .into_iter()
+            .try_fold(dtype.into().head_bytes(head_dim), usize::checked_mul)
+            .expect("the bytes of a block fit an address")
     }
 
     /// Bytes of all blocks.
@@ -167,19 +175,6 @@ impl KvCache {
         match self.shape.dtype {
             KvDtype::Plain(dtype) => element(dtype, word, i),
             KvDtype::Int8 => f32::from_bits(self.words()[scale]) * integer(word(i / 4), i % 4),
-        }
-    }
-
-    /// Copies a block in all layers: keys and values of every position.
-    ///
-    /// # Panics
-    /// When one of the blocks does not exist.
-    pub fn copy_block(&mut self, from: u32, to: u32) {
-        let len = self.kv_heads() * self.shape.region();
-        for layer in 0..self.layers() {
-            let source = self.keys_start(layer, from as usize, 0);
-            let target = self.keys_start(layer, to as usize, 0);
-            self.words[self.lead..].copy_within(source..source + len, target);
         }
     }
 
@@ -684,22 +679,6 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_copied_in_every_layer() {
-        let kernels = Kernels::new(Level::Portable, 1).unwrap();
-        let mut kv = KvCache::new(Dtype::F32, 2, 3, 16, 2, 16);
-        for layer in 0..2 {
-            let k = numbers(32, layer as u32);
-            kernels.kv_write(&mut kv, layer, &k, &numbers(32, 9), &[16 + 3]);
-        }
-        kv.copy_block(1, 2);
-        for layer in 0..2 {
-            assert_eq!(kv.key(layer, 32 + 3, 1), numbers(32, layer as u32)[16..]);
-            assert_eq!(kv.value(layer, 32 + 3, 0), numbers(32, 9)[..16]);
-            assert_eq!(kv.value(layer, 3, 0), vec![0.0; 16]);
-        }
-    }
-
-    #[test]
     fn a_slot_is_copied_in_one_layer_and_nothing_else_changes() {
         let kernels = Kernels::new(Level::Portable, 1).unwrap();
         for dtype in DTYPES {
@@ -739,5 +718,11 @@ mod tests {
         let kernels = Kernels::new(Level::Portable, 1).unwrap();
         let mut kv = KvCache::new(Dtype::F32, 1, 4, 16, 1, 16);
         kernels.kv_write(&mut kv, 0, &[0.0; 16], &[0.0; 16], &[64]);
+    }
+
+    #[test]
+    #[should_panic(expected = "fit an address")]
+    fn a_cache_beyond_the_address_space_is_refused() {
+        KvCache::new(Dtype::F32, 1, usize::MAX / 1024, 16, 1, 16);
     }
 }

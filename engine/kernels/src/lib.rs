@@ -1,7 +1,8 @@
 //! The numbers: forward and backward of what a decoder, its losses and its optimizer need.
 //!
-//! Every operation works on plain slices and exists as a naive reference, a portable version and
-//! versions for AVX2 and AVX-512 (or AMX), chosen once when [`Kernels`] is made. No models, no candle.
+//! Operations work on plain slices. What costs time exists as a naive reference, a portable version and
+//! versions for AVX2 and AVX-512 (or AMX), chosen once when [`Kernels`] is made; what only moves or adds up
+//! numbers exists once. No models, no candle.
 
 mod adamw;
 mod add;

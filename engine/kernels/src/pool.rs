@@ -77,7 +77,8 @@ impl ThreadPool {
     /// Calls `task(i)` once for every `i` in `0..tasks`, on all threads, and returns when all are done.
     ///
     /// # Panics
-    /// When a task panics, with that task's panic, after all others have ended.
+    /// When a task panics, with the first such panic: after all others have ended where there are several
+    /// threads, at once where the caller is alone.
     pub fn run(&self, tasks: usize, task: &Task<'_>) {
         if tasks <= 1 || self.workers.is_empty() {
             (0..tasks).for_each(task);
@@ -158,7 +159,8 @@ impl Shared {
                 return;
             }
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(i))) {
-                *self.panicked.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+                let mut first = self.panicked.lock().unwrap_or_else(PoisonError::into_inner);
+                first.get_or_insert(panic);
             }
         }
     }

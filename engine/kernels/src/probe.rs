@@ -186,21 +186,6 @@ mod tiles {
             );
         }
     }
-
-    #[cfg(test)]
-    mod tests {
-        use super::*;
-
-        /// Where there is AMX, the loop ends and leaves the thread as it was.
-        #[test]
-        #[cfg_attr(miri, ignore = "assembly")]
-        fn the_loop_ends() {
-            if let Some(proof) = Amx::new() {
-                products(proof);
-                products(proof);
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -621,7 +621,10 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn tiles_agree_with_their_emulation() {
-        let Some(token) = Amx::new() else { return };
+        let Some(token) = Amx::new() else {
+            println!("left out: this processor has no AMX");
+            return;
+        };
         let case = Case::new(32, 2, 32 * 7);
         let x: Vec<Line> = (0..32 * 7)
             .map(|i| Line(std::array::from_fn(|j| round_bf16(case.x[i * WORDS + j]) * 0x1_0001)))

@@ -42,6 +42,7 @@ mod x86 {
     use crate::gemm::convert::{high, low};
     use crate::gemm::product::{Product, Rectangle};
     use crate::prefetch;
+    use crate::split::even_parts;
 
     /// Most rows of a group: 6 x 2 sums, 2 weights and an element of x fit into 16 registers.
     const GROUP_ROWS: usize = 6;
@@ -80,7 +81,9 @@ mod x86 {
         part: &Rectangle,
         out: &Disjoint<'_, f32>,
     ) {
-        let groups = groups(&part.rows);
+        let groups: Vec<_> = even_parts(part.rows.len(), GROUP_ROWS)
+            .map(|group| part.rows.start + group.start..part.rows.start + group.end)
+            .collect();
         let per_wide = (WIDE_VALUES / (GROUP_ROWS * wide_stride(p)).max(1)).max(1);
         WIDE.with_borrow_mut(|wide| {
             for groups in groups.chunks(per_wide) {
@@ -88,13 +91,6 @@ mod x86 {
                 unsafe { chunks(p, groups, part, wide, out) };
             }
         });
-    }
-
-    /// `rows` in groups of nearly the same size.
-    fn groups(rows: &Range<usize>) -> Vec<Range<usize>> {
-        let count = rows.len().div_ceil(GROUP_ROWS);
-        let start = |group: usize| rows.start + group * rows.len() / count;
-        (0..count).map(|group| start(group)..start(group + 1)).collect()
     }
 
     /// Elements of a widened row.

@@ -2,8 +2,9 @@
 //!
 //! An output is always one chain over the reduced index in ascending order, whatever the shape of
 //! the rest, the blocking and the number of threads: within a level its bits depend on its own row
-//! of the left operand and its own weights only. Sums are in f32. Leaves out the transposed product
-//! of two activations (attention has its own kernels) and quantised weights.
+//! of the left operand and its own weights only. Sums are in f32. Quantised weights are multiplied
+//! here where they are expanded to bf16 first, else in `quant`. Leaves out the transposed product of two
+//! activations (attention has its own kernels).
 
 pub(crate) mod amx;
 mod avx2;
@@ -25,9 +26,6 @@ use crate::split::whole_rows;
 use crate::{Dtype, Kernels, Level, Linear, Matrix, QuantMatrix};
 use buffer::WORDS;
 use product::Product;
-
-/// Values that one task rounds at least.
-const ROUND_VALUES: usize = 1 << 14;
 
 /// What happens to the values that were in an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,18 +83,15 @@ impl Kernels {
     /// # Panics
     /// When `x` is not a whole number of rows.
     pub fn operand(&self, x: &[f32], cols: usize, out: &mut Operand) {
-        let rows = x.len().checked_div(cols).unwrap_or(0);
-        assert_eq!(x.len(), rows * cols, "values against rows of {cols}");
+        let rows = whole_rows(x.len(), cols);
         let dtype = out.dtype();
         out.reshape(dtype, rows, cols);
         let stride = out.stride();
-        let per_task = ROUND_VALUES / cols.max(1) + 1;
         let lines = out.disjoint();
-        self.pool.run(rows.div_ceil(per_task), &|task| {
-            let (first, last) = (task * per_task, rows.min((task + 1) * per_task));
+        self.split_rows(rows, cols, &|range| {
             // SAFETY: every row belongs to one task.
-            let target = unsafe { lines.part(first * stride, last * stride) };
-            let values = &x[first * cols..last * cols];
+            let target = unsafe { lines.part(range.start * stride, range.end * stride) };
+            let values = &x[range.start * cols..range.end * cols];
             pack::pack_rows(self.isa, dtype, values, cols, stride, target);
         });
     }

@@ -35,15 +35,14 @@ const TASKS_PER_THREAD: usize = 8;
 const TILED_ROWS: usize = 256;
 const TILED_BYTES: usize = 600 << 10;
 const TILED_TASKS: usize = 2;
+/// Bytes of a left operand that a task transposes for itself, which then is in the second-level cache when it
+/// is multiplied; tasks per thread with tiles and without.
+const TRANSPOSED_BYTES: usize = 800 << 10;
+const TRANSPOSED_TASKS: (usize, usize) = (1, 4);
 /// Bytes of weights that are expanded at a time, and blocks below which that is more: rows of many inputs
 /// would pass too often.
 const EXPANDED_BYTES: usize = 600 << 10;
 const EXPANDED_BLOCKS: usize = 16;
-
-/// The same of a left operand that a task transposes for itself, which then is in the second-level cache
-/// when it is multiplied; tasks per thread with tiles and without.
-const TRANSPOSED_BYTES: usize = 800 << 10;
-const TRANSPOSED_TASKS: (usize, usize) = (1, 4);
 
 /// `out[m, j] = sum over lines of x[m] * w[j]`, in words.
 pub(super) struct Product<'a> {

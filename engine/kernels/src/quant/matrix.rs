@@ -239,11 +239,17 @@ impl QuantMatrix {
     /// A scale or minimum is not finite or beyond what f16 holds: `value` and group.
     ///
     /// # Panics
-    /// When there is no such row, lengths do not agree, or the format does not fit in.
+    /// When there is no such row, lengths do not agree, the format does not fit in, or an integer is none of it.
     pub fn set_row(&mut self, row: usize, from: QuantRow<'_>) -> Result<(), ScaleOutOfRange> {
         let (format, source) = (self.format, from.format);
         assert!(row < self.rows, "row {row} of a matrix with {} rows", self.rows);
         assert_eq!(from.q.len(), self.cols, "integers against the matrix's columns");
+        let largest = from.q.iter().copied().max().unwrap_or(0);
+        assert!(
+            u32::from(largest) >> source.bits == 0,
+            "integer {largest} of {} bits",
+            source.bits
+        );
         assert_eq!(format.join(source), format, "format of the row against the matrix's");
         assert_eq!(from.scales.len(), self.cols / source.group, "scales against groups");
         let minima = if source.minimum { from.scales.len() } else { 0 };
