@@ -3,7 +3,7 @@
 use std::env;
 
 use engine::model::hub::{self, HubSettings, Located};
-use engine::model::open_builtin;
+
 use engine::{Dtype, Engine, EngineConfig, KvDtype, Level, ModelSource, PrefixCache, Quantization};
 
 use crate::args::{CommonArgs, DtypeArg, EngineArgs, KvCacheDtype, QuantizationArg};
@@ -117,25 +117,18 @@ fn level() -> Result<Option<Level>> {
 /// Opens a model by path, hub id or name; every fault but that of a download is the model's.
 pub(crate) fn open(name: &str, terminal: &Terminal) -> Result<ModelSource> {
     let found = locate(name, terminal)?;
-    open_located(found).map_err(|error| Failure::from(error).blame_data())
+    found.open().map_err(|error| Failure::from(error).blame_data())
 }
 
 /// Opens a model by path, hub id or name.
 pub(crate) fn source(name: &str, terminal: &Terminal) -> engine::Result<ModelSource> {
-    open_located(locate(name, terminal)?)
+    locate(name, terminal)?.open()
 }
 
 /// Finds a model, downloading what the cache lacks of a hub id.
 fn locate(name: &str, terminal: &Terminal) -> engine::Result<Located> {
     let settings = HubSettings::from_lookup(|variable| env::var(variable).ok());
     hub::resolve(name, &settings, |id, settings| download(id, settings, terminal))
-}
-
-fn open_located(found: Located) -> engine::Result<ModelSource> {
-    match found {
-        Located::Path(path) => ModelSource::open(&path),
-        Located::Builtin(builtin) => open_builtin(builtin),
-    }
 }
 
 /// Opens a model and loads it, saying so.

@@ -113,7 +113,7 @@ impl End {
         answer.finish_reason = finish_reason(finished.reason);
         answer.cached_tokens = finished.cached_tokens;
         match (finished.error, finished.reason) {
-            (Some(why), _) => Err(Fault::new(ENGINE_ERR_GENERATION, why)),
+            (Some(why), _) => Err(Fault::new(ENGINE_ERR_GENERATION, why.to_string())),
             // Nobody but this function can abort its request: the engine has failed.
             (None, FinishReason::Abort) => {
                 let why = service.status().failure;

@@ -29,8 +29,7 @@ mod memory;
 use std::ffi::c_char;
 use std::path::Path;
 
-use engine::model::hub::{self, HubSettings, Located};
-use engine::model::open_builtin;
+use engine::model::hub::{self, HubSettings};
 use engine::text::{AddSpecial, SkipSpecial};
 use engine::{Engine, ModelSource, Service, Tokenizer};
 
@@ -106,10 +105,7 @@ fn source(path: &str) -> Result<ModelSource, Fault> {
         return Ok(ModelSource::open(Path::new(path))?);
     }
     let nowhere = HubSettings::from_lookup(|_| None);
-    Ok(match hub::resolve(path, &nowhere, hub::no_download)? {
-        Located::Builtin(builtin) => open_builtin(builtin)?,
-        Located::Path(path) => ModelSource::open(&path)?,
-    })
+    Ok(hub::resolve(path, &nowhere, hub::no_download)?.open()?)
 }
 
 /// Closes an engine.

@@ -14,7 +14,8 @@
 
 use std::fmt;
 
-use engine::decoder::{Keep, Tape, param_specs};
+use engine::decoder::{Keep, Tape};
+use engine::model::param_specs;
 use engine::{Dtype, LOGIT_ROWS, MemoryPlan, ModelConfig, ResidentMemory, available_memory_bytes};
 use kernels::{ROW_BLOCK, VOCAB_CHUNK};
 

@@ -3,7 +3,8 @@
 //! The masters hold more digits than the weights that are served; after a step the weights are the
 //! masters, rounded, in place.
 
-use engine::decoder::{Decoder, Gradients, ParamSpec, param_specs};
+use engine::decoder::{Decoder, Gradients};
+use engine::model::{ParamSpec, param_specs};
 use kernels::{AdamW, Kernels};
 
 /// f32 masters and both moments, one buffer per parameter.

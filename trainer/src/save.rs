@@ -6,9 +6,8 @@
 
 use std::path::Path;
 
-use engine::decoder::{ParamShape, ParamSpec};
-use engine::model::TensorSpec;
 use engine::model::safetensors::{SafeTensors, Writer};
+use engine::model::{ParamShape, ParamSpec, TensorSpec};
 use engine::{Dtype, Engine};
 use serde_json::json;
 
@@ -132,19 +131,8 @@ pub(crate) fn load_optimizer(dir: &Path, optimizer: &mut Optimizer) -> Result<()
 
 /// The named tensors of the parameters, in their order.
 pub(crate) fn tensors(specs: &[ParamSpec], prefix: &str) -> Vec<TensorSpec> {
-    let tensor = |spec: &ParamSpec, name: &str, len: usize| TensorSpec {
-        name: format!("{prefix}{name}"),
-        shape: match spec.shape {
-            ParamShape::Matrix => vec![len, spec.cols],
-            ParamShape::Vector => vec![len],
-        },
-    };
-    specs
-        .iter()
-        .flat_map(|spec| {
-            spec.tensors.iter().map(move |(name, range)| tensor(spec, name, range.len()))
-        })
-        .collect()
+    let named = |spec: TensorSpec| TensorSpec { name: format!("{prefix}{}", spec.name), ..spec };
+    specs.iter().flat_map(ParamSpec::specs).map(named).collect()
 }
 
 /// Appends whole parameters: the tensors of one lie one after the other in it.

@@ -5,7 +5,8 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use engine::decoder::{Gradients, Keep, param_specs};
+use engine::decoder::{Gradients, Keep};
+use engine::model::param_specs;
 use engine::model::{RopeConfig, RopeScaling};
 use engine::{
     Dtype, Engine, EngineConfig, EosRule, Event, Level, ModelSource, Request, SamplingParams,

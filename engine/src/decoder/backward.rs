@@ -10,8 +10,9 @@ use kernels::{
 
 use super::forward::{Batch, Decoder, HeadInput};
 use super::tape::{Keep, LayerTape, Tape};
-use super::weights::{LayerWeights, ParamSpec, param_specs};
+use super::weights::LayerWeights;
 use crate::model::ModelConfig;
+use crate::model::{ParamSpec, param_specs};
 
 /// Sums of gradients, one buffer per parameter in the order of [`param_specs`], and the backward
 /// pass's own buffers.
@@ -54,6 +55,7 @@ struct LayerIndex {
 impl LayerIndex {
     fn new(config: &ModelConfig, layer: usize) -> Self {
         let (bias, norm) = (usize::from(config.qkv_bias), 2 * usize::from(config.qk_norm));
+        // The embedding comes first.
         let attn_norm = 1 + layer * (6 + bias + norm);
         let qkv = attn_norm + 1;
         Self {
@@ -186,8 +188,9 @@ impl Decoder {
         grads: &mut Gradients,
     ) {
         let hidden = self.config.hidden_size;
-        let (norm_index, last) =
-            (1 + self.config.layers * layer_params(&self.config), grads.sums.len() - 1);
+        // Behind all layers.
+        let norm_index = LayerIndex::new(&self.config, self.config.layers).attn_norm;
+        let last = grads.sums.len() - 1;
         let head_index = if self.config.tied_embeddings { 0 } else { last };
         let mut dh = vec![0.0; head.input.gathered.len()];
         kernels.head_backward(
@@ -364,9 +367,4 @@ impl Decoder {
             dweight: &mut sums[index.attn_norm],
         });
     }
-}
-
-/// Parameters per layer.
-fn layer_params(config: &ModelConfig) -> usize {
-    6 + usize::from(config.qkv_bias) + 2 * usize::from(config.qk_norm)
 }

@@ -15,4 +15,4 @@ mod weights;
 pub use backward::{Gradients, HeadGradient, PackedPass};
 pub use forward::{Batch, Decoder, HeadInput, KvLayers};
 pub use tape::{Keep, Tape};
-pub use weights::{LayerWeights, ParamMut, ParamShape, ParamSpec, Weights, param_specs};
+pub use weights::{LayerWeights, ParamMut, Weights};

@@ -6,6 +6,7 @@
 use crate::error::{Error, Result};
 use crate::model::dequant::{Format, dequantize};
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -155,6 +156,71 @@ impl Stored {
         let cols = format.bytes(shape.last().copied().unwrap_or(1) as u64)?;
         let rows = shape.iter().rev().skip(1);
         rows.map(|n| *n as u64).try_fold(cols, u64::checked_mul)
+    }
+}
+
+/// The weights of a model in one or several files, by name.
+#[derive(Debug, Default)]
+pub(crate) struct Tensors {
+    files: Vec<Bytes>,
+    by_name: BTreeMap<String, (usize, Stored)>,
+}
+
+impl Tensors {
+    /// Adds a file and what it holds.
+    ///
+    /// # Errors
+    /// When a weight is in an earlier file already.
+    pub(crate) fn add(&mut self, file: Bytes, tensors: BTreeMap<String, Stored>) -> Result<()> {
+        let index = self.files.len();
+        for (name, stored) in tensors {
+            if self.by_name.contains_key(&name) {
+                let message = format!("tensor {name:?} is in an earlier file too");
+                return Err(Error::model(message).in_file(file.path()));
+            }
+            self.by_name.insert(name, (index, stored));
+        }
+        self.files.push(file);
+        Ok(())
+    }
+
+    /// Path of the first file.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub(crate) fn first_path(&self) -> &Path {
+        self.files[0].path()
+    }
+
+    /// Names, sorted.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.by_name.keys().map(String::as_str)
+    }
+
+    /// Which file a weight is in.
+    pub(crate) fn file_of(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).map(|(file, _)| *file)
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<&Stored> {
+        self.by_name.get(name).map(|(_, stored)| stored)
+    }
+
+    /// A weight with the file it is in, where it has these rows.
+    pub(crate) fn rows(&self, name: &str, rows: &Range<usize>) -> Result<(&Bytes, &Stored)> {
+        let Some((file, stored)) = self.by_name.get(name) else {
+            let message = format!("tensor {name:?} is missing");
+            return Err(Error::model(message).in_file(self.first_path()));
+        };
+        let file = &self.files[*file];
+        stored.check_rows(name, rows).map_err(|e| e.in_file(file.path()))?;
+        Ok((file, stored))
+    }
+
+    /// Reads rows of a weight as f32.
+    pub(crate) fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let (file, stored) = self.rows(name, &rows)?;
+        file.read_rows(stored, rows, out)
     }
 }
 

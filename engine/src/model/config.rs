@@ -5,6 +5,7 @@
 //! Hugging Face `config.json` and GGUF metadata is next door; this file holds the result and its checks.
 
 use crate::error::{Error, Result};
+use crate::model::params::{ParamSpec, param_specs};
 use crate::model::rope::{RopeConfig, RopeScaling};
 use kernels::Dtype;
 use serde_json::{Map, Value};
@@ -186,38 +187,7 @@ impl ModelConfig {
     /// Every weight of the model: the embedding, the layers in order, the final norm, the head if it is
     /// not tied.
     pub fn tensors(&self) -> Vec<TensorSpec> {
-        let mut list = vec![spec("model.embed_tokens.weight", [self.vocab_size, self.hidden_size])];
-        for layer in 0..self.layers {
-            self.layer_tensors(layer, &mut list);
-        }
-        list.push(spec("model.norm.weight", [self.hidden_size]));
-        if !self.tied_embeddings {
-            list.push(spec("lm_head.weight", [self.vocab_size, self.hidden_size]));
-        }
-        list
-    }
-
-    fn layer_tensors(&self, layer: usize, list: &mut Vec<TensorSpec>) {
-        let (h, i) = (self.hidden_size, self.intermediate_size);
-        let mut add = |name: &str, shape: &[usize]| {
-            list.push(spec(&format!("model.layers.{layer}.{name}"), shape));
-        };
-        add("input_layernorm.weight", &[h]);
-        for (name, width) in [("q", self.q_size()), ("k", self.kv_size()), ("v", self.kv_size())] {
-            add(&format!("self_attn.{name}_proj.weight"), &[width, h]);
-            if self.qkv_bias {
-                add(&format!("self_attn.{name}_proj.bias"), &[width]);
-            }
-        }
-        if self.qk_norm {
-            add("self_attn.q_norm.weight", &[self.head_dim]);
-            add("self_attn.k_norm.weight", &[self.head_dim]);
-        }
-        add("self_attn.o_proj.weight", &[h, self.q_size()]);
-        add("post_attention_layernorm.weight", &[h]);
-        add("mlp.gate_proj.weight", &[i, h]);
-        add("mlp.up_proj.weight", &[i, h]);
-        add("mlp.down_proj.weight", &[h, i]);
+        param_specs(self).iter().flat_map(ParamSpec::specs).collect()
     }
 
     /// Number of weights; a tied head counts once.
@@ -314,10 +284,6 @@ impl TensorSpec {
     pub fn elements(&self) -> u64 {
         self.shape.iter().map(|n| *n as u64).product()
     }
-}
-
-fn spec(name: &str, shape: impl Into<Vec<usize>>) -> TensorSpec {
-    TensorSpec { name: name.to_owned(), shape: shape.into() }
 }
 
 fn sane(name: &str, value: f64) -> Result<()> {

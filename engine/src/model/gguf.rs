@@ -7,7 +7,7 @@
 //! Leaves out what keys mean: see `config_gguf` and the tokenizer.
 
 use crate::error::{Error, Result};
-use crate::model::bytes::{Bytes, Reader, Stored, check_disjoint};
+use crate::model::bytes::{Bytes, Reader, Stored, Tensors, check_disjoint};
 use crate::model::dequant::Format;
 use std::collections::BTreeMap;
 use std::io::{BufReader, Read};
@@ -53,9 +53,8 @@ pub enum Value {
 /// An open GGUF file: metadata in memory, weights read on demand.
 #[derive(Debug)]
 pub struct Gguf {
-    parts: Vec<Bytes>,
     metadata: BTreeMap<String, Value>,
-    tensors: BTreeMap<String, (usize, Stored)>,
+    tensors: Tensors,
 }
 
 impl Gguf {
@@ -74,31 +73,25 @@ impl Gguf {
     }
 
     pub(crate) fn from_bytes(bytes: Bytes) -> Result<Self> {
-        let (metadata, tensors) = parse(&bytes).map_err(|e| e.in_file(bytes.path()))?;
-        let tensors = tensors.into_iter().map(|(name, t)| (name, (0, t))).collect();
-        Ok(Self { parts: vec![bytes], metadata, tensors })
+        let (metadata, found) = parse(&bytes).map_err(|e| e.in_file(bytes.path()))?;
+        let mut tensors = Tensors::default();
+        tensors.add(bytes, found)?;
+        Ok(Self { metadata, tensors })
     }
 
     fn open_parts(&mut self, path: &Path, count: u64) -> Result<()> {
         for index in 1..count {
             let next = part_path(path, index, count).map_err(|e| e.in_file(path))?;
             let bytes = Bytes::open(&next)?;
-            let (_, tensors) = parse(&bytes).map_err(|e| e.in_file(&next))?;
-            let part = self.parts.len();
-            for (name, stored) in tensors {
-                if self.tensors.insert(name.clone(), (part, stored)).is_some() {
-                    let message = format!("tensor {name:?} is in an earlier part too");
-                    return Err(Error::model(message).in_file(&next));
-                }
-            }
-            self.parts.push(bytes);
+            let (_, found) = parse(&bytes).map_err(|e| e.in_file(&next))?;
+            self.tensors.add(bytes, found)?;
         }
         Ok(())
     }
 
     /// Path of the (first) file.
     pub fn path(&self) -> &Path {
-        self.parts[0].path()
+        self.tensors.first_path()
     }
 
     /// A metadata value.
@@ -157,19 +150,14 @@ impl Gguf {
         }
     }
 
-    /// Names of all weights, in ggml's naming, sorted.
-    pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
-    }
-
     /// Shape of a weight, outermost dimension first.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.tensors.get(name).map(|(_, t)| t.shape.as_slice())
+        self.tensors.get(name).map(|t| t.shape.as_slice())
     }
 
     /// Format of a weight.
     pub fn format(&self, name: &str) -> Option<Format> {
-        self.tensors.get(name).map(|(_, t)| t.format)
+        self.tensors.get(name).map(|t| t.format)
     }
 
     /// Reads rows of a weight as f32, in the file's row order.
@@ -180,9 +168,7 @@ impl Gguf {
     /// # Panics
     /// When `out` does not hold `rows.len()` rows.
     pub fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
-        let (part, stored) = self.tensor(name)?;
-        stored.check_rows(name, &rows).map_err(|e| e.in_file(self.path()))?;
-        part.read_rows(stored, rows, out)
+        self.tensors.read_rows(name, rows, out)
     }
 
     /// The bytes of one row of a weight.
@@ -193,19 +179,10 @@ impl Gguf {
     /// # Panics
     /// When `out` does not have the length of a row.
     pub(crate) fn row_bytes(&self, name: &str, row: usize, out: &mut [u8]) -> Result<()> {
-        let (part, stored) = self.tensor(name)?;
-        stored.check_rows(name, &(row..row + 1)).map_err(|e| e.in_file(self.path()))?;
+        let (file, stored) = self.tensors.rows(name, &(row..row + 1))?;
         let bytes = stored.format.bytes(stored.cols() as u64);
         assert_eq!(bytes, Some(out.len() as u64), "bytes of a row of {name:?}");
-        part.read_at(stored.offset + (row * out.len()) as u64, out)
-    }
-
-    fn tensor(&self, name: &str) -> Result<(&Bytes, &Stored)> {
-        let Some((part, stored)) = self.tensors.get(name) else {
-            let message = format!("tensor {name:?} is missing");
-            return Err(Error::model(message).in_file(self.path()));
-        };
-        Ok((&self.parts[*part], stored))
+        file.read_at(stored.offset + (row * out.len()) as u64, out)
     }
 }
 

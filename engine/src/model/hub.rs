@@ -6,6 +6,7 @@
 //! Reads no environment; [`HubSettings::from_lookup`] is given a way to look variables up.
 
 use crate::error::{Error, Result};
+use crate::model::{ModelSource, open_builtin};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -57,6 +58,19 @@ pub enum Located {
     Builtin(Builtin),
     /// A Hugging Face directory or a GGUF file.
     Path(PathBuf),
+}
+
+impl Located {
+    /// Opens the model.
+    ///
+    /// # Errors
+    /// As [`ModelSource::open`].
+    pub fn open(&self) -> Result<ModelSource> {
+        match self {
+            Self::Path(path) => ModelSource::open(path),
+            Self::Builtin(builtin) => open_builtin(*builtin),
+        }
+    }
 }
 
 impl HubSettings {

@@ -11,11 +11,13 @@ mod config_hf;
 pub mod dequant;
 pub mod gguf;
 pub mod hub;
+mod params;
 pub mod rope;
 pub mod safetensors;
 pub mod source;
 
 pub use builtin::open_builtin;
 pub use config::{Architecture, GenerationDefaults, ModelConfig, TensorSpec};
+pub use params::{ParamShape, ParamSpec, param_specs};
 pub use rope::{RopeConfig, RopeScaling};
 pub use source::{MemoryModel, ModelSource};

@@ -6,7 +6,7 @@
 //! is whole. Leaves out integer weights (an integer tensor may be present, but cannot be read).
 
 use crate::error::{Error, Result};
-use crate::model::bytes::{Bytes, Stored, check_disjoint};
+use crate::model::bytes::{Bytes, Stored, Tensors, check_disjoint};
 use crate::model::config::TensorSpec;
 use crate::model::dequant::Format;
 use kernels::Dtype;
@@ -27,8 +27,7 @@ const MAX_INDEX_BYTES: u64 = 100_000_000;
 /// The weights of a model in one or several safetensors files.
 #[derive(Debug)]
 pub struct SafeTensors {
-    files: Vec<Bytes>,
-    tensors: BTreeMap<String, (usize, Stored)>,
+    tensors: Tensors,
 }
 
 impl SafeTensors {
@@ -52,8 +51,7 @@ impl SafeTensors {
         let open = |name: &&String| Bytes::open(&index.with_file_name(name));
         let model = Self::from_files(names.iter().map(open).collect::<Result<_>>()?)?;
         for (tensor, file) in &map {
-            let found = model.tensors.get(tensor).map(|(i, _)| names[*i]);
-            if found != Some(file) {
+            if model.tensors.file_of(tensor).map(|i| names[i]) != Some(file) {
                 let message = format!("tensor {tensor:?} is not in {file:?}");
                 return Err(Error::model(message).in_file(index));
             }
@@ -70,31 +68,27 @@ impl SafeTensors {
     }
 
     fn from_files(files: Vec<Bytes>) -> Result<Self> {
-        let mut tensors = BTreeMap::new();
-        for (index, file) in files.iter().enumerate() {
-            for (name, stored) in read_header(file).map_err(|e| e.in_file(file.path()))? {
-                if tensors.insert(name.clone(), (index, stored)).is_some() {
-                    let message = format!("tensor {name:?} is in another file too");
-                    return Err(Error::model(message).in_file(file.path()));
-                }
-            }
+        let mut tensors = Tensors::default();
+        for file in files {
+            let found = read_header(&file).map_err(|e| e.in_file(file.path()))?;
+            tensors.add(file, found)?;
         }
-        Ok(Self { files, tensors })
+        Ok(Self { tensors })
     }
 
     /// Names of all weights, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
+        self.tensors.names()
     }
 
     /// Shape of a weight.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.tensors.get(name).map(|(_, t)| t.shape.as_slice())
+        self.tensors.get(name).map(|t| t.shape.as_slice())
     }
 
     /// Format of a weight.
     pub fn format(&self, name: &str) -> Option<Format> {
-        self.tensors.get(name).map(|(_, t)| t.format)
+        self.tensors.get(name).map(|t| t.format)
     }
 
     /// Reads rows of a weight as f32; a vector is one row.
@@ -105,12 +99,10 @@ impl SafeTensors {
     /// # Panics
     /// When `out` does not hold `rows.len()` rows.
     pub fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
-        let Some((file, stored)) = self.tensors.get(name) else {
+        if self.shape(name).is_none() {
             return Err(Error::model(format!("tensor {name:?} is missing or holds integers")));
-        };
-        let file = &self.files[*file];
-        stored.check_rows(name, &rows).map_err(|e| e.in_file(file.path()))?;
-        file.read_rows(stored, rows, out)
+        }
+        self.tensors.read_rows(name, rows, out)
     }
 }
 

@@ -337,8 +337,8 @@ fn quantised_model_of_scale(high: u8, format: impl Fn(&str) -> Option<Format>) -
 
 /// All parameters of `weights`, row-major.
 fn parameters(weights: &mut crate::decoder::Weights, config: &ModelConfig) -> Vec<Vec<f32>> {
-    let specs = crate::decoder::param_specs(config);
-    let read = |(spec, param): (&crate::decoder::ParamSpec, crate::decoder::ParamMut<'_>)| {
+    let specs = super::super::param_specs(config);
+    let read = |(spec, param): (&super::super::ParamSpec, crate::decoder::ParamMut<'_>)| {
         let mut values = vec![0.0; spec.len()];
         param.read(&mut values);
         values
