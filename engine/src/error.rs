@@ -137,15 +137,21 @@ impl fmt::Display for Error {
             | ErrorKind::Internal(m) => m.clone(),
             ErrorKind::Io { path, source } => format!("{}: {source}", path.display()),
         };
-        for c in text.chars() {
-            if c.is_control() {
-                write!(f, "{}", c.escape_default())?;
-            } else {
-                write!(f, "{c}")?;
-            }
-        }
-        Ok(())
+        write_on_one_line(f, &text)
     }
+}
+
+/// Writes a message with its control characters escaped, so that what a file or a request says can neither
+/// break a line nor steer a terminal.
+pub fn write_on_one_line(f: &mut fmt::Formatter<'_>, message: &str) -> fmt::Result {
+    for c in message.chars() {
+        if c.is_control() {
+            write!(f, "{}", c.escape_default())?;
+        } else {
+            write!(f, "{c}")?;
+        }
+    }
+    Ok(())
 }
 
 impl std::error::Error for Error {

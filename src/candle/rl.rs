@@ -148,7 +148,9 @@ impl<'a> Learner<'a> {
         let learning = Instant::now();
         let lr = self.config.optimizer.schedule(self.config.trainer.total_steps).rate(step);
         let mut updates = Vec::new();
-        for (index, range) in self.mini_batches().into_iter().enumerate() {
+        for (index, range) in
+            self.config.mini_batches(self.config.data.train_batch_size).enumerate()
+        {
             let key = ChoiceKey { seed: self.config.trainer.seed, step, update: index as u64 };
             updates.push(self.update(&rollouts, range, key, lr)?);
         }
@@ -228,14 +230,6 @@ impl<'a> Learner<'a> {
             false => Scale::None,
         };
         Ok(advantage::grpo(&scores, &groups, scale, EPSILON)?)
-    }
-
-    /// Ranges of responses, one per update: whole groups, as often as `ppo_epochs` says.
-    fn mini_batches(&self) -> Vec<Range<usize>> {
-        let (algorithm, n) = (&self.config.algorithm, self.config.rollout.n);
-        let (size, prompts) = (algorithm.mini_batch_size, self.config.data.train_batch_size);
-        let epoch = (0..prompts).step_by(size).map(|from| from * n..(from + size).min(prompts) * n);
-        (0..algorithm.ppo_epochs).flat_map(|_| epoch.clone()).collect()
     }
 
     /// One update on the responses in `range` at learning rate `lr`.

@@ -13,6 +13,8 @@ mod validate;
 mod validation;
 mod warnings;
 
+use std::ops::Range;
+
 use engine::decoder::Keep;
 use kernels::AdamW;
 use serde::{Deserialize, Serialize};
@@ -205,6 +207,15 @@ pub struct TrainerConfig {
 }
 
 impl RlConfig {
+    /// The responses of each update on those of `prompts` prompts, groups together: mini-batches of whole
+    /// groups, as often as `algorithm.ppo_epochs` says.
+    pub fn mini_batches(&self, prompts: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (size, n) = (self.algorithm.mini_batch_size, self.rollout.n);
+        let epoch =
+            (0..prompts).step_by(size).map(move |from| from * n..(from + size).min(prompts) * n);
+        (0..self.algorithm.ppo_epochs).flat_map(move |_| epoch.clone())
+    }
+
     /// Resolves a configuration: the preset of the method, then the text of a TOML file, then
     /// overrides of dotted keys. The method is the given one, or else the one in the overrides, the
     /// file, or `grpo`. Values of overrides are TOML; a bare word is text, a list may be written

@@ -6,6 +6,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use engine::error::write_on_one_line;
+
 /// Shorthand for results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -120,14 +122,7 @@ impl fmt::Display for Error {
             ErrorKind::Engine(error) => error.to_string(),
             ErrorKind::Io { path, source } => format!("{}: {source}", path.display()),
         };
-        for c in text.chars() {
-            if c.is_control() {
-                write!(f, "{}", c.escape_default())?;
-            } else {
-                write!(f, "{c}")?;
-            }
-        }
-        Ok(())
+        write_on_one_line(f, &text)
     }
 }
 

@@ -22,7 +22,7 @@ use engine::decoder::{
 };
 use kernels::{AttnFamily, AttnSeq, Dtype, HeadScratch, Kernels, KvCache, TokenStats};
 
-use crate::packing::{Order, pack};
+use crate::packing::pack;
 
 /// Tokens of a block of the packed pass's KV memory.
 const BLOCK_SIZE: usize = 16;
@@ -243,9 +243,8 @@ impl Learner {
         sequences: &[Packed<'_>],
         (budget, inv_temperature): (usize, f32),
     ) -> Vec<TokenStats> {
-        let passes = pack(sequences, budget, Order::Given);
-        let members = passes.iter().map(|pass| pass[0]..pass[pass.len() - 1] + 1);
-        members
+        pack(sequences, budget)
+            .into_iter()
             .flat_map(|pass| self.forward(decoder, kernels, &sequences[pass], inv_temperature))
             .collect()
     }

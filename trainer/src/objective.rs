@@ -11,7 +11,7 @@ use crate::correction::{CorrectionStats, by_response, importance_weights};
 use crate::error::{Error, Result};
 use crate::learner::Packed;
 use crate::loss::{ChoiceKey, LossOutput, TokenBatch};
-use crate::packing::{Order, pack};
+use crate::packing::pack;
 use crate::update::MiniBatch;
 
 /// What the terms came to.
@@ -35,10 +35,9 @@ pub(crate) struct Micro {
 impl Micro {
     pub(crate) fn cut(mini: &MiniBatch<'_>, budget: usize) -> Vec<Self> {
         let mut end = 0;
-        pack(&mini.sequences, budget, Order::Given)
+        pack(&mini.sequences, budget)
             .into_iter()
-            .map(|members| {
-                let sequences = members[0]..members[members.len() - 1] + 1;
+            .map(|sequences| {
                 let tokens =
                     mini.sequences[sequences.clone()].iter().map(Packed::targets).sum::<usize>();
                 let start = end;

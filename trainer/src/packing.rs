@@ -4,18 +4,11 @@
 //! with the same prompt, the samples of a group, share its rows, and stay together as long as the whole
 //! group fits into the budget. A larger group is cut into runs that each carry the prompt once.
 
+use std::ops::Range;
+
 use crate::learner::{Packed, families, family_rows};
 
-/// In which order units are put into micro-batches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
-    /// As given: each micro-batch is a run of neighbours.
-    Given,
-    /// First fit, longest first: usually fewer micro-batches.
-    LongestFirst,
-}
-
-/// The sequences (indices, ascending) of each micro-batch.
+/// The sequences of each micro-batch: runs of neighbours, in their order.
 ///
 /// The budget is in rows of a pass: a prompt's tokens once for all of its sequences in a micro-batch,
 /// and the tokens behind it, but for the last one, which is not run. A sequence that is longer gets a
@@ -23,40 +16,35 @@ pub enum Order {
 ///
 /// ```
 /// use trainer::Packed;
-/// use trainer::packing::{Order, pack};
+/// use trainer::packing::pack;
 /// let sequence = |tokens| Packed { tokens, prompt_len: 2 };
 /// // 2 shared and 1 + 2 own rows; 4 rows.
 /// let sequences = [sequence(&[7, 8, 1, 2][..]), sequence(&[7, 8, 3, 4, 5]), sequence(&[9; 5])];
-/// assert_eq!(pack(&sequences, 5, Order::Given), [vec![0, 1], vec![2]]);
-/// assert_eq!(pack(&sequences, 9, Order::Given), [vec![0, 1, 2]]);
-/// assert_eq!(pack(&sequences, 4, Order::Given), [vec![0], vec![1], vec![2]]);
+/// assert_eq!(pack(&sequences, 5), [0..2, 2..3]);
+/// assert_eq!(pack(&sequences, 9), [0..3]);
+/// assert_eq!(pack(&sequences, 4), [0..1, 1..2, 2..3]);
 /// ```
-pub fn pack(sequences: &[Packed<'_>], budget: usize, order: Order) -> Vec<Vec<usize>> {
-    let mut units = units(sequences, budget);
-    if order == Order::LongestFirst {
-        units.sort_by_key(|unit| std::cmp::Reverse(unit.rows));
-    }
-    let mut bins: Vec<Unit> = Vec::new();
-    for unit in units {
-        let candidates = match order {
-            Order::Given => bins.len().saturating_sub(1)..bins.len(),
-            Order::LongestFirst => 0..bins.len(),
-        };
-        match bins[candidates].iter_mut().find(|bin| bin.rows + unit.rows <= budget) {
-            Some(bin) => {
-                bin.rows += unit.rows;
-                bin.members.extend(unit.members);
+pub fn pack(sequences: &[Packed<'_>], budget: usize) -> Vec<Range<usize>> {
+    let (mut passes, mut rows): (Vec<Range<usize>>, usize) = (Vec::new(), 0);
+    for unit in units(sequences, budget) {
+        match passes.last_mut() {
+            Some(pass) if rows + unit.rows <= budget => {
+                pass.end = unit.members.end;
+                rows += unit.rows;
             }
-            None => bins.push(unit),
+            _ => {
+                passes.push(unit.members);
+                rows = unit.rows;
+            }
         }
     }
-    bins.iter_mut().for_each(|bin| bin.members.sort_unstable());
-    bins.into_iter().map(|bin| bin.members).collect()
+    passes
 }
 
+/// Neighbours that stay together.
 struct Unit {
     rows: usize,
-    members: Vec<usize>,
+    members: Range<usize>,
 }
 
 /// Groups that fit as one unit each, the others as runs that fit.
@@ -67,7 +55,7 @@ fn units(sequences: &[Packed<'_>], budget: usize) -> Vec<Unit> {
             let fits = |len: &usize| family_rows(&rest[..*len]) <= budget;
             let len = 1 + (2..=rest.len()).take_while(fits).count();
             let (run, later) = rest.split_at(len);
-            out.push(Unit { rows: family_rows(run), members: (first..first + len).collect() });
+            out.push(Unit { rows: family_rows(run), members: first..first + len });
             (first, rest) = (first + len, later);
         }
     }
@@ -91,28 +79,27 @@ mod tests {
         tokens.iter().map(|(tokens, len)| Packed { tokens, prompt_len: *len }).collect()
     }
 
-    fn cut(lens: &[(u32, usize, usize)], budget: usize, order: Order) -> Vec<Vec<usize>> {
-        pack(&packed(&tokens(lens)), budget, order)
+    fn cut(lens: &[(u32, usize, usize)], budget: usize) -> Vec<Range<usize>> {
+        pack(&packed(&tokens(lens)), budget)
     }
 
     #[test]
     fn too_long_sequences_stand_alone_and_groups_are_split_only_then() {
         let lens = [(0, 2, 3), (0, 2, 3), (1, 9, 12), (2, 1, 2), (2, 1, 2), (2, 1, 2)];
-        assert_eq!(cut(&lens, 6, Order::Given), [vec![0, 1], vec![2], vec![3, 4, 5]]);
+        assert_eq!(cut(&lens, 6), [0..2, 2..3, 3..6]);
         let lens = [(0, 3, 4), (0, 3, 4), (0, 3, 4), (1, 2, 2)];
-        assert_eq!(cut(&lens, 9, Order::LongestFirst), [vec![0, 1], vec![2, 3]]);
-        assert_eq!(cut(&[], 10, Order::Given), Vec::<Vec<usize>>::new());
+        assert_eq!(cut(&lens, 9), [0..2, 2..4]);
+        assert!(cut(&[], 10).is_empty());
     }
 
     #[test]
     fn a_group_too_large_is_cut_into_runs_with_the_prompt_once_each() {
         // 100 rows of prompt, 9 of each response.
         let lens = [(0, 100, 10); 8];
-        let want = [vec![0, 1, 2], vec![3, 4, 5], vec![6, 7]];
-        assert_eq!(cut(&lens, 130, Order::Given), want);
-        assert_eq!(cut(&lens, 172, Order::Given), [(0..8).collect::<Vec<_>>()]);
+        assert_eq!(cut(&lens, 130), [0..3, 3..6, 6..8]);
+        assert_eq!(cut(&lens, 172).len(), 1);
         // Nothing fits, nor does the prompt alone.
-        assert_eq!(cut(&lens[..2], 50, Order::Given), [vec![0], vec![1]]);
+        assert_eq!(cut(&lens[..2], 50), [0..1, 1..2]);
     }
 
     #[test]
@@ -130,32 +117,27 @@ mod tests {
             prompts in prop::collection::vec(1usize..30, 60),
             size in 1usize..7,
             budget in 1usize..90,
-            longest in any::<bool>(),
         ) {
             let groups = lens.iter().enumerate().map(|(i, len)| (i / size, *len));
             let lens: Vec<_> = groups.map(|(g, len)| (g as u32, prompts[g], len)).collect();
             let tokens = tokens(&lens);
             let sequences = packed(&tokens);
-            let order = if longest { Order::LongestFirst } else { Order::Given };
-            let bins = pack(&sequences, budget, order);
-            let mut seen: Vec<usize> = bins.concat();
-            seen.sort_unstable();
-            prop_assert_eq!(seen, (0..lens.len()).collect::<Vec<_>>());
-            for bin in &bins {
-                let members: Vec<_> = bin.iter().map(|i| sequences[*i]).collect();
-                let rows: usize = families(&members).map(family_rows).sum();
-                prop_assert!(rows <= budget || bin.len() == 1);
-                prop_assert!(bin.is_sorted());
+            let passes = pack(&sequences, budget);
+            let mut end = 0;
+            for pass in &passes {
+                prop_assert_eq!(pass.start, end);
+                end = pass.end;
+                let rows: usize = families(&sequences[pass.clone()]).map(family_rows).sum();
+                prop_assert!(rows <= budget || pass.len() == 1);
             }
+            prop_assert_eq!(end, lens.len());
             for group in lens.chunk_by(|a, b| a.0 == b.0) {
                 let first = group[0].0 as usize * size;
                 let members = first..first + group.len();
-                let holders = bins.iter().filter(|bin| bin.iter().any(|i| members.contains(i)));
+                let holders =
+                    passes.iter().filter(|p| p.start < members.end && members.start < p.end);
                 let whole = family_rows(&sequences[members.clone()]) <= budget;
                 prop_assert!(!whole || holders.count() == 1);
-            }
-            if order == Order::Given {
-                prop_assert!(bins.concat().is_sorted());
             }
         }
     }

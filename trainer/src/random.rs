@@ -5,6 +5,8 @@
 //! that a checkpoint would have to hold: the same (seed, purpose, step, update) gives the same
 //! numbers, in whatever order streams are used. Sampling of tokens has its own streams.
 
+use engine::random::mix;
+
 /// What a stream is for; streams of different purposes never share numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
@@ -112,14 +114,6 @@ impl Stream {
         }
         count
     }
-}
-
-/// The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
-pub(crate) fn mix(word: u64) -> u64 {
-    let z = word.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {

@@ -120,7 +120,7 @@ pub fn generate<'a>(
                         by_request.keys().for_each(|id| {
                             host.engine.abort(*id);
                         });
-                        return Err(Error::numeric(error));
+                        return Err(Error::numeric(error.to_string()));
                     }
                     let episode = &mut open[episode(finished.sample)];
                     episode.text.push_str(&finished.text);

@@ -5,8 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
-use engine::decoder::param_specs;
 use engine::model::ModelConfig;
+use engine::model::param_specs;
 use engine::model::safetensors::Writer;
 use engine::{Dtype, Engine, EngineConfig, EosRule, WeightsUpdate};
 
@@ -20,7 +20,7 @@ use crate::learner::{LossGradient, Packed};
 use crate::memory::{Demand, planned_tokens_beside};
 use crate::metrics::{Metrics, MetricsWriter, name};
 use crate::optimizer::global_norm;
-use crate::packing::{Order, pack};
+use crate::packing::pack;
 use crate::random::{Purpose, Stream};
 use crate::rollout::{self, RolloutSettings};
 use crate::run::Progress;
@@ -110,7 +110,7 @@ pub fn run_sft(
         let mut line = sft.step(step)?;
         let last = step == t.total_steps || stop();
         let due = |every: u64| every > 0 && step.is_multiple_of(every);
-        if due(t.test_freq) || (last && t.test_freq > 0) {
+        if !sft.val.is_empty() && (due(t.test_freq) || (last && t.test_freq > 0)) {
             let validation = sft.validate()?;
             line.set("val/accuracy", validation.accuracy);
             tell(Progress::Validated(step, validation));
@@ -243,8 +243,8 @@ fn learn(
     let targets: usize = packed.iter().map(Packed::targets).sum();
     let mut loss = 0.0;
     state.grads.clear();
-    for micro in pack(packed, config.trainer.max_tokens_per_microbatch, Order::Given) {
-        let micro = &packed[micro[0]..micro[micro.len() - 1] + 1];
+    for micro in pack(packed, config.trainer.max_tokens_per_microbatch) {
+        let micro = &packed[micro];
         let stats = state.learner.forward(decoder, kernels, micro, 1.0);
         loss -= stats.iter().map(|s| f64::from(s.log_prob)).sum::<f64>() / targets as f64;
         let dlogp = vec![-1.0 / targets as f32; stats.len()];

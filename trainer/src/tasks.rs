@@ -10,7 +10,8 @@ pub mod countdown;
 pub mod sum;
 
 use crate::data::{Prompt, Row, SftRow};
-use crate::random::{Purpose, Stream, mix};
+use crate::random::{Purpose, Stream};
+use engine::random::mix;
 
 /// The `data_source` of the tasks, judged by exact match.
 pub const DATA_SOURCE: &str = "arith";

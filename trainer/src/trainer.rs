@@ -158,7 +158,9 @@ impl Trainer {
         let mut metrics = Metrics::new();
         let mut rollouts = self.sample(&mut metrics)?;
         self.score_by_reference(&mut rollouts, &mut metrics)?;
+        let comparing = Instant::now();
         let advantages = self.advantages(&rollouts, &mut metrics)?;
+        metrics.set(name::TIME_ADV, comparing.elapsed().as_secs_f64());
 
         let step = self.steps + 1;
         let lr = self.config.optimizer.schedule(self.config.trainer.total_steps).rate(step);
@@ -271,11 +273,7 @@ impl Trainer {
     /// What each update of the step learns from: whole groups, `mini_batch_size` prompts each, as often as
     /// `ppo_epochs` says.
     fn parts(&self, rollouts: &Rollouts) -> Vec<Part> {
-        let algorithm = &self.config.algorithm;
-        let (size, n) = (algorithm.mini_batch_size, self.config.rollout.n);
-        let prompts = rollouts.prompts.len();
-        let epoch = (0..prompts).step_by(size).map(|from| from * n..(from + size).min(prompts) * n);
-        let truncated = match algorithm.mask_truncated {
+        let truncated = match self.config.algorithm.mask_truncated {
             true => Truncated::Masked,
             false => Truncated::Kept,
         };
@@ -285,8 +283,7 @@ impl Trainer {
             let age = if same { WeightsAge::Same } else { WeightsAge::Newer };
             Part { range, age, truncated }
         };
-        let all = (0..algorithm.ppo_epochs).flat_map(|_| epoch.clone());
-        all.enumerate().map(part).collect()
+        self.config.mini_batches(rollouts.prompts.len()).enumerate().map(part).collect()
     }
 
     /// The engine, to generate or score with between steps.
@@ -306,11 +303,6 @@ impl Trainer {
     /// Training steps done.
     pub fn steps(&self) -> u64 {
         self.steps
-    }
-
-    /// Gives the engine back, with the weights as they are now.
-    pub fn into_engine(self) -> Engine {
-        self.engine
     }
 
     fn record(

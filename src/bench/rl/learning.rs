@@ -8,7 +8,7 @@ use kernels::{AdamW, TokenStats};
 use serde_json::{Value, json};
 use trainer::config::RlConfig;
 use trainer::loss::{ChoiceKey, TokenBatch};
-use trainer::packing::{Order, pack};
+use trainer::packing::pack;
 use trainer::rollout::Episode;
 use trainer::{Learner, LossGradient, Optimizer, Packed, clip_scale, global_norm};
 
@@ -55,8 +55,7 @@ impl Learning {
         let mut update = engine.begin_update()?;
         let (decoder, kernels) = update.decoder();
         self.grads.clear();
-        for members in pack(&packed, self.budget, Order::Given) {
-            let members = members[0]..members[members.len() - 1] + 1;
+        for members in pack(&packed, self.budget) {
             let clock = Instant::now();
             let packed = &packed[members.clone()];
             let stats = self.learner.forward(decoder, kernels, packed, 1.0);
@@ -86,8 +85,8 @@ impl Learning {
     fn pass(&mut self, engine: &Engine, packed: &[Packed<'_>]) -> f64 {
         let (decoder, kernels) = (engine.decoder(), engine.kernels());
         let clock = Instant::now();
-        for members in pack(packed, self.budget, Order::Given) {
-            let packed = &packed[members[0]..members[members.len() - 1] + 1];
+        for members in pack(packed, self.budget) {
+            let packed = &packed[members];
             let stats = self.learner.forward(decoder, kernels, packed, 1.0);
             let dlogp = vec![1e-3; stats.len()];
             let gradient =

@@ -9,7 +9,8 @@ use serde_json::json;
 
 use super::{Split, TEST_SHARE};
 use crate::data::{Message, Prompt, Row};
-use crate::random::{Purpose, Stream, mix};
+use crate::random::{Purpose, Stream};
+use engine::random::mix;
 
 /// The `data_source` of the tasks.
 pub const DATA_SOURCE: &str = "countdown";
