@@ -88,24 +88,10 @@ fn read(input: &Input, line: Line, engine: &Engine) -> Result<Text> {
             return Err(bad(BadField::new("text", message)));
         }
     };
-    check(&tokens, temperature, engine).map_err(|message| bad(BadField::new("text", message)))?;
+    engine
+        .check_scored(std::slice::from_ref(&tokens), temperature)
+        .map_err(|error| input.refused(index, error))?;
     Ok(Text { index, id, tokens, temperature })
-}
-
-/// What the engine would say later, said before anything runs.
-fn check(tokens: &[u32], temperature: f32, engine: &Engine) -> Result<(), String> {
-    if !(temperature.is_finite() && temperature > 0.0) {
-        return Err(format!("temperature is {temperature}, limit is above 0"));
-    }
-    let (len, limit) = (tokens.len(), engine.max_model_len());
-    if len == 0 || len > limit {
-        return Err(format!("text has {len} tokens, limit is 1 to {limit}"));
-    }
-    let vocab_size = engine.model().vocab_size;
-    match tokens.iter().find(|token| **token as usize >= vocab_size) {
-        Some(token) => Err(format!("text has token {token}, vocabulary has {vocab_size}")),
-        None => Ok(()),
-    }
 }
 
 /// The texts at the front that are scored together: one temperature, a bounded number of tokens.

@@ -19,7 +19,8 @@ use crate::memory::MemoryPlan;
 use crate::model::{GenerationDefaults, ModelConfig, ModelSource};
 use crate::random;
 use crate::request::{
-    Continuation, Event, FinishReason, Request, RequestId, Token, token_in_vocabulary,
+    Continuation, Event, FinishReason, Request, RequestId, SampleError, Token, check_prompt,
+    token_in_vocabulary,
 };
 use crate::runner::Runner;
 use crate::sequence::Sample;
@@ -75,7 +76,7 @@ impl Engine {
     ///
     /// # Errors
     /// `ErrorKind::Model` for files that are missing, damaged or of an unknown kind;
-    /// `ErrorKind::Request` for a setting out of range.
+    /// `ErrorKind::Config` for a setting out of range, and for memory that does not suffice.
     pub fn load(source: &ModelSource, config: &EngineConfig) -> Result<Self> {
         config.validate()?;
         let plan = MemoryPlan::for_source(source, config)?;
@@ -95,7 +96,7 @@ impl Engine {
             max_model_len: plan.max_model_len,
             prefix_cache: config.prefix_cache,
         })
-        .map_err(|e| Error::request(e.to_string()))?;
+        .map_err(|e| Error::config(e.to_string()))?;
         let (tokenizer, chat_template) = load_text(source)?;
         Ok(Self {
             runner: Runner::new(kernels, decoder, &plan, config.resolved_kv_dtype()),
@@ -250,23 +251,12 @@ impl Engine {
         let vocab_size = self.model().vocab_size;
         request.params.validate(vocab_size)?;
         request.validate_prompt_logprobs()?;
-        let (len, limit) = (request.prompt.len(), self.plan.max_model_len);
-        if len == 0 {
-            return Err(Error::request("prompt has 0 tokens, limit is at least 1"));
-        }
-        if request.continuation == Continuation::Omit && len > limit {
-            return Err(Error::request(format!("prompt has {len} tokens, limit is {limit}")));
-        }
-        if request.continuation == Continuation::Sample && len >= limit {
-            return Err(Error::request(format!(
-                "prompt has {len} tokens, limit is {} (context of {limit} less one to generate)",
-                limit - 1
-            )));
-        }
+        let limits = (self.plan.max_model_len, vocab_size);
+        check_prompt(&request.prompt, request.continuation, limits)?;
         if !request.params.stop.is_empty() && self.tokenizer.is_none() {
             return Err(Error::request("stop strings need a tokenizer, the model has none"));
         }
-        request.prompt.iter().try_for_each(|t| token_in_vocabulary("prompt", *t, vocab_size))
+        Ok(())
     }
 
     fn drop_sequences(&mut self, sequences: &[SeqId]) {
@@ -344,7 +334,7 @@ impl Engine {
     }
 
     /// Ends a sample that cannot go on.
-    fn fail(&mut self, seq: SeqId, why: String, events: &mut Vec<Event>) {
+    fn fail(&mut self, seq: SeqId, why: SampleError, events: &mut Vec<Event>) {
         let cached_tokens = self.scheduler.cached_tokens(seq);
         if let Some(sample) = self.samples.get(&seq) {
             let mut finished = sample.finished(FinishReason::Abort, cached_tokens);

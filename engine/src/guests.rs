@@ -30,7 +30,7 @@ const IDLE: Duration = Duration::from_millis(500);
 
 /// What a service asks for.
 pub(crate) enum Command {
-    Submit { request: Box<Request>, sink: Sink, reply: Sender<Result<RequestId>>, asked: Instant },
+    Submit { requests: Vec<(Request, Sink)>, reply: Sender<Result<Vec<RequestId>>>, asked: Instant },
     AfterEvents(AfterEvents),
     Abort(RequestId),
     Pause { mode: PauseMode, reply: Sender<Result<()>> },
@@ -171,16 +171,9 @@ impl Guests {
 
     fn carry_out(&mut self, engine: &mut Engine, command: Command) -> Door {
         match command {
-            Command::Submit { request, sink, reply, asked } => {
-                let samples = request.params.n;
-                let added = engine.add(*request);
-                if let Ok(id) = added {
-                    self.sinks.insert(id, (sink, samples));
-                    self.watch.asked(id, samples, asked);
-                    self.gate.entered(id);
-                }
-                // A caller that has left no longer waits for the answer; its sink will say so.
-                let _left = reply.send(added);
+            Command::Submit { requests, reply, asked } => {
+                // A caller that has left no longer waits for the answer; its sinks will say so.
+                let _left = reply.send(self.take_in(engine, requests, asked));
             }
             Command::AfterEvents(call) => self.after.push(call),
             Command::Abort(id) => {
@@ -213,6 +206,34 @@ impl Guests {
             Command::Stop => return Door::Closed,
         }
         Door::Open
+    }
+
+    /// Adds all of some requests, or none where one of them is refused.
+    fn take_in(
+        &mut self,
+        engine: &mut Engine,
+        requests: Vec<(Request, Sink)>,
+        asked: Instant,
+    ) -> Result<Vec<RequestId>> {
+        let mut ids = Vec::with_capacity(requests.len());
+        for (request, sink) in requests {
+            let samples = request.params.n;
+            match engine.add(request) {
+                Ok(id) => {
+                    self.sinks.insert(id, (sink, samples));
+                    self.watch.asked(id, samples, asked);
+                    self.gate.entered(id);
+                    ids.push(id);
+                }
+                Err(error) => {
+                    ids.into_iter().for_each(|id| {
+                        engine.abort(id);
+                    });
+                    return Err(error);
+                }
+            }
+        }
+        Ok(ids)
     }
 
     /// Hands the guests their events and returns the others. Whoever has had an event finds it counted.

@@ -43,7 +43,7 @@ pub use pause::PauseMode;
 pub use prompt::PromptToken;
 pub use request::{
     Continuation, EosRule, Event, FinishReason, Finished, LogprobsMode, MAX_LOGPROBS, MAX_SAMPLES,
-    Request, RequestId, SamplingParams, StopReason, StopText, Token,
+    Request, RequestId, SampleError, SamplingParams, StopReason, StopText, Token, check_prompt,
 };
 pub use scheduler::{PrefixCache, WeightsVersion};
 pub use service::{AfterEvents, Phase, Sent, Service, Sink, Status};

@@ -150,8 +150,12 @@ impl MemoryPlan {
 
 /// Memory that can be taken without swapping; `None` where the system does not say.
 pub fn available_memory_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    bytes_of("MemAvailable:", &std::fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+/// What the line of a file in `/proc` that begins with `key` says.
+fn bytes_of(key: &str, text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib << 10)
 }
@@ -184,11 +188,7 @@ impl ResidentMemory {
 
     fn read(path: &str) -> Option<Self> {
         let text = std::fs::read_to_string(path).ok()?;
-        let bytes = |key: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(key))?;
-            let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-            Some(kib << 10)
-        };
+        let bytes = |key| bytes_of(key, &text);
         Some(Self { now_bytes: bytes("VmRSS:")?, peak_bytes: bytes("VmHWM:")? })
     }
 }

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::grammar::Constraint;
 use crate::prompt::PromptToken;
 use crate::text::check_stop_strings;
+use std::fmt;
 
 /// Most samples one request may ask for.
 pub const MAX_SAMPLES: usize = 128;
@@ -191,6 +192,33 @@ pub(crate) fn token_in_vocabulary(name: &str, token: u32, vocab_size: usize) -> 
     Err(Error::request(format!("{name} has token {token}, vocabulary has {vocab_size}")))
 }
 
+/// Checks the tokens of a prompt against a model's vocabulary and the longest sequence, of which a
+/// continuation needs one token.
+///
+/// # Errors
+/// `ErrorKind::Request`, naming the length or the token and its limit.
+pub fn check_prompt(
+    prompt: &[u32],
+    continuation: Continuation,
+    (max_model_len, vocab_size): (usize, usize),
+) -> Result<()> {
+    let len = prompt.len();
+    if len == 0 {
+        return Err(Error::request("prompt has 0 tokens, limit is at least 1"));
+    }
+    let (limit, why) = match continuation {
+        Continuation::Sample => (
+            max_model_len.saturating_sub(1),
+            format!(" (context of {max_model_len} less one to generate)"),
+        ),
+        Continuation::Omit => (max_model_len, String::new()),
+    };
+    if len > limit {
+        return Err(Error::request(format!("prompt has {len} tokens, limit is {limit}{why}")));
+    }
+    prompt.iter().try_for_each(|token| token_in_vocabulary("prompt", *token, vocab_size))
+}
+
 /// One prompt and how to go on from it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
@@ -315,9 +343,34 @@ pub struct Finished {
     /// Prompt tokens that were found in the prefix cache.
     pub cached_tokens: usize,
     /// Set when a failure ended it: what went wrong.
-    pub error: Option<String>,
+    pub error: Option<SampleError>,
     /// As [`Token::prompt`], where no token was drawn.
     pub prompt: Option<Vec<PromptToken>>,
+}
+
+/// Why a sample failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SampleError {
+    /// What was asked for cannot go on: parameters or a grammar leave no token, or the grammar's limits are
+    /// reached.
+    Request(String),
+    /// The fault is not the request's.
+    Internal(String),
+}
+
+impl SampleError {
+    /// What went wrong.
+    pub fn why(&self) -> &str {
+        match self {
+            Self::Request(why) | Self::Internal(why) => why,
+        }
+    }
+}
+
+impl fmt::Display for SampleError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.why())
+    }
 }
 
 /// What happened in a step.

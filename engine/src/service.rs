@@ -160,8 +160,18 @@ impl Service {
     /// # Errors
     /// What [`Engine::add`] says of the request, or that the engine has stopped.
     pub fn submit(&self, request: Request, sink: Sink) -> Result<RequestId> {
+        let ids = self.submit_all(vec![(request, sink)])?;
+        ids.into_iter().next().ok_or_else(|| Error::internal("the engine has taken in nothing"))
+    }
+
+    /// Takes in several requests at once: all of them before the next step, or none. The sinks of those
+    /// before one that is refused get the ends of their samples.
+    ///
+    /// # Errors
+    /// As [`submit`](Self::submit), for the first that is refused.
+    pub fn submit_all(&self, requests: Vec<(Request, Sink)>) -> Result<Vec<RequestId>> {
         let asked = Instant::now();
-        self.ask(|reply| Command::Submit { request: Box::new(request), sink, reply, asked })
+        self.ask(|reply| Command::Submit { requests, reply, asked })
     }
 
     /// Has `call` called on the engine's thread whenever sinks have had events, after the last of them; as a

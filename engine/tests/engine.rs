@@ -206,7 +206,7 @@ fn numbers_that_are_not_end_a_request_and_the_engine_lives_on() {
         for answer in &spoilt[2..] {
             let end = &answer.finished;
             assert_eq!((answer.tokens.len(), end.reason), (0, FinishReason::Abort));
-            let error = end.error.as_deref().unwrap();
+            let error = end.error.as_ref().unwrap().why();
             assert_eq!(error, "the model's logits are not finite numbers");
         }
         let error = engine.score(&[good.clone(), bad.clone()], 1.0).unwrap_err();

@@ -91,7 +91,8 @@ impl Bench {
                 match event {
                     Event::Token(_) => tokens += 1,
                     Event::Finished(end) => {
-                        end.error.map_or(Ok(()), |error| Err(Failure::numeric(error)))?;
+                        end.error
+                            .map_or(Ok(()), |error| Err(Failure::numeric(error.to_string())))?;
                     }
                 }
             }

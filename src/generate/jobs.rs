@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use engine::text::{AddSpecial, RenderOptions};
 use engine::{
-    ChatTemplate, Engine, EosRule, GenerationDefaults, Request, SamplingParams, Tokenizer, random,
+    ChatTemplate, Continuation, Engine, EosRule, GenerationDefaults, Request, SamplingParams,
+    Tokenizer, check_prompt, random,
 };
 use serde_json::Value;
 use server::{BadField, Fields};
@@ -182,19 +183,6 @@ fn prompt(fields: &mut Fields, reader: &Reader<'_>) -> Result<Vec<u32>, Fault> {
 
 /// What the engine would say later, said before anything runs.
 fn check(prompt: &[u32], params: &SamplingParams, reader: &Reader<'_>) -> engine::Result<()> {
-    let vocab_size = reader.vocab_size;
-    params.validate(vocab_size)?;
-    let (len, limit) = (prompt.len(), reader.max_model_len);
-    if len == 0 {
-        return Err(engine::Error::request("prompt has 0 tokens, limit is at least 1"));
-    }
-    if len >= limit {
-        let limit = limit - 1;
-        return Err(engine::Error::request(format!("prompt has {len} tokens, limit is {limit}")));
-    }
-    if let Some(token) = prompt.iter().find(|token| **token as usize >= vocab_size) {
-        let message = format!("prompt has token {token}, vocabulary has {vocab_size}");
-        return Err(engine::Error::request(message));
-    }
-    Ok(())
+    params.validate(reader.vocab_size)?;
+    check_prompt(prompt, Continuation::Sample, (reader.max_model_len, reader.vocab_size))
 }

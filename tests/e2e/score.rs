@@ -68,7 +68,7 @@ fn bad_lines_leave_no_output() {
     let model = folder.tiny_model();
     let cases = [
         ("{\"text\": \"a\"}\n{\"text\": 1}\n", "texts.jsonl: line 2 text is 1, expected a string"),
-        ("{\"token_ids\": []}\n", "line 1 text has 0 tokens"),
+        ("{\"token_ids\": []}\n", "line 1: text has 0 tokens"),
         ("{\"token_ids\": [7, 900]}\n", "text has token 900, vocabulary has 512"),
         ("{\"text\": \"a\", \"temperature\": 0}\n", "temperature is 0, limit is above 0"),
         ("{\"id\": 1}\n", "has not exactly one of token_ids and text"),

@@ -8,7 +8,10 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device};
-use engine::{Dtype, EngineConfig, Error, FinishReason, ModelSource, Result, Score, random};
+use engine::{
+    Continuation, Dtype, EngineConfig, Error, FinishReason, ModelSource, Result, Score,
+    check_prompt, random,
+};
 use scheduler::{NewSequence, PrefixCache, Scheduler, SeqId, Slice};
 
 use crate::adamw::Moments;
@@ -163,7 +166,9 @@ impl CandleEngine {
         settings: &GenerateSettings,
     ) -> Result<Vec<Completion>> {
         self.check_settings(settings)?;
-        prompts.iter().try_for_each(|prompt| self.check_prompt(prompt))?;
+        let limits = (self.max_model_len, self.model.config().vocab_size);
+        let check = |prompt: &Vec<u32>| check_prompt(prompt, Continuation::Sample, limits);
+        prompts.iter().try_for_each(check)?;
         let mut completions = Vec::with_capacity(prompts.len() * settings.samples);
         let mut running = HashMap::new();
         let result = self.add_all(prompts, settings, (&mut completions, &mut running));
@@ -208,18 +213,6 @@ impl CandleEngine {
             0.0 => Ok(()),
             temperature => check_temperature(temperature),
         }
-    }
-
-    fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
-        self.model.check("prompt", prompt)?;
-        let (len, limit) = (prompt.len(), self.max_model_len);
-        if len < limit {
-            return Ok(());
-        }
-        Err(Error::request(format!(
-            "prompt has {len} tokens, limit is {} (context of {limit} less one to generate)",
-            limit - 1
-        )))
     }
 
     fn add_all(

@@ -86,7 +86,7 @@ fn check_numbers(source: &ModelSource, name: &str, shape: &[usize]) -> Result<()
 }
 
 impl Engine {
-    /// Overwrites the weights by those of `source`, which has to be [checked](Engine::check_weights) before.
+    /// Overwrites the weights by those of `source`, which has to be [checked](crate::Service::check_weights) before.
     /// Requests that wait or run go on afterwards, their tokens so far computed anew.
     ///
     /// # Errors
@@ -101,16 +101,6 @@ impl Engine {
         })?;
         drop(update);
         Ok(self.version())
-    }
-
-    /// Checks that [`replace_weights`](Self::replace_weights) can take `source`.
-    ///
-    /// # Errors
-    /// `ErrorKind::Model`, naming the first tensor or setting that is not that of this model;
-    /// `ErrorKind::Unsupported` when weights were left quantised.
-    pub fn check_weights(&self, source: &ModelSource) -> Result<()> {
-        self.check_in_full()?;
-        check_replacement(self.model(), source)
     }
 
     /// Requests added from here on wait until [`admit_newcomers`](Self::admit_newcomers).

@@ -20,15 +20,25 @@ use scheduler::{SeqId, Slice};
 
 use super::Engine;
 use crate::draw::{Drawn, SampleRow, Undrawn, draw, on_all_threads};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::grammar::GrammarState;
 use crate::memory::LOGIT_ROWS;
 use crate::prompt::{self, Scored};
-use crate::request::{Continuation, Event, FinishReason};
+use crate::request::{Continuation, Event, FinishReason, SampleError};
 use crate::timings::Batch;
 
-/// What the owner of a failed sample is told.
-const PANICKED: &str = "a step panicked on this request";
+/// What the owner of a sample is told on which a step panicked.
+fn panicked() -> SampleError {
+    SampleError::Internal("a step panicked on this request".to_owned())
+}
+
+/// What the owner of a sample is told that cannot take its token.
+fn failure(error: &Error) -> SampleError {
+    match error.kind() {
+        ErrorKind::Request(why) => SampleError::Request(why.clone()),
+        _ => SampleError::Internal(error.to_string()),
+    }
+}
 
 /// What a batch has computed.
 struct Computed {
@@ -80,7 +90,7 @@ impl Engine {
             }
             self.scheduler.rollback().map_err(|e| Error::internal(e.to_string()))?;
             for seq in guilty {
-                self.fail(seq, PANICKED.to_owned(), &mut events);
+                self.fail(seq, panicked(), &mut events);
             }
         }
         Ok(events)
@@ -216,8 +226,8 @@ impl Engine {
             let taken = catch_unwind(AssertUnwindSafe(|| self.take_token(seq, drawn, out)));
             match taken {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => self.fail(seq, error.to_string(), events),
-                Err(_panic) => self.fail(seq, PANICKED.to_owned(), events),
+                Ok(Err(error)) => self.fail(seq, failure(&error), events),
+                Err(_panic) => self.fail(seq, panicked(), events),
             }
         }
         self.scheduler.commit(&sampled).map_err(|e| Error::internal(e.to_string()))?;
@@ -233,7 +243,11 @@ impl Engine {
     /// Ends a sample whose numbers allow no token.
     fn fail_undrawn(&mut self, seq: SeqId, why: &Undrawn, events: &mut Vec<Event>) {
         self.nan_logits += u64::from(*why == Undrawn::NotFinite);
-        self.fail(seq, why.to_string(), events);
+        let error = match why {
+            Undrawn::NotFinite => SampleError::Internal(why.to_string()),
+            Undrawn::Refused(_) => SampleError::Request(why.to_string()),
+        };
+        self.fail(seq, error, events);
     }
 
     /// Hands what is known of prompts to their samples; a sample whose numbers are not finite ends.

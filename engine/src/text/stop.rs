@@ -90,11 +90,6 @@ impl StopMatcher {
         Ok(Self { patterns, held: String::new(), found: None })
     }
 
-    /// The stop string with this index.
-    pub fn stop_string(&self, index: usize) -> Option<&str> {
-        self.patterns.get(index).map(|pattern| pattern.text.as_str())
-    }
-
     /// Takes the next piece of text. After a match every further call reports the same match with
     /// no text.
     pub fn push(&mut self, delta: &str) -> StopScan {
@@ -230,7 +225,6 @@ mod tests {
             StopScan::Found { index: 1, text_before: " <".into() }
         );
         assert_eq!(matcher.push("later"), StopScan::Found { index: 1, text_before: String::new() });
-        assert_eq!(matcher.stop_string(1), Some("</s>"));
     }
 
     #[test]

@@ -152,6 +152,11 @@ impl Tokenizer {
         self.table.bytes(id)
     }
 
+    /// Bytes of the longest token, at least 1.
+    pub fn longest_token_bytes(&self) -> usize {
+        self.table.longest().max(1)
+    }
+
     /// Whether a token is special: it steers the model and is left out of text.
     pub fn is_special(&self, id: u32) -> bool {
         self.table.has(id, SPECIAL)
@@ -368,6 +373,12 @@ impl TokenTable {
         let Some(end) = self.ends.get(id as usize) else { return &[] };
         let start = (id as usize).checked_sub(1).map_or(0, |before| self.ends[before]);
         &self.bytes[start as usize..*end as usize]
+    }
+
+    fn longest(&self) -> usize {
+        let ends = self.ends.iter();
+        let starts = std::iter::once(&0).chain(&self.ends);
+        ends.zip(starts).map(|(end, start)| (end - start) as usize).max().unwrap_or(0)
     }
 
     fn has(&self, id: u32, flag: u8) -> bool {

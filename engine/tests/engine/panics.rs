@@ -3,7 +3,9 @@
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use engine::{Engine, Event, FinishReason, Request, SamplingParams, Sent, Service, Sink};
+use engine::{
+    Engine, Event, FinishReason, Request, SampleError, SamplingParams, Sent, Service, Sink,
+};
 
 use crate::support::{
     Answers, Model, answer, collect, drain, greedy, load, load_with_text, prompt, sampled,
@@ -84,7 +86,7 @@ fn a_panic_ends_its_requests_and_the_others_get_the_same_tokens() {
     let failed: Vec<_> = events
         .iter()
         .filter_map(|event| match event {
-            Event::Finished(end) => end.error.as_deref().map(|error| (end.reason, error)),
+            Event::Finished(end) => end.error.as_ref().map(|error| (end.reason, error.why())),
             Event::Token(_) => None,
         })
         .collect();
@@ -147,7 +149,10 @@ fn a_service_lives_on_after_contained_panics() {
         let answers = collect(good_events);
         assert_eq!(answers[&(good, 0)].tokens.len(), 40);
         let end = &collect(bad_events)[&(bad, 0)].finished;
-        assert_eq!((end.reason, end.error.as_deref()), (FinishReason::Abort, Some(ALONE)));
+        assert_eq!(
+            (end.reason, end.error.as_ref().map(SampleError::why)),
+            (FinishReason::Abort, Some(ALONE))
+        );
         assert_eq!(service.status().failure, None);
     }
     let mut engine = service.stop().unwrap();

@@ -3,7 +3,7 @@
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use engine::{Histogram, Host, Phase, Request, SamplingParams, Service, Status};
+use engine::{Histogram, Host, Phase, Request, SampleError, SamplingParams, Service, Status};
 
 use crate::support::{Model, answer, collect, greedy, load, prompt, sampled, sink};
 
@@ -111,7 +111,10 @@ fn numbers_that_are_none_are_counted_and_do_not_stay_in_the_blocks() {
     let params = SamplingParams { n: 1, ..greedy(4) };
     let id = service.submit(Request::new(bad, params.clone()), sink).unwrap();
     let failed = collect(events).remove(&(id, 0)).unwrap();
-    assert_eq!(failed.finished.error.as_deref(), Some("the model's logits are not finite numbers"));
+    assert_eq!(
+        failed.finished.error.as_ref().map(SampleError::why),
+        Some("the model's logits are not finite numbers")
+    );
     let status = wait_for(&service, |status| status.running == 0);
     assert_eq!((status.nan_logits, status.failure), (1, None));
     // Every block held what was computed from the bad row.
