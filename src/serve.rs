@@ -147,9 +147,10 @@ fn set_door(config: &mut ServerConfig, args: &DoorArgs) -> Result<()> {
 /// A time limit in seconds, of the flag `--<name>-timeout`.
 fn seconds(name: &str, given: f64) -> Result<Duration> {
     match Duration::try_from_secs_f64(given) {
-        Ok(limit) if !limit.is_zero() => Ok(limit),
+        Ok(limit) if !limit.is_zero() && limit <= Limits::MAX_TIMEOUT => Ok(limit),
         _ => Err(Failure::usage(format!(
-            "--{name}-timeout is {given}, limit is more than 0 seconds"
+            "--{name}-timeout is {given}, limit is more than 0 and at most {} seconds",
+            Limits::MAX_TIMEOUT.as_secs()
         ))),
     }
 }
@@ -214,6 +215,9 @@ fn log(terminal: &Terminal, event: &LogEvent) {
         LogEvent::ConnectionsFull { limit } => {
             let message = format!("connections are turned away, limit is {limit}");
             terminal.warn_with(&message, &[("limit", json!(limit))]);
+        }
+        LogEvent::Failed { why } => {
+            terminal.warn_with(&format!("a generation failed: {why}"), &[("why", json!(why))]);
         }
         LogEvent::WeightsUpdated { version } => {
             let message = format!("weights replaced, version {version}");

@@ -144,7 +144,12 @@ fn doors_that_cannot_be_are_usage_errors() {
         (&["--allowed-origins", "[\"*\"]", "--allow-credentials"], "allowed origins are *"),
         (&["--max-connections", "0"], "max_connections is 0, limit is at least 1"),
         (&["--h11-max-incomplete-event-size", "1K"], "max_header_bytes is 1024, limit is"),
-        (&["--stall-timeout", "0"], "--stall-timeout is 0, limit is more than 0 seconds"),
+        (&["--stall-timeout", "0"], "--stall-timeout is 0, limit is more than 0 and at most"),
+        (
+            &["--body-timeout", "1e19"],
+            "--body-timeout is 10000000000000000000, limit is more than 0 and at most",
+        ),
+        (&["--request-timeout", "1e18"], "at most 31536000 seconds"),
     ] {
         fails(engine().args(["serve", "/nowhere", "--port", "0"]).args(flags), 2, part);
     }

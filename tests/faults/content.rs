@@ -140,8 +140,10 @@ fn row_12_a_grammar_without_a_way_out_ends_its_own_request() {
     // The end of text may not come before nine tokens, and the grammar has nothing for the third.
     let dead = json!({"prompt": "a", "guided_regex": "a|a\u{1}", "min_tokens": 9,
         "stop_token_ids": [4]});
-    let error = server.refuses_raw(TEXT, dead.to_string().as_bytes(), 500);
-    assert_eq!(error["type"], "internal_error");
+    let error = server.refuses_raw(TEXT, dead.to_string().as_bytes(), 400);
+    assert_eq!(error["type"], "invalid_request_error");
+    let said = error["message"].as_str().unwrap();
+    assert!(said.starts_with("the grammar allows no token here"), "{said}");
     // A bias is no ban: what the grammar wants comes, however unlikely.
     let biased = json!({"prompt": "a", "guided_regex": "ab", "logit_bias": {"101": -100}});
     let (status, answer) = server.post(TEXT, &biased);

@@ -154,11 +154,12 @@ fn replace(
         app.service.pause(mode).map_err(|error| refusal(&error))?;
     }
     let replaced = app.service.replace_weights(source);
-    if paused {
-        app.service.resume().map_err(|error| refusal(&error))?;
+    if let Ok(version) = &replaced {
+        app.log(&LogEvent::WeightsUpdated { version: version.0 });
     }
+    let resumed = if paused { app.service.resume() } else { Ok(()) };
     let version = replaced.map_err(|error| refusal(&error))?;
-    app.log(&LogEvent::WeightsUpdated { version: version.0 });
+    resumed.map_err(|error| refusal(&error))?;
     Ok(version)
 }
 

@@ -15,6 +15,7 @@ use crate::admin::Admin;
 use crate::api_error::ApiError;
 use crate::controls::Controls;
 use crate::cors::Cors;
+use crate::encode::Turns;
 use crate::error::{Error, Result};
 use crate::fields::{BadField, Fields};
 use crate::limits::Limits;
@@ -133,6 +134,11 @@ pub enum LogEvent {
         /// Connections that may be open.
         limit: u32,
     },
+    /// A generation failed for a reason that is not its request's, which gets 500.
+    Failed {
+        /// What went wrong; nothing of a prompt or an answer.
+        why: String,
+    },
     /// The weights were replaced.
     WeightsUpdated {
         /// Their version.
@@ -200,6 +206,7 @@ pub(crate) struct App {
     /// Events with the choice of their request that they belong to.
     pub(crate) outbox: Arc<Outbox<(usize, Event)>>,
     pub(crate) grammars: Grammars,
+    pub(crate) encoding: Turns,
     /// Looked for by the first chat.
     pub(crate) controls: OnceLock<Controls>,
     /// Turns cache salts into numbers, by keys that nobody knows.
@@ -231,6 +238,7 @@ impl App {
             metrics: Arc::new(Metrics::new()),
             outbox: Outbox::open(&service),
             grammars: Grammars::default(),
+            encoding: Turns::of_processors(),
             controls: OnceLock::new(),
             salts: RandomState::new(),
             started_s: now_s(),

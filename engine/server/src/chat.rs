@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use engine::Event;
-use engine::text::RenderOptions;
+use engine::text::{GenerationPrompt, RenderOptions};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -12,6 +12,7 @@ use crate::api_error::ApiError;
 use crate::app::App;
 use crate::controls::Controls;
 use crate::echo::PromptLogprobs;
+use crate::encode::{Texts, encode};
 use crate::fields::{BadField, Fields};
 use crate::job::{Asked, Job, needs, unprocessable};
 use crate::logprobs::{ChatLogprobs, chat_token};
@@ -26,6 +27,7 @@ pub(crate) fn read(
     app: &App,
     fields: &mut Fields,
     tools: Option<&Tools>,
+    texts: Texts,
 ) -> Result<Asked, ApiError> {
     off_only(fields, "echo", &[json!(false)])?;
     let mut params = sampling_params(fields, &app.defaults)?;
@@ -42,7 +44,8 @@ pub(crate) fn read(
         return Err(BadField::new("messages", "messages is missing").into());
     };
     let extra = variables(app, fields)?;
-    let prompt = prompt(app, &messages(&list)?, tools, extra)?;
+    let (messages, prompt) = (messages(&list)?, GenerationPrompt::Add);
+    let prompt = self::prompt(app, &messages, (tools, extra, prompt), texts)?;
     Ok(Asked::new(vec![prompt], params, logprobs))
 }
 
@@ -53,12 +56,13 @@ pub(crate) fn variables(app: &App, fields: &mut Fields) -> Result<Map<String, Va
     Ok(template_variables(fields, template)?)
 }
 
-/// The tokens of a conversation; `extra` are further variables of the template.
+/// The tokens of a conversation, with the tools that are offered, further variables of the template and how
+/// it ends.
 pub(crate) fn prompt(
     app: &App,
     messages: &[engine::Message],
-    tools: Option<&Tools>,
-    extra: Map<String, Value>,
+    (tools, extra, generation_prompt): (Option<&Tools>, Map<String, Value>, GenerationPrompt),
+    texts: Texts,
 ) -> Result<Vec<u32>, ApiError> {
     let tokenizer = app.service.tokenizer().ok_or_else(|| needs("messages", "a tokenizer"))?;
     let template =
@@ -66,6 +70,7 @@ pub(crate) fn prompt(
     let controls = app.controls.get_or_init(|| Controls::of(tokenizer));
     let spoken = controls.mark(messages, tools.map(|tools| &tools.list))?;
     let options = RenderOptions {
+        generation_prompt,
         tools: spoken.tools.as_ref(),
         extra,
         ..RenderOptions::new(SystemTime::now())
@@ -73,7 +78,7 @@ pub(crate) fn prompt(
     let text = template
         .render(&spoken.messages, &options)
         .map_err(|error| unprocessable("messages", &error))?;
-    spoken.encode(&text, tokenizer).map_err(|error| unprocessable("messages", &error))
+    encode(app, ("messages", &text), texts, |tokenizer| spoken.encode(&text, tokenizer))
 }
 
 /// A whole answer.

@@ -9,8 +9,9 @@ use crate::answer::{Choice, Usage};
 use crate::api_error::ApiError;
 use crate::app::App;
 use crate::echo::PromptLogprobs;
+use crate::encode::{Texts, encode};
 use crate::fields::{BadField, Fields, kind, tokens};
-use crate::job::{Asked, Job, needs, unprocessable};
+use crate::job::{Asked, Job};
 use crate::logprobs::TextLogprobs;
 use crate::params::{at_most, sampling_params};
 use crate::refused::off_only;
@@ -21,7 +22,7 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 const MAX_PROMPTS: usize = 1024;
 
 /// Reads what a body asks for.
-pub(crate) fn read(app: &App, fields: &mut Fields) -> Result<Asked, ApiError> {
+pub(crate) fn read(app: &App, fields: &mut Fields, texts: Texts) -> Result<Asked, ApiError> {
     off_only(fields, "chat_template_kwargs", &[json!({})])?;
     let mut params = sampling_params(fields, &app.defaults)?;
     params.max_tokens = params.max_tokens.or(Some(DEFAULT_MAX_TOKENS));
@@ -38,20 +39,23 @@ pub(crate) fn read(app: &App, fields: &mut Fields) -> Result<Asked, ApiError> {
     let Some(prompt) = fields.take("prompt") else {
         return Err(BadField::new("prompt", "prompt is missing").into());
     };
-    let prompts = prompts(app, &prompt)?;
+    let prompts = prompts(&prompt, |text| encode_prompt(app, text, texts))?;
     let logprobs = params.logprobs.is_some();
     Ok(Asked { echo, continuation, ..Asked::new(prompts, params, logprobs) })
 }
 
 /// A prompt is a string, token ids, or an array of either.
-fn prompts(app: &App, value: &Value) -> Result<Vec<Vec<u32>>, ApiError> {
+fn prompts(
+    value: &Value,
+    encode: impl Fn(&str) -> Result<Vec<u32>, ApiError>,
+) -> Result<Vec<Vec<u32>>, ApiError> {
     let wrong = |found: &str| -> ApiError {
         let expected = "expected a string, token ids, or an array of either";
         BadField::new("prompt", format!("prompt is {found}, {expected}")).into()
     };
     let Value::Array(list) = value else {
         let Value::String(text) = value else { return Err(wrong(kind(value))) };
-        return Ok(vec![encode(app, text)?]);
+        return Ok(vec![encode(text)?]);
     };
     if list.first().is_some_and(Value::is_number) {
         return tokens(value)
@@ -63,15 +67,14 @@ fn prompts(app: &App, value: &Value) -> Result<Vec<Vec<u32>>, ApiError> {
     }
     at_most("prompt", list.len(), MAX_PROMPTS)?;
     let one = |item: &Value| match item {
-        Value::String(text) => encode(app, text),
+        Value::String(text) => encode(text),
         other => tokens(other).ok_or_else(|| wrong("an array with other entries")),
     };
     list.iter().map(one).collect()
 }
 
-fn encode(app: &App, text: &str) -> Result<Vec<u32>, ApiError> {
-    let tokenizer = app.service.tokenizer().ok_or_else(|| needs("prompt", "a tokenizer"))?;
-    tokenizer.encode(text, AddSpecial::Yes).map_err(|error| unprocessable("prompt", &error))
+fn encode_prompt(app: &App, text: &str, texts: Texts) -> Result<Vec<u32>, ApiError> {
+    encode(app, ("prompt", text), texts, |tokenizer| tokenizer.encode(text, AddSpecial::Yes))
 }
 
 /// A whole answer.
@@ -88,7 +91,7 @@ pub(crate) struct Completion<'a> {
 /// A choice, whole or a piece of it.
 #[derive(Serialize)]
 pub(crate) struct TextChoice {
-    index: usize,
+    pub(crate) index: usize,
     text: String,
     logprobs: Option<TextLogprobs>,
     finish_reason: Option<&'static str>,
@@ -96,7 +99,7 @@ pub(crate) struct TextChoice {
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_logprobs: Option<PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    prompt_token_ids: Option<Vec<u32>>,
+    pub(crate) prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]

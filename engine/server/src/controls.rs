@@ -71,7 +71,12 @@ impl Controls {
                 }
             }
             Value::Array(list) => list.iter_mut().for_each(|value| self.mark_value(value, mark)),
-            Value::Object(map) => map.values_mut().for_each(|value| self.mark_value(value, mark)),
+            Value::Object(map) => {
+                for (name, mut value) in std::mem::take(map) {
+                    self.mark_value(&mut value, mark);
+                    map.insert(self.mark_text(&name, mark).unwrap_or(name), value);
+                }
+            }
             _ => {}
         }
     }
@@ -110,14 +115,22 @@ impl Spoken {
 /// Notes which of the possible marks a value holds.
 fn note_marks(value: &Value, used: &mut [bool; 32]) {
     match value {
-        Value::String(text) => {
-            for mark in text.chars().filter(|character| MARKS.contains(character)) {
-                used[mark as usize - *MARKS.start() as usize] = true;
+        Value::String(text) => note_text(text, used),
+        Value::Array(list) => list.iter().for_each(|value| note_marks(value, used)),
+        Value::Object(map) => {
+            for (name, value) in map {
+                note_text(name, used);
+                note_marks(value, used);
             }
         }
-        Value::Array(list) => list.iter().for_each(|value| note_marks(value, used)),
-        Value::Object(map) => map.values().for_each(|value| note_marks(value, used)),
         _ => {}
+    }
+}
+
+/// Notes which of the possible marks a text holds.
+fn note_text(text: &str, used: &mut [bool; 32]) {
+    for mark in text.chars().filter(|character| MARKS.contains(character)) {
+        used[mark as usize - *MARKS.start() as usize] = true;
     }
 }
 
@@ -135,13 +148,15 @@ mod tests {
     fn every_control_token_is_marked_wherever_it_stands() {
         let messages = [
             Message::new("user", "a</s>b<|end|><</s>"),
-            Message::from_json(json!({"role": "tool", "x": {"y": ["<|end|>"]}})).unwrap(),
+            Message::from_json(json!({"role": "tool", "x": {"y": ["<|end|>"], "</s>": 1}}))
+                .unwrap(),
         ];
         let tools = json!([{"description": "</s>"}]);
         let spoken = controls().mark(&messages, Some(&tools)).unwrap();
         let m = spoken.mark;
         assert_eq!(spoken.messages[0].fields()["content"], format!("a<{m}/s>b<{m}|end|><<{m}/s>"));
         assert_eq!(spoken.messages[1].fields()["x"]["y"][0], format!("<{m}|end|>"));
+        assert_eq!(spoken.messages[1].fields()["x"][format!("<{m}/s>")], 1);
         assert_eq!(spoken.tools.unwrap()[0]["description"], format!("<{m}/s>"));
     }
 

@@ -7,12 +7,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::{ErrorKind, Event, Request, RequestId, Service};
+use axum::http::StatusCode;
+use engine::{ErrorKind, Event, Request, RequestId, SampleError, Service, Sink};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
 use crate::api_error::ApiError;
-use crate::app::App;
+use crate::app::{App, Log, LogEvent};
 use crate::metrics::{Metrics, Timer};
 use crate::params::refusal;
 
@@ -25,6 +26,7 @@ const MAX_LAG: usize = 64 * LAG_PER_SAMPLE;
 pub(crate) struct Generation {
     service: Arc<Service>,
     metrics: Arc<Metrics>,
+    log: Option<Log>,
     timer: Timer,
     /// When the answer has to be whole, and how long that was from its begin.
     deadline: Option<(Instant, Duration)>,
@@ -44,27 +46,33 @@ impl Generation {
         requests: Vec<Request>,
         samples: usize,
     ) -> Result<Self, ApiError> {
-        let open = requests.len() * samples;
-        let (sender, events) = mpsc::channel((LAG_PER_SAMPLE * open).clamp(1, MAX_LAG));
+        let choices = requests.len() * samples;
+        let (sender, events) = mpsc::channel((LAG_PER_SAMPLE * choices).clamp(1, MAX_LAG));
         let mut generation = Self {
             service: Arc::clone(&app.service),
             metrics: Arc::clone(&app.metrics),
+            log: app.config.log.clone(),
             timer: Timer::new(requests.len(), samples),
             deadline: app.config.request_timeout.map(|limit| (Instant::now() + limit, limit)),
             events,
             ids: Vec::new(),
-            open,
+            open: 0,
         };
-        for (prompt, request) in requests.into_iter().enumerate() {
+        let told: Vec<_> =
+            requests.iter().map(|one| (one.prompt.len(), one.params.max_tokens)).collect();
+        let with_sink = |(prompt, request)| {
             let (outbox, sender) = (Arc::clone(&app.outbox), sender.clone());
-            let (tokens, max_tokens) = (request.prompt.len(), request.params.max_tokens);
             let sink = move |event: Event| {
                 let choice = prompt * samples + sample(&event);
                 outbox.put(&sender, (choice, event))
             };
-            let id = generation.service.submit(request, Box::new(sink)).map_err(|e| failed(&e))?;
+            (request, Box::new(sink) as Sink)
+        };
+        let requests = requests.into_iter().enumerate().map(with_sink).collect();
+        generation.ids = generation.service.submit_all(requests).map_err(|e| failed(&e))?;
+        generation.open = choices;
+        for (tokens, max_tokens) in told {
             generation.metrics.begun(tokens, samples, max_tokens);
-            generation.ids.push(id);
         }
         Ok(generation)
     }
@@ -112,7 +120,15 @@ impl Generation {
         self.open -= 1;
         match &finished.error {
             None => Ok(()),
-            Some(_) => Err(ApiError::internal("generation failed")),
+            Some(SampleError::Request(why)) => {
+                Err(ApiError::invalid(StatusCode::BAD_REQUEST, "invalid_value", why.clone()))
+            }
+            Some(SampleError::Internal(why)) => {
+                if let Some(log) = &self.log {
+                    log(&LogEvent::Failed { why: why.clone() });
+                }
+                Err(ApiError::internal("generation failed"))
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::StatusCode;
-use engine::{Continuation, LogprobsMode, Request, SamplingParams, Service, Tokenizer};
+use engine::{Continuation, LogprobsMode, Request, SamplingParams, Service, Status, Tokenizer};
 
 use crate::access::unique_name;
 use crate::answer::Choice;
@@ -133,8 +133,8 @@ impl Job {
         let about = PromptParams::read(&mut fields, &app.salts, limit)?;
         refused::refuse(&mut fields)?;
         let mut asked = match api {
-            Api::Chat => chat::read(app, &mut fields, tools.as_ref())?,
-            Api::Completions => completions::read(app, &mut fields)?,
+            Api::Chat => chat::read(app, &mut fields, tools.as_ref(), about.truncate.into())?,
+            Api::Completions => completions::read(app, &mut fields, about.truncate.into())?,
         };
         app.report_unknown(&fields)?;
         let room = asked.answer_tokens();
@@ -235,12 +235,14 @@ impl Job {
 /// Turns a request away while too many wait.
 fn check_queue(app: &App) -> Result<(), ApiError> {
     let Some(limit) = app.config.max_queued_requests else { return Ok(()) };
-    let waiting = app.service.status().waiting;
-    if waiting < limit { Ok(()) } else { Err(ApiError::queue_full(waiting, limit)) }
+    let Status { waiting, running, pause, .. } = app.service.status();
+    let runs_at_once =
+        waiting == 0 && pause.is_none() && running < app.service.config().max_num_seqs;
+    if runs_at_once || waiting < limit { Ok(()) } else { Err(ApiError::queue_full(waiting, limit)) }
 }
 
 /// Takes `model`; without one the model that is served is meant.
-fn check_model(app: &App, fields: &mut Fields) -> Result<(), ApiError> {
+pub(crate) fn check_model(app: &App, fields: &mut Fields) -> Result<(), ApiError> {
     match fields.string("model")? {
         Some(model) if !app.config.model_names.contains(&model) => {
             let shown: String = model.chars().take(128).collect();

@@ -27,6 +27,7 @@ mod connection;
 mod controls;
 mod cors;
 mod echo;
+mod encode;
 mod error;
 mod fields;
 mod generation;

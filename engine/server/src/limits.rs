@@ -55,6 +55,9 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// Longest time limit of a server: a year, which any clock can add.
+    pub const MAX_TIMEOUT: Duration = Duration::from_secs(365 * 86_400);
+
     /// Least of [`max_header_bytes`](Self::max_header_bytes): what a connection reads at once.
     pub const MIN_HEADER_BYTES: usize = 8192;
 
@@ -73,8 +76,22 @@ impl Limits {
                 return Err(Error::config(format!("{name} is {value}, limit is at least {least}")));
             }
         }
-        Ok(())
+        let timeouts = [
+            ("header_timeout", self.header_timeout),
+            ("body_timeout", self.body_timeout),
+            ("stall_timeout", self.stall_timeout),
+        ];
+        timeouts.into_iter().try_for_each(|(name, value)| check_timeout(name, value))
     }
+}
+
+/// Refuses a time limit beyond [`Limits::MAX_TIMEOUT`].
+pub(crate) fn check_timeout(name: &str, value: Duration) -> Result<()> {
+    if value <= Limits::MAX_TIMEOUT {
+        return Ok(());
+    }
+    let (value, most) = (value.as_secs_f64(), Limits::MAX_TIMEOUT.as_secs());
+    Err(Error::config(format!("{name} is {value} s, limit is {most} s")))
 }
 
 /// A body that did not come in time.

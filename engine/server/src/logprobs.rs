@@ -92,6 +92,19 @@ impl Speller<'_> {
         }
     }
 
+    /// What a token is called where names have to tell tokens apart: its text, or, where it is a part of a
+    /// character, its bytes in the form of OpenAI's first API, `bytes:\xf0\x9f`.
+    fn name(self, token: u32) -> String {
+        let bytes = self.bytes(token);
+        match std::str::from_utf8(&bytes) {
+            Ok(_) => self.text(token),
+            Err(_) => {
+                let hex = bytes.iter().map(|byte| format!("\\x{byte:02x}"));
+                std::iter::once("bytes:".to_owned()).chain(hex).collect()
+            }
+        }
+    }
+
     fn alternative(self, token: u32, logprob: f32) -> Alternative {
         let bytes = self.bytes(token);
         Alternative { token: self.text(token), logprob: logprob.max(LEAST), bytes }
@@ -131,7 +144,7 @@ impl TextLogprobs {
                 None => {
                     self.text_offset.push(*offset);
                     self.token_logprobs.push(None);
-                    self.tokens.push(speller.text(*token));
+                    self.tokens.push(speller.name(*token));
                     self.top_logprobs.push(None);
                 }
             }
@@ -144,12 +157,15 @@ impl TextLogprobs {
         top: &[(u32, f32)],
         (offset, speller): (usize, Speller<'_>),
     ) {
-        let (text, logprob) = (speller.text(id), logprob.max(LEAST));
-        let named = top.iter().map(|(id, logprob)| (speller.text(*id), logprob.max(LEAST)));
-        let mut named: Vec<(String, f32)> = named.collect();
-        // The token itself is always among them, even when it is not one of the most likely.
-        if top.iter().all(|(other, _)| *other != id) {
-            named.push((text.clone(), logprob));
+        let (text, logprob) = (speller.name(id), logprob.max(LEAST));
+        // The token itself is always among them, even when it is not one of the most likely, and first: names
+        // are unique, and where two tokens have one name, only one of them is told.
+        let mut named = vec![(text.clone(), logprob)];
+        for (other, logprob) in top.iter().filter(|(other, _)| *other != id) {
+            let name = speller.name(*other);
+            if named.iter().all(|(known, _)| *known != name) {
+                named.push((name, logprob.max(LEAST)));
+            }
         }
         self.text_offset.push(offset);
         self.token_logprobs.push(Some(logprob));

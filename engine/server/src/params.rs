@@ -186,13 +186,12 @@ fn message(map: &Map<String, Value>) -> Result<Message, String> {
         Some(other) => return Err(format!("has a role that is {}", kind(other))),
         None => return Err("has no role".to_owned()),
     };
-    let used = |name: &str| {
-        map.get(name).is_some_and(|value| !value.is_null() && *value != Value::Array(Vec::new()))
-    };
-    if used("function_call") {
+    // Clients say `null` and `[]` for what they leave out.
+    let used = |value: &Value| !value.is_null() && *value != Value::Array(Vec::new());
+    if map.get("function_call").is_some_and(used) {
         return Err("has function_call, which this server does not offer".to_owned());
     }
-    let called = role == "assistant" && used("tool_calls");
+    let called = role == "assistant" && map.get("tool_calls").is_some_and(used);
     let content = match map.get("content") {
         Some(Value::String(text)) => text.clone(),
         Some(Value::Array(parts)) => parts.iter().map(part).collect::<Result<_, _>>()?,
@@ -200,11 +199,18 @@ fn message(map: &Map<String, Value>) -> Result<Message, String> {
         None | Some(Value::Null) => return Err("has no content".to_owned()),
         Some(other) => return Err(format!("has content that is {}", kind(other))),
     };
+    // The template reads what else it knows: `name`, `reasoning_content`.
+    let mut fields: Map<String, Value> =
+        map.iter().filter(|(_, v)| used(v)).map(|(k, v)| (k.clone(), v.clone())).collect();
+    fields.insert("content".to_owned(), Value::String(content));
     match role.as_str() {
-        "assistant" if called => crate::tools::assistant(map, content),
-        "tool" => crate::tools::result(map, content),
-        _ => Ok(Message::new(&role, &content)),
+        "assistant" if called => {
+            fields.insert("tool_calls".to_owned(), crate::tools::calls(map)?);
+        }
+        "tool" => crate::tools::check_result(map)?,
+        _ => {}
     }
+    Message::from_json(Value::Object(fields)).map_err(|error| error.to_string())
 }
 
 /// The text of one part of a message.
@@ -318,6 +324,17 @@ mod tests {
         let read = |json: &str| messages(&serde_json::from_str(json).unwrap());
         let parts = r#"[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]"#;
         assert_eq!(read(parts).unwrap()[0], Message::new("user", "ab"));
+        // The template reads what it knows of the rest; what a client leaves out it says with null.
+        let history = r#"[{"role": "assistant", "content": null, "name": null, "reasoning_content": "hm",
+            "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{\"a\": 1}"}}]}]"#;
+        let fields = serde_json::Value::Object(read(history).unwrap()[0].fields().clone());
+        let call = serde_json::json!({"id": "c", "type": "function",
+            "function": {"name": "f", "arguments": {"a": 1}}});
+        assert_eq!(
+            fields,
+            serde_json::json!({"role": "assistant", "content": "", "reasoning_content": "hm",
+                "tool_calls": [call]})
+        );
         let message = |json: &str| read(json).unwrap_err().message;
         assert_eq!(message("{}"), "messages is an object, expected an array of messages");
         assert_eq!(message("[]"), "messages is empty");

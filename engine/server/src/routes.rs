@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
+use axum::extract::rejection::{BytesRejection, PathRejection};
 use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
@@ -23,7 +23,7 @@ use crate::connection::{Listeners, accept};
 use crate::error::{Error, Result};
 use crate::fields::Fields;
 use crate::job::{Api, Delivery, Job, transport};
-use crate::limits::{bound_body, unreadable};
+use crate::limits::{bound_body, check_timeout, unreadable};
 use crate::metrics::http::measure;
 use crate::{admin, load_report, openapi, page, stream};
 
@@ -52,6 +52,7 @@ pub async fn serve(
 ) -> Result<()> {
     let app = App::new(service, config)?;
     app.config.limits.check()?;
+    app.config.request_timeout.map_or(Ok(()), |limit| check_timeout("request_timeout", limit))?;
     let cors = app.config.cors.as_ref().map(|cors| cors.layer()).transpose()?;
     let (stop, stopped) = watch::channel(());
     let Listeners { public, admin } = listeners.into();
@@ -156,7 +157,12 @@ async fn models(State(app): State<Arc<App>>) -> Json<Value> {
     Json(json!({"object": "list", "data": cards}))
 }
 
-async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Response {
+async fn model(
+    State(app): State<Arc<App>>,
+    name: std::result::Result<Path<String>, PathRejection>,
+) -> Response {
+    // A name that is no text names no model.
+    let name = name.map_or_else(|_| String::new(), |Path(name)| name);
     if app.config.model_names.contains(&name) {
         Json(card(&app, &name)).into_response()
     } else {

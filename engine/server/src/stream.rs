@@ -52,6 +52,8 @@ struct Streamer {
     opener: Opener,
     /// Finds the calls of each choice, where tools were offered.
     calls: Vec<Option<CallParser>>,
+    /// Choices of completions whose prompt's tokens are still to be told.
+    untold: Vec<bool>,
 }
 
 impl Streamer {
@@ -60,7 +62,8 @@ impl Streamer {
         let offsets = vec![0; job.choices()];
         let calls = (0..job.choices()).map(|choice| job.call_parser(choice)).collect();
         let opener = Opener::new(&job);
-        let streamer = Self { job, meter: Meter::default(), offsets, opener, calls };
+        let untold = vec![job.report.token_ids; job.choices()];
+        let streamer = Self { job, meter: Meter::default(), offsets, opener, calls, untold };
         if streamer.job.api == Api::Chat {
             for index in 0..streamer.job.choices() {
                 let prompt = streamer.job.report.token_ids.then(|| streamer.job.prompt(index));
@@ -72,6 +75,14 @@ impl Streamer {
             }
         }
         streamer
+    }
+
+    /// A piece of a completion; the first of its choice tells the prompt's tokens where tokens are asked for.
+    fn text_piece(&mut self, mut piece: TextChoice) -> Choices {
+        if std::mem::take(&mut self.untold[piece.index]) {
+            piece.prompt_token_ids = Some(self.job.prompt(piece.index).to_vec());
+        }
+        Choices::Text([piece])
     }
 
     fn usage(&self) -> StreamUsage {
@@ -109,7 +120,8 @@ impl Wording for Streamer {
     fn piece(&mut self, index: usize, mut event: Event, text: &mut String) {
         let begin = &mut self.offsets[index];
         if let Some(prompt) = self.opener.open(&self.job, (index, &mut event), begin) {
-            push(text, &self.chunk(Choices::Text([prompt])));
+            let prompt = self.text_piece(prompt);
+            push(text, &self.chunk(prompt));
         }
         self.meter.count(&event);
         let choice = match self.job.api {
@@ -120,7 +132,7 @@ impl Wording for Streamer {
             Api::Completions => {
                 let offset = &mut self.offsets[index];
                 completions::piece(&self.job, index, event, offset)
-                    .map(|piece| Choices::Text([piece]))
+                    .map(|piece| self.text_piece(piece))
             }
         };
         if let Some(choice) = choice {

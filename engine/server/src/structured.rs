@@ -63,6 +63,16 @@ impl Grammars {
     }
 }
 
+type Read = fn(&'static str, Value) -> Result<Grammar, BadField>;
+
+/// Kinds of grammars: the name within `structured_outputs`, the older one of a field, and what reads its value.
+const KINDS: [(&str, &str, Read); 4] = [
+    ("json", "guided_json", json),
+    ("regex", "guided_regex", regex),
+    ("choice", "guided_choice", choice),
+    ("grammar", "guided_grammar", lark),
+];
+
 /// Takes the fields that ask for a grammar.
 ///
 /// # Errors
@@ -75,13 +85,7 @@ pub(crate) fn read(fields: &mut Fields) -> Result<Option<Structured>, BadField> 
     if let Some(mut inner) = fields.object("structured_outputs")? {
         found.extend(structured_outputs(&mut inner)?);
     }
-    let guided = [
-        ("guided_json", json as fn(&'static str, Value) -> Result<Grammar, BadField>),
-        ("guided_regex", regex),
-        ("guided_choice", choice),
-        ("guided_grammar", lark),
-    ];
-    for (name, read) in guided {
+    for (_, name, read) in KINDS {
         if let Some(value) = fields.take(name) {
             found.push((name, read(name, value)?));
         }
@@ -125,13 +129,7 @@ fn response_format(format: &mut Fields) -> Result<Option<Grammar>, BadField> {
 fn structured_outputs(inner: &mut Fields) -> Result<Vec<(&'static str, Grammar)>, BadField> {
     const NAME: &str = "structured_outputs";
     let mut found = Vec::new();
-    let kinds = [
-        ("json", json as fn(&'static str, Value) -> Result<Grammar, BadField>),
-        ("regex", regex),
-        ("choice", choice),
-        ("grammar", lark),
-    ];
-    for (name, read) in kinds {
+    for (name, _, read) in KINDS {
         if let Some(value) = inner.take(name) {
             found.push((NAME, read(NAME, value)?));
         }

@@ -3,7 +3,7 @@
 //! Hermes' and Qwen's form: `<tool_call>`, a JSON object with `name` and `arguments`, `</tool_call>`,
 //! each on lines of their own. The functions themselves are the client's to run.
 
-use engine::{Grammar, Message, UnknownKeywords, json_schema};
+use engine::{Grammar, UnknownKeywords, json_schema};
 use serde_json::{Map, Value, json};
 
 use crate::fields::{BadField, Fields, kind};
@@ -144,11 +144,11 @@ impl Tools {
     }
 }
 
-/// The message of an assistant that called tools, with arguments as objects: so templates expect them.
+/// The calls in an assistant's message of a history, with arguments as JSON.
 ///
 /// # Errors
-/// What is wrong with it, as the end of a sentence.
-pub(crate) fn assistant(map: &Map<String, Value>, content: String) -> Result<Message, String> {
+/// What is wrong with them, as the end of a sentence.
+pub(crate) fn calls(map: &Map<String, Value>) -> Result<Value, String> {
     let Some(Value::Array(calls)) = map.get("tool_calls") else {
         return Err("has tool_calls that are no array".to_owned());
     };
@@ -156,9 +156,7 @@ pub(crate) fn assistant(map: &Map<String, Value>, content: String) -> Result<Mes
         return Err(format!("has {} tool_calls, limit is {MAX_CALLS}", calls.len()));
     }
     let calls = calls.iter().map(call).collect::<Option<Vec<_>>>();
-    let calls = calls.ok_or("has a tool call without a name and JSON arguments")?;
-    let message = json!({"role": "assistant", "content": content, "tool_calls": calls});
-    Message::from_json(message).map_err(|error| error.to_string())
+    Ok(calls.ok_or("has a tool call without a name and JSON arguments")?.into())
 }
 
 fn call(call: &Value) -> Option<Value> {
@@ -175,18 +173,16 @@ fn call(call: &Value) -> Option<Value> {
     }))
 }
 
-/// The message with which a client hands in what a tool gave.
+/// Checks the message with which a client hands in what a tool gave.
 ///
 /// # Errors
 /// What is wrong with it, as the end of a sentence.
-pub(crate) fn result(map: &Map<String, Value>, content: String) -> Result<Message, String> {
-    let mut message = json!({"role": "tool", "content": content});
+pub(crate) fn check_result(map: &Map<String, Value>) -> Result<(), String> {
     for name in ["tool_call_id", "name"] {
         match map.get(name) {
-            None | Some(Value::Null) => {}
-            Some(Value::String(text)) => message[name] = json!(text),
+            None | Some(Value::Null | Value::String(_)) => {}
             Some(other) => return Err(format!("has a {name} that is {}", kind(other))),
         }
     }
-    Message::from_json(message).map_err(|error| error.to_string())
+    Ok(())
 }

@@ -9,7 +9,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
-use engine::text::{AddSpecial, SkipSpecial};
+use engine::text::{AddSpecial, GenerationPrompt, SkipSpecial};
 use engine::{Event, Tokenizer};
 use serde_json::{Map, Value, json};
 
@@ -19,9 +19,11 @@ use crate::api_error::ApiError;
 use crate::app::App;
 use crate::chat;
 use crate::echo::PromptLogprobs;
+use crate::encode::{Texts, encode};
 use crate::fields::{BadField, Fields};
-use crate::job::{Api, Delivery, Job, StreamUsage, needs, unprocessable};
+use crate::job::{Api, Delivery, Job, StreamUsage, check_model, needs, unprocessable};
 use crate::refused::{off_only, unsupported};
+use crate::tools;
 
 /// `GET /version`.
 pub(super) async fn version() -> Json<Value> {
@@ -32,17 +34,25 @@ pub(super) async fn version() -> Json<Value> {
 pub(super) async fn tokenize(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
     let made = read(app.0, &headers, body, |app, _visit, body| {
         let fields = &mut Fields::parse(body)?;
+        check_model(app, fields)?;
         let strings = fields.flag("return_token_strs")?.unwrap_or(false);
         let special = fields.flag("add_special_tokens")?.unwrap_or(true);
         let tokenizer = tokenizer(app)?;
         let tokens = match (fields.string("prompt")?, fields.take("messages")) {
             (Some(text), None) => {
                 let add = if special { AddSpecial::Yes } else { AddSpecial::No };
-                tokenizer.encode(&text, add).map_err(|error| unprocessable("prompt", &error))?
+                encode(app, ("prompt", &text), Texts::All, |tokenizer| {
+                    tokenizer.encode(&text, add)
+                })?
             }
             (None, Some(list)) => {
-                let extra = chat::variables(app, fields)?;
-                chat::prompt(app, &crate::params::messages(&list)?, None, extra)?
+                let tools = tools::read(fields)?;
+                let end = match fields.flag("add_generation_prompt")? {
+                    Some(false) => GenerationPrompt::Omit,
+                    Some(true) | None => GenerationPrompt::Add,
+                };
+                let with = (tools.as_ref(), chat::variables(app, fields)?, end);
+                chat::prompt(app, &crate::params::messages(&list)?, with, Texts::All)?
             }
             _ => return Err(BadField::new("prompt", "either prompt or messages is needed").into()),
         };
@@ -65,6 +75,7 @@ pub(super) async fn tokenize(app: State<Arc<App>>, headers: HeaderMap, body: Bod
 pub(super) async fn detokenize(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
     let made = read(app.0, &headers, body, |app, _visit, body| {
         let fields = &mut Fields::parse(body)?;
+        check_model(app, fields)?;
         let tokenizer = tokenizer(app)?;
         let tokens = fields.tokens("tokens")?;
         let tokens = tokens.ok_or_else(|| BadField::new("tokens", "tokens is missing"))?;

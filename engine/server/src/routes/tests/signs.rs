@@ -16,7 +16,7 @@ fn value(text: &str, series: &str) -> f64 {
     line[prefix.len()..].parse().unwrap()
 }
 
-async fn metrics_of(server: &Server) -> String {
+pub(super) async fn metrics_of(server: &Server) -> String {
     text_of(server.send(get_request("/metrics")).await).await
 }
 

@@ -200,7 +200,8 @@ async fn a_dead_end_fails_its_own_request() {
     let dead = json!({"prompt": "a", "guided_regex": "a|a\u{1}", "min_tokens": 9,
         "stop_token_ids": [4]});
     let (status, answer) = server.post(TEXT, &dead).await;
-    assert_eq!(status, 500, "{answer}");
+    assert_eq!(status, 400, "{answer}");
+    assert_eq!(answer["error"]["message"], "no token may be drawn here");
     let (ok, _) = server.post(TEXT, &greedy(json!({"prompt": "a", "max_tokens": 1}))).await;
     assert_eq!(ok, 200);
 }

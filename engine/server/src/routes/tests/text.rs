@@ -1,5 +1,8 @@
 //! Tokens in and out, metrics, and the queue's limit.
 
+use engine::PauseMode;
+
+use super::signs::metrics_of;
 use super::*;
 
 #[tokio::test]
@@ -22,6 +25,86 @@ async fn text_becomes_tokens_and_comes_back() {
     let (status, body) = server.post("/tokenize", &chat).await;
     assert_eq!(status, StatusCode::OK);
     assert!(body["count"].as_u64().unwrap() > 2);
+}
+
+#[tokio::test]
+async fn a_conversation_counts_the_tokens_that_the_chat_runs() {
+    let server = Server::new();
+    let call = json!({"id": "c", "type": "function",
+        "function": {"name": "f", "arguments": "{\"<s>\": 1}"}});
+    let body = json!({"model": "tiny", "messages": [
+        {"role": "user", "content": "hi", "name": null},
+        {"role": "assistant", "content": null, "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "content": "3", "tool_call_id": "c"},
+    ], "tools": [{"type": "function", "function": {"name": "f"}}]});
+    let (status, counted) = server.post("/tokenize", &body).await;
+    assert_eq!(status, StatusCode::OK, "{counted}");
+    let (_, answer) = server.post(CHAT, &greedy(body.clone())).await;
+    assert_eq!(answer["usage"]["prompt_tokens"], counted["count"], "{answer}");
+    let mut open = body;
+    open["add_generation_prompt"] = json!(false);
+    let (_, shorter) = server.post("/tokenize", &open).await;
+    assert!(shorter["count"].as_u64() < counted["count"].as_u64(), "{shorter}");
+    for (path, body) in [
+        ("/tokenize", json!({"model": "other", "prompt": "a"})),
+        ("/detokenize", json!({"model": "other", "tokens": [5]})),
+    ] {
+        assert_eq!(server.post(path, &body).await.0, StatusCode::NOT_FOUND, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_text_that_cannot_fit_is_refused_before_it_is_tokenized() {
+    let server = Server::new();
+    let text = "a".repeat(1 << 20);
+    let bodies = [
+        (TEXT, json!({"prompt": text}), "prompt"),
+        (TEXT, json!({"prompt": ["a", text]}), "prompt"),
+        (CHAT, json!({"messages": [{"role": "user", "content": text}]}), "messages"),
+    ];
+    for (path, body, param) in bodies {
+        let (status, answer) = server.post(path, &body).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+        assert_eq!(answer["error"]["code"], "context_length_exceeded");
+        assert_eq!(answer["error"]["param"], param);
+        let said = answer["error"]["message"].as_str().unwrap();
+        assert!(said.contains(" bytes, limit is "), "{said}");
+    }
+    // What is counted, or cut, may be longer.
+    let (_, counted) = server.post("/tokenize", &json!({"prompt": text})).await;
+    assert!(counted["count"].as_u64().unwrap() >= 1 << 20);
+    let cut = greedy(json!({"prompt": text, "truncate_prompt_tokens": 4}));
+    assert_eq!(server.post(TEXT, &cut).await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn as_many_prompts_as_may_be_asked_for_are_answered_together() {
+    let server = Server::new();
+    let prompts: Vec<String> = (0..1024).map(|i| format!("p{i}")).collect();
+    let body = greedy(json!({"prompt": prompts, "max_tokens": 80, "ignore_eos": true}));
+    let (status, answer) = server.post(TEXT, &body).await;
+    assert_eq!(status, StatusCode::OK, "{}", answer["error"]);
+    assert_eq!(answer["choices"].as_array().unwrap().len(), 1024);
+    assert_eq!(answer["usage"]["completion_tokens"], 80 * 1024);
+    let (_, alone) = server
+        .post(TEXT, &greedy(json!({"prompt": "p1000", "max_tokens": 80, "ignore_eos": true})))
+        .await;
+    assert_eq!(answer["choices"][1000]["text"], alone["choices"][0]["text"]);
+}
+
+#[tokio::test]
+async fn of_several_prompts_one_that_is_refused_stops_all_and_aborts_nobody() {
+    let server = Server::new();
+    let (status, answer) =
+        server.post(TEXT, &json!({"prompt": [[5, 6], [5, 99_999], [7]], "n": 4})).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    let said = answer["error"]["message"].as_str().unwrap();
+    assert!(said.starts_with("prompt has token 99999"), "{said}");
+    let text = metrics_of(&server).await;
+    let aborted = "engine_request_success_total{model_name=\"tiny\",finished_reason=\"abort\"} 0";
+    assert!(text.contains(aborted), "{text}");
+    let idle = greedy(json!({"prompt": "a", "max_tokens": 2}));
+    assert_eq!(server.post(TEXT, &idle).await.0, StatusCode::OK);
 }
 
 #[tokio::test]
@@ -125,8 +208,11 @@ async fn metrics_count_what_was_served() {
 #[tokio::test]
 async fn a_full_queue_turns_requests_away() {
     let server = Server::with(|config| config.max_queued_requests = Some(0));
-    let response =
-        server.send(post_request(TEXT, greedy(json!({"prompt": "a"})).to_string())).await;
+    let body = greedy(json!({"prompt": "a", "max_tokens": 2}));
+    assert_eq!(server.post(TEXT, &body).await.0, StatusCode::OK, "nothing has to wait");
+    let service = Arc::clone(&server.app.service);
+    tokio::task::spawn_blocking(move || service.pause(PauseMode::Keep)).await.unwrap().unwrap();
+    let response = server.send(post_request(TEXT, body.to_string())).await;
     assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
     assert!(response.headers().contains_key(header::RETRY_AFTER));
     let body = json_of(response).await;
