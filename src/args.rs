@@ -129,7 +129,7 @@ pub(crate) struct CommonArgs {
     /// Compute threads [default: all cores]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
-    /// Format of weights, products and KV cache; auto is bf16
+    /// Format of weights, products and KV cache; auto is bf16, on candle-cpu f32
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
     pub(crate) dtype: DtypeArg,
     /// Key of all randomness
