@@ -13,6 +13,8 @@ use crate::fields::BadField;
 use crate::job::{needs, unprocessable};
 use crate::prompt_params::Truncate;
 
+/// Texts up to so many bytes are tokenized in any case, for an error that counts tokens.
+const CHEAP_BYTES: usize = 1 << 20;
 /// Some normalisations make a text shorter before it is cut: this many times at most, generously.
 const SHRINKING: usize = 4;
 
@@ -47,11 +49,10 @@ pub(crate) fn encode(
     let tokenizer = app.service.tokenizer().ok_or_else(|| needs(param, "a tokenizer"))?;
     let (bytes, context) = (text.len(), app.service.max_model_len());
     let longest = tokenizer.longest_token_bytes();
-    let limit = context.saturating_mul(longest).saturating_mul(SHRINKING);
+    let limit = context.saturating_mul(longest).saturating_mul(SHRINKING).max(CHEAP_BYTES);
     if texts == Texts::Fitting && bytes > limit {
         let message = format!(
-            "{param} has {bytes} bytes, limit is {limit} ({context} tokens of up to {longest} bytes, \
-             {SHRINKING} times)"
+            "{param} has {bytes} bytes, limit is {limit} for a context of {context} tokens"
         );
         return Err(BadField::new(param, message).with_code("context_length_exceeded").into());
     }

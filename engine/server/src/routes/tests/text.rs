@@ -56,7 +56,7 @@ async fn a_conversation_counts_the_tokens_that_the_chat_runs() {
 #[tokio::test]
 async fn a_text_that_cannot_fit_is_refused_before_it_is_tokenized() {
     let server = Server::new();
-    let text = "a".repeat(1 << 20);
+    let text = "a".repeat((1 << 20) + 1);
     let bodies = [
         (TEXT, json!({"prompt": text}), "prompt"),
         (TEXT, json!({"prompt": ["a", text]}), "prompt"),
@@ -72,7 +72,7 @@ async fn a_text_that_cannot_fit_is_refused_before_it_is_tokenized() {
     }
     // What is counted, or cut, may be longer.
     let (_, counted) = server.post("/tokenize", &json!({"prompt": text})).await;
-    assert!(counted["count"].as_u64().unwrap() >= 1 << 20);
+    assert!(counted["count"].as_u64().unwrap() > 1 << 20);
     let cut = greedy(json!({"prompt": text, "truncate_prompt_tokens": 4}));
     assert_eq!(server.post(TEXT, &cut).await.0, StatusCode::OK);
 }
