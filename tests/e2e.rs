@@ -13,6 +13,7 @@ mod e2e {
     mod rewards;
     mod rl;
     mod rl_faults;
+    mod rl_resume;
     mod rl_serve;
     mod score;
     mod serve;

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::RlConfig;
 use crate::data::Cursor;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -28,6 +29,8 @@ pub use manifest::{MANIFEST, verify};
 
 /// Where [`TrainState`] is, within a checkpoint.
 pub const STATE: &str = "trainer/state.json";
+/// Where the resolved configuration of the run is, within a checkpoint.
+pub const CONFIG: &str = "trainer/config.toml";
 const CHECKPOINTS: &str = "checkpoints";
 const LATEST: &str = "latest";
 const TEMPORARY: &str = ".tmp-";
@@ -285,11 +288,12 @@ impl CheckpointWriter<'_> {
         run().map_err(|e| self.named(Error::io(&path, e)))
     }
 
-    /// Writes [`STATE`].
+    /// Writes [`STATE`] and [`CONFIG`].
     ///
     /// # Errors
-    /// If it cannot be written.
-    pub fn state(&self, state: &TrainState) -> Result<()> {
+    /// If they cannot be written.
+    pub fn state(&self, state: &TrainState, config: &RlConfig) -> Result<()> {
+        self.file(CONFIG, |out| out.write_all(config.to_toml().as_bytes()))?;
         self.file(STATE, |out| {
             serde_json::to_writer_pretty(&mut *out, state)?;
             out.write_all(b"\n")

@@ -35,6 +35,7 @@ mod parts;
 pub mod random;
 mod reference;
 pub mod report;
+mod resume;
 pub mod rollout;
 mod run;
 pub mod samples;

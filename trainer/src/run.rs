@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use engine::{Engine, Service};
 
-use crate::checkpoint::{Checkpoint, CheckpointStore, TrainState, verify};
+use crate::checkpoint::CheckpointStore;
 use crate::config::RlConfig;
 use crate::data::Row;
 use crate::dynamics::Dynamics;
@@ -16,8 +16,9 @@ use crate::error::{Error, Result};
 use crate::metrics::{Metrics, name};
 use crate::parts::Parts;
 use crate::report::write_report;
+use crate::resume::Earlier;
 use crate::samples::write_samples;
-use crate::save::{ModelFiles, load_optimizer, save_model, save_optimizer};
+use crate::save::{ModelFiles, save_model, save_optimizer};
 use crate::source::{train_rows, val_rows};
 use crate::surplus;
 use crate::trackers::Trackers;
@@ -107,18 +108,20 @@ pub fn run_rl_serving(
     std::fs::create_dir_all(&output).map_err(|e| Error::io(&output, e))?;
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
     config.warnings().into_iter().for_each(|warning| tell(Progress::Note(warning)));
-    let from = starting_point(resume, &store, tell)?;
+    let from = Earlier::find(resume, &store, tell)?;
+    from.as_ref().map_or(Ok(()), |from| from.check_model(config))?;
+    let checkpoint = from.as_ref().map(|from| &*from.path);
     parts.rows = Some(parts.rows.map_or_else(|| train_rows(&config.data), Ok)?);
     let mut val = parts.validation.take().map_or_else(|| val_rows(&config.data), Ok)?;
     let reference = match config.algorithm.needs_reference() {
         true => Some(open(None).map_err(Error::engine)?.into_decoder()),
         false => None,
     };
-    let engine = open(from.as_deref()).map_err(Error::engine)?;
+    let engine = open(checkpoint).map_err(Error::engine)?;
     let files = ModelFiles::new(&engine)?;
     let mut own = config.clone();
-    if let (0, Some(checkpoint)) = (own.trainer.max_tokens_per_microbatch, &from) {
-        own.trainer.max_tokens_per_microbatch = earlier_budget(checkpoint);
+    if let (0, Some(from)) = (own.trainer.max_tokens_per_microbatch, &from) {
+        own.trainer.max_tokens_per_microbatch = from.budget();
     }
     let mut trainer = Trainer::with_parts(engine, own, parts)?;
     if let Some(decoder) = reference {
@@ -129,17 +132,18 @@ pub fn run_rl_serving(
         tell(Progress::Note(format!("{what} data: {report}")));
     }
     let val = val.rows;
-    if let Some(checkpoint) = &from {
-        trainer.restore(checkpoint)?;
+    if let Some(from) = &from {
+        trainer.restore(from)?;
+        from.changes(&trainer.config).into_iter().for_each(|line| tell(Progress::Note(line)));
     }
     if *resume != Resume::Auto
-        && let Some(aside) = store.restart(from.as_deref())?
+        && let Some(aside) = store.restart(checkpoint)?
     {
         tell(Progress::Note(format!("an older run's checkpoints are now in {}", aside.display())));
     }
     let path = output.join("config.toml");
     std::fs::write(&path, trainer.config.to_toml()).map_err(|e| Error::io(&path, e))?;
-    let metrics = Trackers::open(&trainer.config.trainer, from.map(|_| trainer.steps()))?;
+    let metrics = Trackers::open(&trainer.config.trainer, checkpoint.map(|_| trainer.steps()))?;
     trainer.dynamics = Dynamics::after(metrics.last(name::ENTROPY));
     let mut run = Run { trainer, store, files, metrics, val, output };
     let Some(serve) = serve else { return run.steps(stop, tell) };
@@ -153,41 +157,6 @@ pub fn run_rl_serving(
         guests.linger(engine).map_err(Error::engine)?;
     }
     Ok(ended)
-}
-
-/// The tokens of a pass in the run that left `checkpoint`, so that gradients go on being summed as they
-/// were; 0, to be planned, where its configuration is gone.
-fn earlier_budget(checkpoint: &Path) -> usize {
-    let run = checkpoint.parent().and_then(Path::parent);
-    let text = run.and_then(|run| std::fs::read_to_string(run.join("config.toml")).ok());
-    let config = text.and_then(|text| RlConfig::resolve(None, Some(&text), &[]).ok());
-    config.map_or(0, |config| config.trainer.max_tokens_per_microbatch)
-}
-
-/// The checkpoint to go on from.
-fn starting_point(
-    resume: &Resume,
-    store: &CheckpointStore,
-    tell: &mut dyn FnMut(Progress),
-) -> Result<Option<PathBuf>> {
-    match resume {
-        Resume::Never => Ok(None),
-        Resume::From(path) => {
-            verify(path)?;
-            Ok(Some(path.clone()))
-        }
-        Resume::Auto => {
-            let found = store.find_latest()?;
-            found.skipped.into_iter().for_each(|line| tell(Progress::Note(line)));
-            Ok(found.checkpoint.map(|Checkpoint { path, step }| {
-                tell(Progress::Note(format!(
-                    "going on after step {step}, from {}",
-                    path.display()
-                )));
-                path
-            }))
-        }
-    }
 }
 
 /// What to say of a step that dynamic sampling found too few groups for.
@@ -288,62 +257,9 @@ impl Run {
             .and_then(|()| save_optimizer(writer.path(), optimizer))
             .map_err(|e| writer.named(e))?;
         surplus::save(&writer, &self.trainer.surplus)?;
-        writer.state(&self.trainer.train_state())?;
+        writer.state(&self.trainer.train_state(), &self.trainer.config)?;
         metrics.set(name::TIME_SAVE_CHECKPOINT, begin.elapsed().as_secs_f64());
         self.metrics.write(metrics)?;
         Ok(writer.publish()?.path)
-    }
-}
-
-impl Trainer {
-    /// What a checkpoint says about the run.
-    pub(crate) fn train_state(&self) -> TrainState {
-        TrainState {
-            format: 1,
-            step: self.steps,
-            optimizer_step: self.state.optimizer.step,
-            seed: self.config.trainer.seed,
-            data_seed: self.config.data.seed,
-            cursor: self.sampler.cursor(),
-            data_hash: self.rows.hash.clone(),
-            config_hash: self.config.hash(),
-            weights_version: self.engine.version().0,
-            kl_coef: Some(self.kl_coef),
-            program_version: env!("CARGO_PKG_VERSION").to_owned(),
-        }
-    }
-
-    /// Goes on where `checkpoint`, from which the engine was loaded, was written.
-    ///
-    /// # Errors
-    /// When it was written with other data or seeds, or does not fit the model.
-    pub(crate) fn restore(&mut self, checkpoint: &Path) -> Result<()> {
-        let state = TrainState::read(checkpoint)?;
-        let differs = |what: &str, then: &str, now: &str| {
-            Error::checkpoint(format!(
-                "{what} was {then} when the checkpoint was written, is {now}"
-            ))
-        };
-        if state.data_hash != self.rows.hash {
-            return Err(differs("the training data's digest", &state.data_hash, &self.rows.hash));
-        }
-        let (seed, data_seed) = (self.config.trainer.seed, self.config.data.seed);
-        if state.seed != seed {
-            return Err(differs("trainer.seed", &state.seed.to_string(), &seed.to_string()));
-        }
-        if state.data_seed != data_seed {
-            return Err(differs("data.seed", &state.data_seed.to_string(), &data_seed.to_string()));
-        }
-        load_optimizer(checkpoint, &mut self.state.optimizer)?;
-        self.state.optimizer.step = state.optimizer_step;
-        self.steps = state.step;
-        self.kl_coef = state.kl_coef.unwrap_or(self.kl_coef);
-        self.surplus = surplus::load(checkpoint, self.rows.rows.len())?;
-        // The version goes on counting from where it was.
-        while self.engine.version().0 < state.weights_version {
-            drop(self.engine.begin_update().map_err(Error::engine)?);
-        }
-        self.sampler = self.rows.sampler(&self.config.data, state.cursor)?;
-        Ok(())
     }
 }

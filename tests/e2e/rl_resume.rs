@@ -1,0 +1,62 @@
+//! What a run of `engine rl` that goes on keeps, refuses and says.
+
+use std::fs;
+use std::path::Path;
+
+use super::rl::{Lab, latest};
+use super::support::{Folder, Ran, fails, run};
+
+/// Runs to the end.
+fn done(lab: &Lab, output: &str, settings: &[&str]) -> Ran {
+    let ran = run(&mut lab.rl(output, settings));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    ran
+}
+
+/// Makes `checkpoint` one of a program that did not write its file `name`.
+fn without(checkpoint: &Path, name: &str) {
+    fs::remove_file(checkpoint.join(name)).unwrap();
+    let manifest = checkpoint.join("MANIFEST.sha256");
+    let text = fs::read_to_string(&manifest).unwrap();
+    let kept = text.lines().filter(|line| !line.ends_with(&format!("  {name}")));
+    fs::write(&manifest, kept.map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+}
+
+#[test]
+fn another_model_is_refused_and_other_settings_are_said() {
+    let lab = Lab::new();
+    done(&lab, "run", &["trainer.total_steps=1"]);
+    let dir = lab.folder.path("run");
+    let config = fs::read(dir.join("config.toml")).unwrap();
+    let other =
+        Lab { folder: Folder::new(), model: "builtin:arith".into(), data: lab.data.clone() };
+    let (output, two) = (dir.to_str().unwrap(), ["trainer.total_steps=2"]);
+    let (model, place) = (lab.model.display(), dir.join("checkpoints/step_1"));
+    let part = format!(
+        "model.path is builtin:arith, {} was trained from {model}: go on with --model {model}, or begin \
+         anew with --resume never or another --output",
+        place.display()
+    );
+    fails(&mut other.rl(output, &two), 2, &part);
+    fails(other.rl("elsewhere", &two).arg("--resume").arg(&place), 2, &part);
+    assert_eq!(fs::read(dir.join("config.toml")).unwrap(), config);
+
+    let ran = done(&lab, "run", &["trainer.total_steps=2", "algorithm.method=grpo"]);
+    let note = "algorithm.method was \"kl_cov\" up to step 1, is \"grpo\"";
+    assert!(ran.stderr.contains(note), "{ran:?}");
+    let ran = done(&lab, "run", &["trainer.total_steps=3", "algorithm.method=grpo"]);
+    assert!(!ran.stderr.contains(" up to step "), "{ran:?}");
+}
+
+#[test]
+fn a_checkpoint_of_an_older_program_is_gone_on_from() {
+    let lab = Lab::new();
+    let one = ["trainer.total_steps=1", "trainer.max_tokens_per_microbatch=16"];
+    done(&lab, "run", &one);
+    without(&latest(&lab.folder.path("run")), "trainer/config.toml");
+    let ran = done(&lab, "run", &["trainer.total_steps=2", "optimizer.lr=2e-3"]);
+    assert!(ran.stderr.contains("going on after step 1"), "{ran:?}");
+    assert!(!ran.stderr.contains(" up to step "), "{ran:?}");
+    let text = fs::read_to_string(lab.folder.path("run/config.toml")).unwrap();
+    assert!(text.contains("max_tokens_per_microbatch = 16\n"), "{text}");
+}

@@ -1,0 +1,233 @@
+//! Going on from a checkpoint: which one, what has to be as it was, and what else has changed since.
+//!
+//! A checkpoint holds the configuration of the run that wrote it. Those of older programs do not: of them only
+//! data and seeds are compared. Leaves out what is learnt from there on, which is the run's.
+
+use std::path::{Path, PathBuf};
+
+use toml::{Table, Value};
+
+use crate::checkpoint::{CONFIG, Checkpoint, CheckpointStore, TrainState, verify};
+use crate::config::RlConfig;
+use crate::error::{Error, Result};
+use crate::run::{Progress, Resume};
+use crate::save::load_optimizer;
+use crate::surplus;
+use crate::trainer::Trainer;
+
+/// Keys whose change is no news to whoever goes on: where a run writes, how long it is, and how often it
+/// saves and validates.
+const FREE: [&str; 4] =
+    ["trainer.output", "trainer.total_steps", "trainer.save_freq", "trainer.test_freq"];
+
+/// A checkpoint to go on from.
+pub(crate) struct Earlier {
+    /// Its folder.
+    pub(crate) path: PathBuf,
+    state: TrainState,
+    /// The configuration it was written under; checkpoints of older programs have none.
+    config: Option<Table>,
+}
+
+impl Earlier {
+    /// The checkpoint to go on from; `None`: the run begins anew.
+    ///
+    /// # Errors
+    /// When the checkpoint asked for is not whole, or cannot be read.
+    pub(crate) fn find(
+        resume: &Resume,
+        store: &CheckpointStore,
+        tell: &mut dyn FnMut(Progress),
+    ) -> Result<Option<Self>> {
+        match resume {
+            Resume::Never => Ok(None),
+            Resume::From(path) => {
+                verify(path)?;
+                Self::read(path.clone()).map(Some)
+            }
+            Resume::Auto => {
+                let found = store.find_latest()?;
+                found.skipped.into_iter().for_each(|line| tell(Progress::Note(line)));
+                let Some(Checkpoint { path, step }) = found.checkpoint else { return Ok(None) };
+                let place = path.display();
+                tell(Progress::Note(format!("going on after step {step}, from {place}")));
+                Self::read(path).map(Some)
+            }
+        }
+    }
+
+    fn read(path: PathBuf) -> Result<Self> {
+        let state = TrainState::read(&path)?;
+        let file = path.join(CONFIG);
+        let config = match file.exists() {
+            true => {
+                let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
+                let bad = |e: toml::de::Error| {
+                    Error::checkpoint(format!("{}: {}", file.display(), e.message()))
+                };
+                Some(text.parse::<Table>().map_err(bad)?)
+            }
+            false => None,
+        };
+        Ok(Self { path, state, config })
+    }
+
+    fn value(&self, section: &str, key: &str) -> Option<&Value> {
+        self.config.as_ref()?.get(section)?.get(key)
+    }
+
+    /// Fails unless the model of `config` is the one that the checkpoint was trained from.
+    ///
+    /// # Errors
+    /// `ErrorKind::Config`, naming both.
+    pub(crate) fn check_model(&self, config: &RlConfig) -> Result<()> {
+        let Some(then) = self.value("model", "path").and_then(Value::as_str) else { return Ok(()) };
+        let now = &*config.model.path;
+        let place = |path: &str| Path::new(path).canonicalize().ok();
+        if then == now || place(then).is_some_and(|then| place(now) == Some(then)) {
+            return Ok(());
+        }
+        Err(Error::config(format!(
+            "model.path is {now}, {} was trained from {then}: go on with --model {then}, or begin anew with \
+             --resume never or another --output",
+            self.path.display()
+        )))
+    }
+
+    /// The tokens of a pass when the checkpoint was written, so that gradients go on being summed as they
+    /// were; 0, to be planned, where no configuration says so.
+    pub(crate) fn budget(&self) -> usize {
+        let tokens = |value: &Value| usize::try_from(value.as_integer()?).ok();
+        let own = self.value("trainer", "max_tokens_per_microbatch").and_then(tokens);
+        own.unwrap_or_else(|| self.budget_of_the_folder())
+    }
+
+    /// The same as the `config.toml` of the run's folder has it, for checkpoints of older programs.
+    fn budget_of_the_folder(&self) -> usize {
+        let run = self.path.parent().and_then(Path::parent);
+        let text = run.and_then(|run| std::fs::read_to_string(run.join("config.toml")).ok());
+        let config = text.and_then(|text| RlConfig::resolve(None, Some(&text), &[]).ok());
+        config.map_or(0, |config| config.trainer.max_tokens_per_microbatch)
+    }
+
+    /// One line for each key that has another value under `config`.
+    pub(crate) fn changes(&self, config: &RlConfig) -> Vec<String> {
+        let now = Table::try_from(config).expect("the sections hold only what TOML can say");
+        let mut changed = Vec::new();
+        if let Some(then) = &self.config {
+            compare(then, &now, "", &mut changed);
+        }
+        let step = self.state.step;
+        let line = |(key, then, now)| format!("{key} was {then} up to step {step}, is {now}");
+        changed.into_iter().map(line).collect()
+    }
+}
+
+/// Collects the dotted keys that `then` and `now` both have, with the values in which they differ; `prefix` is
+/// the name of both tables, with a dot after it.
+fn compare<'a>(
+    then: &'a Table,
+    now: &'a Table,
+    prefix: &str,
+    out: &mut Vec<(String, &'a Value, &'a Value)>,
+) {
+    for (name, now) in now {
+        let key = format!("{prefix}{name}");
+        match (then.get(name), now) {
+            (Some(Value::Table(then)), Value::Table(now)) => {
+                compare(then, now, &format!("{key}."), out);
+            }
+            (Some(then), now) if then != now && !FREE.contains(&&*key) => {
+                out.push((key, then, now));
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Trainer {
+    /// What a checkpoint says about the run.
+    pub(crate) fn train_state(&self) -> TrainState {
+        TrainState {
+            format: 1,
+            step: self.steps,
+            optimizer_step: self.state.optimizer.step,
+            seed: self.config.trainer.seed,
+            data_seed: self.config.data.seed,
+            cursor: self.sampler.cursor(),
+            data_hash: self.rows.hash.clone(),
+            config_hash: self.config.hash(),
+            weights_version: self.engine.version().0,
+            kl_coef: Some(self.kl_coef),
+            program_version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    /// Goes on where the checkpoint `earlier`, from which the engine was loaded, was written.
+    ///
+    /// # Errors
+    /// When it was written with other data or seeds, or does not fit the model.
+    pub(crate) fn restore(&mut self, earlier: &Earlier) -> Result<()> {
+        let Earlier { path, state, .. } = earlier;
+        let differs = |what: &str, then: &str, now: &str| {
+            Error::checkpoint(format!(
+                "{what} was {then} when the checkpoint was written, is {now}"
+            ))
+        };
+        if state.data_hash != self.rows.hash {
+            return Err(differs("the training data's digest", &state.data_hash, &self.rows.hash));
+        }
+        let (seed, data_seed) = (self.config.trainer.seed, self.config.data.seed);
+        if state.seed != seed {
+            return Err(differs("trainer.seed", &state.seed.to_string(), &seed.to_string()));
+        }
+        if state.data_seed != data_seed {
+            return Err(differs("data.seed", &state.data_seed.to_string(), &data_seed.to_string()));
+        }
+        load_optimizer(path, &mut self.state.optimizer)?;
+        self.state.optimizer.step = state.optimizer_step;
+        self.steps = state.step;
+        self.kl_coef = state.kl_coef.unwrap_or(self.kl_coef);
+        self.surplus = surplus::load(path, self.rows.rows.len())?;
+        // The version goes on counting from where it was.
+        while self.engine.version().0 < state.weights_version {
+            drop(self.engine.begin_update().map_err(Error::engine)?);
+        }
+        self.sampler = self.rows.sampler(&self.config.data, state.cursor)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changed_keys_are_named_but_for_those_that_are_free() {
+        let resolve = |sets: &[(&str, &str)]| {
+            let set: Vec<_> = sets.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            RlConfig::resolve(None, None, &set).unwrap()
+        };
+        let then = resolve(&[("rollout.stop", "a"), ("algorithm.kl_ctrl.horizon", "5")]);
+        let now = resolve(&[
+            ("optimizer.lr", "1e-3"),
+            ("rollout.stop", "a,b"),
+            ("trainer.total_steps", "7"),
+            ("trainer.output", "x"),
+        ]);
+        let mut table = Table::try_from(&then).unwrap();
+        // As a program without this key would have written it.
+        table["optimizer"].as_table_mut().unwrap().remove("eps");
+        let (mut out, now) = (Vec::new(), Table::try_from(&now).unwrap());
+        compare(&table, &now, "", &mut out);
+        let lines: Vec<String> = out.iter().map(|(k, a, b)| format!("{k}: {a} -> {b}")).collect();
+        assert_eq!(
+            lines,
+            [
+                "algorithm.kl_ctrl.horizon: 5.0 -> 10000.0",
+                "optimizer.lr: 0.00001 -> 0.001",
+                "rollout.stop: [\"a\"] -> [\"a\", \"b\"]",
+            ]
+        );
+    }
+}
