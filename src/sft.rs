@@ -40,13 +40,18 @@ fn train(request: &RunRequest, terminal: &Terminal) -> Result<()> {
         return dry_run(&config.to_toml(), &source, (engine, &demand));
     }
     let signals = Signals::listen()?;
-    let source = match config.model.config_json.as_str() {
-        "" => model::open(&config.model.path, terminal)?,
-        json => fresh(Path::new(json), &config)?,
+    let start = Start::of(&config, terminal)?;
+    let open = || {
+        let engine = |source: &ModelSource| {
+            Engine::load(source, &request.engine).map_err(trainer::Error::engine)
+        };
+        match &start {
+            Start::Model(source) => engine(source),
+            Start::Shape(shape, json) => engine(&fresh(shape, json, &config)?),
+        }
     };
-    let engine = Engine::load(&source, &request.engine)?;
     let mut tell = |progress: Progress| tell(terminal, config.trainer.total_steps, &progress);
-    let checkpoint = run_sft(engine, &config, &|| signals.asked(), &mut tell)?;
+    let checkpoint = run_sft(open, &config, &|| signals.asked(), &mut tell)?;
     output::print(&format!("checkpoint {}", checkpoint.display()))?;
     if signals.asked() {
         return Err(Failure::interrupted("interrupted, the checkpoint holds what was learnt"));
@@ -54,14 +59,35 @@ fn train(request: &RunRequest, terminal: &Terminal) -> Result<()> {
     Ok(())
 }
 
+/// What a run begins with.
+enum Start {
+    Model(ModelSource),
+    /// Random weights of this shape, which the file says.
+    Shape(ModelConfig, PathBuf),
+}
+
+impl Start {
+    /// What `config` says; fails if it is not there, or bad.
+    fn of(config: &SftConfig, terminal: &Terminal) -> Result<Self> {
+        let path = Path::new(&config.model.config_json);
+        if path.as_os_str().is_empty() {
+            return model::open(&config.model.path, terminal).map(Self::Model);
+        }
+        let text = fs::read_to_string(path).map_err(|error| Failure::unreadable(path, &error))?;
+        let shape = ModelConfig::from_hf_json(&text)
+            .map_err(|error| Failure::from(error).blame_data().at(path.display()))?;
+        Ok(Self::Shape(shape, path.to_owned()))
+    }
+}
+
 /// A model of random weights in the output folder, with the tokenizer that lies beside `config_json`.
-fn fresh(config_json: &Path, config: &SftConfig) -> Result<ModelSource> {
-    let text = fs::read_to_string(config_json)
-        .map_err(|error| Failure::unreadable(config_json, &error))?;
-    let shape = ModelConfig::from_hf_json(&text)
-        .map_err(|error| Failure::from(error).blame_data().at(config_json.display()))?;
+fn fresh(
+    shape: &ModelConfig,
+    config_json: &Path,
+    config: &SftConfig,
+) -> trainer::Result<ModelSource> {
     let beside = config_json.parent().unwrap_or(Path::new("."));
     let dir = PathBuf::from(&config.trainer.output).join("initial");
-    initial_weights(&shape, beside, config.trainer.seed, &dir)?;
-    Ok(ModelSource::open(&dir)?)
+    initial_weights(shape, beside, config.trainer.seed, &dir)?;
+    ModelSource::open(&dir).map_err(trainer::Error::engine)
 }

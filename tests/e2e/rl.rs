@@ -315,20 +315,20 @@ fn a_damaged_checkpoint_is_passed_over() {
 }
 
 /// A run in the background, of which the lines on stderr are read; killed when dropped.
-struct Background {
-    child: Child,
+pub(super) struct Background {
+    pub(super) child: Child,
     log: BufReader<std::process::ChildStderr>,
 }
 
 impl Background {
-    fn start(mut command: Command) -> Self {
+    pub(super) fn start(mut command: Command) -> Self {
         let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
         let log = BufReader::new(child.stderr.take().unwrap());
         Self { child, log }
     }
 
     /// Reads until a line has `part`.
-    fn wait_for(&mut self, part: &str) {
+    pub(super) fn wait_for(&mut self, part: &str) {
         let mut line = String::new();
         while !line.contains(part) {
             line.clear();
@@ -336,7 +336,7 @@ impl Background {
         }
     }
 
-    fn signal(&self, name: &str) {
+    pub(super) fn signal(&self, name: &str) {
         let id = self.child.id().to_string();
         assert!(Command::new("kill").args([name, &id]).status().unwrap().success());
     }
@@ -350,7 +350,7 @@ impl Drop for Background {
     }
 }
 
-fn make_fifo(path: &Path) {
+pub(super) fn make_fifo(path: &Path) {
     assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
 }
 

@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use super::rl::{Lab, latest};
-use super::support::{Folder, Ran, fails, run};
+use super::rl::{Background, Lab, latest, make_fifo};
+use super::support::{Folder, Ran, SMALL, engine, fails, run};
 
 /// Runs to the end.
 fn done(lab: &Lab, output: &str, settings: &[&str]) -> Ran {
@@ -59,4 +59,25 @@ fn a_checkpoint_of_an_older_program_is_gone_on_from() {
     assert!(!ran.stderr.contains(" up to step "), "{ran:?}");
     let text = fs::read_to_string(lab.folder.path("run/config.toml")).unwrap();
     assert!(text.contains("max_tokens_per_microbatch = 16\n"), "{text}");
+}
+
+#[test]
+fn one_run_at_a_time_writes_to_a_folder() {
+    let lab = Lab::new();
+    // Opening a pipe that nobody reads holds the run up where it writes the samples of step 1.
+    let dir = lab.folder.path("run");
+    fs::create_dir_all(dir.join("samples")).unwrap();
+    let pipe = dir.join("samples/.tmp-step_1.jsonl");
+    make_fifo(&pipe);
+    let mut first = Background::start(lab.rl("run", &[]));
+    first.wait_for("step 0: validation");
+    let part = format!("another run writes to {}", dir.display());
+    fails(&mut lab.rl("run", &[]), 2, &part);
+    let mut sft = engine();
+    sft.arg("sft").args(SMALL).arg("--model").arg(&lab.model).arg("--output").arg(&dir);
+    fails(&mut sft, 2, &part);
+    first.signal("-KILL");
+    first.child.wait().unwrap();
+    fs::remove_file(&pipe).unwrap();
+    done(&lab, "run", &["trainer.total_steps=1"]);
 }

@@ -25,6 +25,7 @@ pub mod filter;
 pub mod fit;
 pub mod kl;
 mod learner;
+mod lock;
 pub mod loss;
 pub mod memory;
 pub mod metrics;

@@ -13,6 +13,7 @@ use crate::config::RlConfig;
 use crate::data::Row;
 use crate::dynamics::Dynamics;
 use crate::error::{Error, Result};
+use crate::lock::RunLock;
 use crate::metrics::{Metrics, name};
 use crate::parts::Parts;
 use crate::report::write_report;
@@ -83,7 +84,8 @@ pub struct RunHooks<'a> {
 /// engine: from the checkpoint given to it, or else from the configured model.
 ///
 /// # Errors
-/// As [`Trainer::step`], and when files cannot be read or written; what was published stays whole.
+/// As [`Trainer::step`], and when another run writes to the folder, or files cannot be read or written; what was
+/// published stays whole.
 pub fn run_rl(
     config: &RlConfig,
     start: (&Resume, Parts),
@@ -105,7 +107,7 @@ pub fn run_rl_serving(
 ) -> Result<Interrupt> {
     let RunHooks { open, stop, tell, serve } = hooks;
     let output = PathBuf::from(&config.trainer.output);
-    std::fs::create_dir_all(&output).map_err(|e| Error::io(&output, e))?;
+    let lock = RunLock::take(&output)?;
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
     config.warnings().into_iter().for_each(|warning| tell(Progress::Note(warning)));
     let from = Earlier::find(resume, &store, tell)?;
@@ -145,7 +147,7 @@ pub fn run_rl_serving(
     std::fs::write(&path, trainer.config.to_toml()).map_err(|e| Error::io(&path, e))?;
     let metrics = Trackers::open(&trainer.config.trainer, checkpoint.map(|_| trainer.steps()))?;
     trainer.dynamics = Dynamics::after(metrics.last(name::ENTROPY));
-    let mut run = Run { trainer, store, files, metrics, val, output };
+    let mut run = Run { trainer, store, files, metrics, val, output, _lock: lock };
     let Some(serve) = serve else { return run.steps(stop, tell) };
     let (service, guests) = Service::attach(&run.trainer.engine);
     run.trainer.guests = Some(guests);
@@ -179,6 +181,7 @@ struct Run {
     metrics: Trackers,
     val: Vec<Row>,
     output: PathBuf,
+    _lock: RunLock,
 }
 
 impl Run {

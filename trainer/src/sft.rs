@@ -17,6 +17,7 @@ use crate::encode::PromptEncoder;
 use crate::error::{Error, Result};
 use crate::eval::Evaluation;
 use crate::learner::{LossGradient, Packed};
+use crate::lock::RunLock;
 use crate::memory::{Demand, planned_tokens_beside};
 use crate::metrics::{Metrics, MetricsWriter, name};
 use crate::optimizer::global_norm;
@@ -82,19 +83,22 @@ pub fn initial_weights(
     writer.finish().map_err(Error::engine)
 }
 
-/// Trains `engine` as `config` says, or until `stop` says so, and returns the last checkpoint.
+/// Trains the engine that `open` loads as `config` says, or until `stop` says so, and returns the last
+/// checkpoint.
 ///
 /// # Errors
-/// When a row is bad or too long, numbers are not finite, or files cannot be written.
+/// When another run writes to the folder, a row is bad or too long, numbers are not finite, or files cannot be
+/// written.
 pub fn run_sft(
-    engine: Engine,
+    open: impl FnOnce() -> Result<Engine>,
     config: &SftConfig,
     stop: &dyn Fn() -> bool,
     tell: &mut dyn FnMut(Progress),
 ) -> Result<PathBuf> {
     let output = PathBuf::from(&config.trainer.output);
-    std::fs::create_dir_all(&output).map_err(|e| Error::io(&output, e))?;
+    let _lock = RunLock::take(&output)?;
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
+    let engine = open()?;
     let files = ModelFiles::new(&engine)?;
     let mut config = config.clone();
     if config.trainer.max_tokens_per_microbatch == 0 {
