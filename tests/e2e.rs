@@ -18,6 +18,7 @@ mod e2e {
     mod score;
     mod serve;
     mod serve_doors;
+    mod sft;
     #[expect(dead_code, reason = "the rest is for the tests of the client")]
     #[path = "../../engine/hub/tests/download/stand_in.rs"]
     mod stand_in;

@@ -163,10 +163,13 @@ fn a_run_begun_anew_never_goes_on_from_an_older_one() {
     assert_eq!(ran.code, Some(1), "{ran:?}");
     let dir = lab.folder.path("run");
     let aside = dir.join("checkpoints.old-1");
-    let note = format!("an older run's checkpoints are now in {}", aside.display());
+    let note = format!("what an older run left is now in {}", aside.display());
     assert!(ran.stderr.contains(&note), "{ran:?}");
     assert_no_checkpoint(&dir);
-    assert!(aside.join("step_2/model.safetensors").is_file());
+    for file in ["step_2/model.safetensors", "metrics.jsonl", "samples/step_2.jsonl", "report.html"]
+    {
+        assert!(aside.join(file).is_file(), "{file}");
+    }
     let ran = run(&mut lab.rl("run", &two));
     assert_eq!(ran.code, Some(0), "{ran:?}");
     assert!(!ran.stderr.contains("going on after"), "{ran:?}");

@@ -3,8 +3,10 @@
 use std::fs;
 use std::path::Path;
 
+use serde_json::Value;
+
 use super::rl::{Background, Lab, latest, make_fifo};
-use super::support::{Folder, Ran, SMALL, engine, fails, run};
+use super::support::{Folder, Ran, SMALL, engine, fails, json_lines, run};
 
 /// Runs to the end.
 fn done(lab: &Lab, output: &str, settings: &[&str]) -> Ran {
@@ -80,4 +82,43 @@ fn one_run_at_a_time_writes_to_a_folder() {
     first.child.wait().unwrap();
     fs::remove_file(&pipe).unwrap();
     done(&lab, "run", &["trainer.total_steps=1"]);
+}
+
+/// The steps of `metrics.jsonl` in a folder.
+fn steps(dir: &Path) -> Vec<u64> {
+    let lines = json_lines(&fs::read_to_string(dir.join("metrics.jsonl")).unwrap());
+    let step = |line: &Value| line["training/global_step"].as_u64().unwrap();
+    lines.iter().map(step).collect()
+}
+
+#[test]
+fn a_run_that_goes_back_leaves_no_later_step_in_its_place() {
+    let lab = Lab::new();
+    let keep = ["trainer.save_freq=1", "trainer.keep_checkpoints=0", "trainer.total_steps=3"];
+    done(&lab, "run", &keep);
+    let dir = lab.folder.path("run");
+    let mut back = lab.rl("run", &[&keep[..2], &["trainer.total_steps=2"]].concat());
+    back.args(["--set", "optimizer.lr=2e-3", "--resume"]).arg(dir.join("checkpoints/step_1"));
+    let ran = run(&mut back);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let aside = dir.join("checkpoints.old-1");
+    assert!(ran.stderr.contains(&format!("is now in {}", aside.display())), "{ran:?}");
+    for name in ["step_2", "step_3", "samples/step_2.jsonl", "samples/step_3.jsonl", "report.html"]
+    {
+        assert!(aside.join(name).exists(), "{name}");
+    }
+    assert!(!dir.join("checkpoints/step_3").exists());
+    assert!(!dir.join("samples/step_3.jsonl").exists());
+    assert_eq!(steps(&dir), [0, 1, 2]);
+    assert!(fs::read_to_string(dir.join("report.html")).unwrap().contains("2 steps"));
+
+    // Anew, with fewer steps: the report is of these, and the old run is a run of its own.
+    let one = ["trainer.total_steps=1"];
+    let ran = run(lab.rl("run", &one).args(["--resume", "never"]));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let old = dir.join("checkpoints.old-2");
+    assert_eq!((steps(&dir), steps(&old)), (vec![0, 1], vec![0, 1, 2]));
+    assert!(!dir.join("samples/step_2.jsonl").exists() && old.join("config.toml").is_file());
+    let ran = run(engine().arg("plot").arg(&old).arg("--output").arg(lab.folder.path("plot.html")));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
 }

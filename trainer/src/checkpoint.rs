@@ -4,7 +4,8 @@
 //! RUN/latest                     one line, `checkpoints/step_20`
 //! RUN/checkpoints/step_20/       model files, trainer/..., MANIFEST.sha256
 //! RUN/checkpoints/.tmp-step_30-  being written; removed at the next start
-//! RUN/checkpoints.old-1/         those of an older run, when a new one began in its folder
+//! RUN/checkpoints.old-1/         those of an older run, with its samples, metrics and report, or of later
+//!                                steps than the one gone on from, when another run began in its folder
 //! ```
 //!
 //! Order of a save: files into the temporary folder; the manifest (as `sha256sum` writes it) last;
@@ -14,6 +15,7 @@
 //! checkpoint that is whole. Leaves out what the files hold, but for [`TrainState`].
 
 mod manifest;
+mod restart;
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -155,41 +157,6 @@ impl CheckpointStore {
     /// If the folder cannot be read.
     pub fn find_latest(&self) -> Result<Found> {
         find_latest(&self.run)
-    }
-
-    /// Makes way for a run that begins at the checkpoint `from`, or anew: whoever looks for the newest
-    /// checkpoint from here on finds that one, or none. Those of an older run are moved aside, all at once;
-    /// returns where they are.
-    ///
-    /// # Errors
-    /// If the folder cannot be changed; then the checkpoints are as they were before.
-    pub fn restart(&self, from: Option<&Path>) -> Result<Option<PathBuf>> {
-        let dir = self.run.join(CHECKPOINTS);
-        if let Some(from) = from {
-            let failed = |e| Error::io(from, e);
-            let from = from.canonicalize().map_err(failed)?;
-            let step = from.file_name().and_then(|name| step_of(&name.to_string_lossy()));
-            let ours = dir.canonicalize().is_ok_and(|dir| from.parent() == Some(&dir));
-            if let Some(step) = step.filter(|_| ours) {
-                return self.point_latest(step).map(|()| None);
-            }
-        }
-        if steps(&self.run)?.is_empty() {
-            return Ok(None);
-        }
-        let mut names = (1_u64..).map(|n| self.run.join(format!("{CHECKPOINTS}.old-{n}")));
-        let aside = names.find(|path| !path.exists()).expect("there is always another number");
-        let latest = self.run.join(LATEST);
-        let swap = || {
-            fs::rename(&dir, &aside)?;
-            fs::create_dir(&dir)?;
-            if latest.exists() {
-                fs::remove_file(&latest)?;
-            }
-            sync_dir(&self.run)
-        };
-        swap().map_err(|e| Error::io(&dir, e))?;
-        Ok(Some(aside))
     }
 
     fn step_dir(&self, step: u64) -> PathBuf {

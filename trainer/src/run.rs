@@ -1,7 +1,8 @@
 //! A whole reinforcement learning run: steps, validations, checkpoints, and the files they leave.
 //!
 //! `DIR/`: `config.toml` (resolved), `metrics.jsonl`, `samples/step_N.jsonl`, `checkpoints/step_N/`,
-//! `latest`, TensorBoard events if asked for, and `report.html` at the end. Prints nothing: the caller hears of each event.
+//! `latest`, TensorBoard events if asked for, and `report.html` at the end; `checkpoints.old-N/` with what an
+//! older run left, and `.lock`. Prints nothing: the caller hears of each event.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -31,10 +32,11 @@ use crate::validation::Validation;
 pub enum Resume {
     /// At the newest whole checkpoint of the output folder, if there is one.
     Auto,
-    /// Anew. Checkpoints that an older run left in the output folder are moved aside before the first step,
-    /// so that [`Resume::Auto`] never takes them for this run's; its other files are replaced.
+    /// Anew. What an older run left in the output folder is moved aside before the first step, so that
+    /// [`Resume::Auto`] never takes its checkpoints for this run's.
     Never,
-    /// At this checkpoint. Those of an older run are moved aside, unless it is one of them.
+    /// At this checkpoint. What an older run left in the output folder is moved aside or, if it is one of
+    /// this folder, what is of later steps.
     From(PathBuf),
 }
 
@@ -138,11 +140,7 @@ pub fn run_rl_serving(
         trainer.restore(from)?;
         from.changes(&trainer.config).into_iter().for_each(|line| tell(Progress::Note(line)));
     }
-    if *resume != Resume::Auto
-        && let Some(aside) = store.restart(checkpoint)?
-    {
-        tell(Progress::Note(format!("an older run's checkpoints are now in {}", aside.display())));
-    }
+    make_way(&store, checkpoint, tell)?;
     let path = output.join("config.toml");
     std::fs::write(&path, trainer.config.to_toml()).map_err(|e| Error::io(&path, e))?;
     let metrics = Trackers::open(&trainer.config.trainer, checkpoint.map(|_| trainer.steps()))?;
@@ -159,6 +157,22 @@ pub fn run_rl_serving(
         guests.linger(engine).map_err(Error::engine)?;
     }
     Ok(ended)
+}
+
+/// Moves aside what does not belong to a run from `checkpoint`, or from the start, and says where it is.
+pub(crate) fn make_way(
+    store: &CheckpointStore,
+    checkpoint: Option<&Path>,
+    tell: &mut dyn FnMut(Progress),
+) -> Result<()> {
+    if let Some(aside) = store.restart(checkpoint)? {
+        let what = match checkpoint {
+            Some(_) => "what was left of other or later steps",
+            None => "what an older run left",
+        };
+        tell(Progress::Note(format!("{what} is now in {}", aside.display())));
+    }
+    Ok(())
 }
 
 /// What to say of a step that dynamic sampling found too few groups for.

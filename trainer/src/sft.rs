@@ -24,7 +24,7 @@ use crate::optimizer::global_norm;
 use crate::packing::pack;
 use crate::random::{Purpose, Stream};
 use crate::rollout::{self, RolloutSettings};
-use crate::run::Progress;
+use crate::run::{Progress, make_way};
 use crate::save::{ModelFiles, save_model, tensors};
 use crate::tasks::{Arith, Split};
 use crate::update::UpdateState;
@@ -84,7 +84,7 @@ pub fn initial_weights(
 }
 
 /// Trains the engine that `open` loads as `config` says, or until `stop` says so, and returns the last
-/// checkpoint.
+/// checkpoint. What an older run left in the output folder is moved aside before the first step.
 ///
 /// # Errors
 /// When another run writes to the folder, a row is bad or too long, numbers are not finite, or files cannot be
@@ -105,10 +105,11 @@ pub fn run_sft(
         let demand = Demand::sft(&config, &EngineConfig::default());
         config.trainer.max_tokens_per_microbatch = planned_tokens_beside(&engine, &demand);
     }
+    let mut sft = Sft::new(engine, &config)?;
+    make_way(&store, None, tell)?;
     let path = output.join("config.toml");
     std::fs::write(&path, config.to_toml()).map_err(|e| Error::io(&path, e))?;
     let mut metrics = MetricsWriter::create(&output.join("metrics.jsonl"))?;
-    let mut sft = Sft::new(engine, &config)?;
     let t = &config.trainer;
     for step in 1..=t.total_steps {
         let mut line = sft.step(step)?;

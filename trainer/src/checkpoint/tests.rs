@@ -51,30 +51,67 @@ fn a_published_checkpoint_is_whole_latest_and_the_oldest_goes() {
 }
 
 #[test]
-fn a_new_run_moves_the_checkpoints_of_an_older_one_aside() {
+fn a_new_run_moves_the_files_of_an_older_one_aside() {
     let dir = TestDir::new("restart");
     let store = CheckpointStore::open(dir.path(), 0).unwrap();
     assert_eq!(store.restart(None).unwrap(), None);
+    let records =
+        ["config.toml", "metrics.jsonl", "report.html", "samples/step_4.jsonl", "tensorboard/x"];
     for number in 1..=2 {
         save(&store, 3);
+        for name in records {
+            fs::create_dir_all(dir.path().join(name).parent().unwrap()).unwrap();
+            dir.write(name, name);
+        }
         let aside = dir.path().join(format!("checkpoints.old-{number}"));
         assert_eq!(store.restart(None).unwrap(), Some(aside.clone()));
         assert_eq!(store.find_latest().unwrap(), Found::default());
         assert!(!dir.path().join("latest").exists());
         verify(&aside.join("step_3")).unwrap();
+        for name in records {
+            assert!(!dir.path().join(name).exists(), "{name}");
+            assert_eq!(fs::read_to_string(aside.join(name)).unwrap(), name);
+        }
     }
-    let [first, second] = [1, 2].map(|step| save(&store, step));
-    assert_eq!(store.restart(Some(&first.path)).unwrap(), None);
-    assert_eq!(store.find_latest().unwrap().checkpoint, Some(first));
+    let own = save(&store, 1);
     let elsewhere = dir.path().join("checkpoints.old-1/step_3");
-    assert_eq!(
-        store.restart(Some(&elsewhere)).unwrap(),
-        Some(dir.path().join("checkpoints.old-3"))
-    );
+    let third = dir.path().join("checkpoints.old-3");
+    assert_eq!(store.restart(Some(&elsewhere)).unwrap(), Some(third.clone()));
     assert_eq!(store.find_latest().unwrap(), Found::default());
-    assert!(!second.path.exists());
-    verify(&dir.path().join("checkpoints.old-3/step_2")).unwrap();
+    assert!(!own.path.exists());
+    verify(&third.join("step_1")).unwrap();
     assert!(store.restart(Some(&dir.path().join("absent"))).is_err());
+    // Records of a run that ended before its first checkpoint are kept, an empty file is none.
+    dir.write("metrics.jsonl", "");
+    assert_eq!(store.restart(None).unwrap(), None);
+    dir.write("metrics.jsonl", "{}\n");
+    assert_eq!(store.restart(None).unwrap(), Some(dir.path().join("checkpoints.old-4")));
+}
+
+#[test]
+fn a_run_that_goes_back_moves_later_steps_aside() {
+    let dir = TestDir::new("back");
+    let store = CheckpointStore::open(dir.path(), 0).unwrap();
+    let [first, second, third] = [1, 2, 3].map(|step| save(&store, step));
+    fs::create_dir(dir.path().join("samples")).unwrap();
+    let names = ["metrics.jsonl", "report.html", "samples/step_2.jsonl", "samples/step_3.jsonl"];
+    names.iter().for_each(|name| drop(dir.write(name, "x")));
+    assert_eq!(store.restart(Some(&third.path)).unwrap(), None);
+    let aside = dir.path().join("checkpoints.old-1");
+    assert_eq!(store.restart(Some(&second.path)).unwrap(), Some(aside.clone()));
+    assert_eq!(store.find_latest().unwrap().checkpoint, Some(second));
+    verify(&aside.join("step_3")).unwrap();
+    let moved = ["report.html", "samples/step_3.jsonl"];
+    assert!(moved.iter().all(|name| aside.join(name).exists()));
+    let left = ["checkpoints/step_1", "metrics.jsonl", "samples/step_2.jsonl"];
+    assert!(left.iter().all(|name| dir.path().join(name).exists()) && !third.path.exists());
+    // Samples alone are enough.
+    dir.write("samples/step_4.jsonl", "x");
+    assert_eq!(
+        store.restart(Some(&first.path)).unwrap(),
+        Some(dir.path().join("checkpoints.old-2"))
+    );
+    assert_eq!(store.find_latest().unwrap().checkpoint, Some(first));
 }
 
 #[test]

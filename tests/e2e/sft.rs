@@ -1,0 +1,38 @@
+//! `engine sft` from end to end: what it leaves of an older run, and what it refuses before the first step.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use super::rl::set;
+use super::support::{Folder, SMALL, engine, run};
+
+fn sft(folder: &Folder, model: &Path, data: &Path, sets: &[&str]) -> Command {
+    let mut command = engine();
+    command.arg("sft").args(SMALL).arg("--model").arg(model).arg("--train-files").arg(data);
+    command.arg("--val-files").arg(data).arg("--output").arg(folder.path("run"));
+    set(&mut command, &["trainer.total_steps=1", "data.train_batch_size=1", "data.shuffle=false"]);
+    set(&mut command, sets);
+    command
+}
+
+const PAIR: &str = "{\"prompt\": \"1+1=\", \"completion\": \"2\"}\n";
+
+#[test]
+fn a_second_run_leaves_the_first_one_whole() {
+    let folder = Folder::new();
+    let (model, data) = (folder.tiny_model(), folder.write("pairs.jsonl", PAIR));
+    let first = run(&mut sft(&folder, &model, &data, &["trainer.total_steps=2"]));
+    assert_eq!(first.code, Some(0), "{first:?}");
+    let dir = folder.path("run");
+    let metrics = fs::read(dir.join("metrics.jsonl")).unwrap();
+    let second = run(&mut sft(&folder, &model, &data, &[]));
+    assert_eq!(second.code, Some(0), "{second:?}");
+    let aside = dir.join("checkpoints.old-1");
+    let note = format!("what an older run left is now in {}", aside.display());
+    assert!(second.stderr.contains(&note), "{second:?}");
+    assert!(aside.join("step_2/model.safetensors").is_file());
+    assert_eq!(fs::read(aside.join("metrics.jsonl")).unwrap(), metrics);
+    let lines = fs::read_to_string(dir.join("metrics.jsonl")).unwrap().lines().count();
+    assert_eq!((lines, dir.join("checkpoints/step_1").is_dir()), (1, true));
+}
