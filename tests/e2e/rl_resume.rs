@@ -122,3 +122,21 @@ fn a_run_that_goes_back_leaves_no_later_step_in_its_place() {
     let ran = run(engine().arg("plot").arg(&old).arg("--output").arg(lab.folder.path("plot.html")));
     assert_eq!(ran.code, Some(0), "{ran:?}");
 }
+
+#[test]
+fn a_refused_setting_leaves_the_older_run_alone() {
+    let lab = Lab::new();
+    done(&lab, "run", &["trainer.total_steps=1"]);
+    let dir = lab.folder.path("run");
+    let before = fs::read(dir.join("metrics.jsonl")).unwrap();
+    for (set, part) in [
+        ("rollout.n=129", "rollout.n is 129, limit is 1 to 128"),
+        ("rollout.temperature=200", "rollout.temperature is 200, limit is 0 to 100"),
+        ("rollout.stop=[\"\"]", "rollout.stop string 0 is empty"),
+    ] {
+        fails(lab.rl("run", &[set]).args(["--resume", "never"]), 2, part);
+        fails(lab.rl("run", &[set]).arg("--dry-run"), 2, part);
+    }
+    assert_eq!(fs::read(dir.join("metrics.jsonl")).unwrap(), before);
+    assert!(latest(&dir).is_dir());
+}

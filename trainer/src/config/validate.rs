@@ -1,5 +1,7 @@
 //! The limits of the values, and what is known but not there yet.
 
+use engine::SamplingParams;
+
 use super::{OptimizerConfig, RlConfig};
 use crate::error::{Error, Result};
 use crate::verifier::RewardRule;
@@ -89,7 +91,16 @@ impl RlConfig {
         let t = r.temperature;
         limit(t > 0.0 && t.is_finite(), "rollout.temperature", t, "above 0")?;
         limit(r.top_p > 0.0 && r.top_p <= 1.0, "rollout.top_p", r.top_p, "above 0, up to 1")?;
-        limit(r.top_k >= 1 || r.top_k == -1, "rollout.top_k", r.top_k, "1 or more, or -1")
+        limit(r.top_k >= 1 || r.top_k == -1, "rollout.top_k", r.top_k, "1 or more, or -1")?;
+        // The engine's own limits, which would else end a run once it samples.
+        let params = SamplingParams {
+            n: r.n,
+            temperature: t as f32,
+            top_p: r.top_p as f32,
+            stop: r.stop.clone(),
+            ..SamplingParams::default()
+        };
+        params.validate(usize::MAX).map_err(|error| Error::config(format!("rollout.{error}")))
     }
 
     fn validate_algorithm(&self) -> Result<()> {
