@@ -129,7 +129,8 @@ pub(crate) struct CommonArgs {
     /// Compute threads [default: all cores]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
-    /// Format of weights, products and KV cache; auto is bf16, on candle-cpu f32
+    /// Format of weights, products and KV cache; auto is bf16, on candle-cpu f32, and for a run that goes
+    /// on what it began with
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
     pub(crate) dtype: DtypeArg,
     /// Key of all randomness

@@ -152,9 +152,13 @@ fn train(
     terminal: &Terminal,
 ) -> Result<()> {
     let signals = Signals::listen()?;
-    let mut open = |checkpoint: Option<&Path>| match checkpoint {
-        Some(path) => Engine::load(&ModelSource::open(path)?, engine_config),
-        None => Engine::load(&model::source(&config.model.path, terminal)?, engine_config),
+    let mut open = |checkpoint: Option<&Path>, dtype| {
+        let source = match checkpoint {
+            Some(path) => ModelSource::open(path)?,
+            None => model::source(&config.model.path, terminal)?,
+        };
+        let dtype = engine_config.dtype.or(dtype);
+        Engine::load(&source, &engine::EngineConfig { dtype, ..engine_config.clone() })
     };
     let total = config.trainer.total_steps;
     let curves = door.as_ref().and_then(Door::curves);

@@ -46,7 +46,7 @@ pub(crate) fn train_all(plan: &Plan) -> trainer::Result<Vec<Done>> {
 fn train(plan: &Plan, method: Method, seed: u64) -> trainer::Result<Done> {
     let config = plan.config(method, seed)?;
     let label = format!("{} seed {seed}", method.name());
-    let mut open = |checkpoint: Option<&Path>| load(plan, &config, checkpoint);
+    let mut open = |checkpoint: Option<&Path>, _| load(plan, &config, checkpoint);
     let total = config.trainer.total_steps;
     let mut tell = |progress: Progress| match progress {
         Progress::Step(metrics) if metrics.get("val/accuracy").is_some() => {

@@ -140,3 +140,31 @@ fn a_refused_setting_leaves_the_older_run_alone() {
     assert_eq!(fs::read(dir.join("metrics.jsonl")).unwrap(), before);
     assert!(latest(&dir).is_dir());
 }
+
+#[test]
+fn a_run_goes_on_in_its_own_format_and_with_its_own_passes() {
+    let lab = Lab::new();
+    let settings = ["trainer.total_steps=1", "trainer.max_tokens_per_microbatch=16"];
+    let ran = run(lab.rl("run", &settings).args(["--dtype", "f32"]));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let dir = lab.folder.path("run");
+    let other = "dtype is bf16, the run that wrote ";
+    let two = ["trainer.total_steps=2"];
+    fails(lab.rl("run", &two).args(["--dtype", "bf16"]), 2, other);
+    // Wherever the checkpoint is, and whatever lies around it.
+    let copy = lab.folder.path("copy");
+    let copied = std::process::Command::new("cp").arg("-r").arg(latest(&dir)).arg(&copy).status();
+    assert!(copied.unwrap().success());
+    let ran = run(lab.rl("elsewhere", &two).arg("--resume").arg(&copy));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    done(&lab, "run", &two);
+    let weights = |output: &str| {
+        let path = latest(&lab.folder.path(output)).join("model.safetensors");
+        fs::read(path).unwrap()
+    };
+    assert!(weights("elsewhere") == weights("run"));
+    let whole = [two[0], settings[1]];
+    let ran = run(lab.rl("whole", &whole).args(["--dtype", "f32"]));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(weights("whole") == weights("run"));
+}

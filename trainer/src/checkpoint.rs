@@ -65,6 +65,9 @@ pub struct TrainState {
     /// Coefficient of the divergence in the reward; checkpoints of older programs have none.
     #[serde(default)]
     pub kl_coef: Option<f64>,
+    /// Name of the format that the run computes in; checkpoints of older programs have none.
+    #[serde(default)]
+    pub dtype: Option<String>,
     /// Version of the program that wrote it.
     pub program_version: String,
 }

@@ -65,7 +65,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use learner::{Learner, LossGradient, Packed};
 pub use optimizer::{Optimizer, clip_scale, global_norm};
 pub use parts::Parts;
-pub use run::{Interrupt, Progress, Resume, RunHooks, run_rl, run_rl_serving};
+pub use run::{Interrupt, Open, Progress, Resume, RunHooks, run_rl, run_rl_serving};
 pub use save::{ModelFiles, save_model};
 pub use score::score_train_path;
 pub use sft::{initial_weights, run_sft};

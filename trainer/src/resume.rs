@@ -5,9 +5,10 @@
 
 use std::path::{Path, PathBuf};
 
+use engine::Dtype;
 use toml::{Table, Value};
 
-use crate::checkpoint::{CONFIG, Checkpoint, CheckpointStore, TrainState, verify};
+use crate::checkpoint::{CONFIG, Checkpoint, CheckpointStore, STATE, TrainState, verify};
 use crate::config::RlConfig;
 use crate::error::{Error, Result};
 use crate::run::{Progress, Resume};
@@ -94,6 +95,35 @@ impl Earlier {
         )))
     }
 
+    /// The format that the run computes in, if the checkpoint says so.
+    ///
+    /// # Errors
+    /// When it is one that this program does not know.
+    pub(crate) fn dtype(&self) -> Result<Option<Dtype>> {
+        let Some(name) = &self.state.dtype else { return Ok(None) };
+        let known = [Dtype::F32, Dtype::Bf16].into_iter().find(|dtype| dtype.name() == name);
+        known.map(Some).ok_or_else(|| {
+            let place = self.path.join(STATE);
+            Error::checkpoint(format!("{}: dtype is {name}, limit is f32, bf16", place.display()))
+        })
+    }
+
+    /// Fails unless the engine computes in the format of the run that wrote the checkpoint.
+    ///
+    /// # Errors
+    /// `ErrorKind::Config`, naming both.
+    pub(crate) fn check_dtype(&self, now: Dtype) -> Result<()> {
+        match &self.state.dtype {
+            Some(then) if then != now.name() => Err(Error::config(format!(
+                "dtype is {}, the run that wrote {} computes in {then}: go on without --dtype, or begin anew \
+                 with --resume never or another --output",
+                now.name(),
+                self.path.display()
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// The tokens of a pass when the checkpoint was written, so that gradients go on being summed as they
     /// were; 0, to be planned, where no configuration says so.
     pub(crate) fn budget(&self) -> usize {
@@ -159,6 +189,7 @@ impl Trainer {
             config_hash: self.config.hash(),
             weights_version: self.engine.version().0,
             kl_coef: Some(self.kl_coef),
+            dtype: Some(self.engine.dtype().name().to_owned()),
             program_version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use engine::{Engine, Service};
+use engine::{Dtype, Engine, Service};
 
 use crate::checkpoint::CheckpointStore;
 use crate::config::RlConfig;
@@ -69,10 +69,14 @@ pub enum Progress {
     Lingering,
 }
 
+/// Loads an engine: see [`RunHooks::open`].
+pub type Open<'a> = dyn FnMut(Option<&Path>, Option<Dtype>) -> engine::Result<Engine> + 'a;
+
 /// What a run asks its caller for, and tells it.
 pub struct RunHooks<'a> {
-    /// Loads the engine: from the checkpoint given to it, or else from the configured model.
-    pub open: &'a mut dyn FnMut(Option<&Path>) -> engine::Result<Engine>,
+    /// Loads the engine: from the checkpoint given to it, or else from the configured model; in the format
+    /// given to it where the caller has no choice of its own, as the run that goes on began in it.
+    pub open: &'a mut Open<'a>,
     /// Whether to stop after a step.
     pub stop: &'a dyn Fn() -> bool,
     /// Hears of each event.
@@ -83,7 +87,7 @@ pub struct RunHooks<'a> {
 }
 
 /// Runs `config` to its end, or until `stop` says so after a step, made of `parts` where there are any. `open` loads the
-/// engine: from the checkpoint given to it, or else from the configured model.
+/// engine, as [`RunHooks::open`] says.
 ///
 /// # Errors
 /// As [`Trainer::step`], and when another run writes to the folder, or files cannot be read or written; what was
@@ -91,7 +95,7 @@ pub struct RunHooks<'a> {
 pub fn run_rl(
     config: &RlConfig,
     start: (&Resume, Parts),
-    open: &mut dyn FnMut(Option<&Path>) -> engine::Result<Engine>,
+    open: &mut Open<'_>,
     stop: &dyn Fn() -> bool,
     tell: &mut dyn FnMut(Progress),
 ) -> Result<Interrupt> {
@@ -113,15 +117,22 @@ pub fn run_rl_serving(
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
     config.warnings().into_iter().for_each(|warning| tell(Progress::Note(warning)));
     let from = Earlier::find(resume, &store, tell)?;
-    from.as_ref().map_or(Ok(()), |from| from.check_model(config))?;
     let checkpoint = from.as_ref().map(|from| &*from.path);
+    let mut dtype = None;
+    if let Some(from) = &from {
+        from.check_model(config)?;
+        dtype = from.dtype()?;
+    }
     parts.rows = Some(parts.rows.map_or_else(|| train_rows(&config.data), Ok)?);
     let mut val = parts.validation.take().map_or_else(|| val_rows(&config.data), Ok)?;
     let reference = match config.algorithm.needs_reference() {
-        true => Some(open(None).map_err(Error::engine)?.into_decoder()),
+        true => Some(open(None, dtype).map_err(Error::engine)?.into_decoder()),
         false => None,
     };
-    let engine = open(checkpoint).map_err(Error::engine)?;
+    let engine = open(checkpoint, dtype).map_err(Error::engine)?;
+    if let Some(from) = &from {
+        from.check_dtype(engine.dtype())?;
+    }
     let files = ModelFiles::new(&engine)?;
     let mut own = config.clone();
     if let (0, Some(from)) = (own.trainer.max_tokens_per_microbatch, &from) {

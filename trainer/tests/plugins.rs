@@ -195,7 +195,7 @@ fn run(output: &Path, total_steps: &str) -> (PathBuf, Vec<String>) {
         ("trainer.output", &folder),
     ];
     let config = config("grpo", &pairs);
-    let mut open = |checkpoint: Option<&Path>| Ok(engine(checkpoint));
+    let mut open = |checkpoint: Option<&Path>, _| Ok(engine(checkpoint));
     let mut notes = Vec::new();
     let mut tell = |progress: Progress| {
         if let Progress::Step(metrics) = progress {

@@ -16,6 +16,7 @@ fn state(step: u64) -> TrainState {
         config_hash: "c".into(),
         weights_version: step,
         kl_coef: Some(1e-3),
+        dtype: Some("bf16".into()),
         program_version: "0.1.0".into(),
     }
 }
