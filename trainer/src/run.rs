@@ -9,11 +9,11 @@ use std::time::Instant;
 
 use engine::{Dtype, Engine, Service};
 
-use crate::checkpoint::CheckpointStore;
+use crate::checkpoint::{Checkpoint, CheckpointStore};
 use crate::config::RlConfig;
 use crate::data::Row;
 use crate::dynamics::Dynamics;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::lock::RunLock;
 use crate::metrics::{Metrics, name};
 use crate::parts::Parts;
@@ -91,7 +91,7 @@ pub struct RunHooks<'a> {
 ///
 /// # Errors
 /// As [`Trainer::step`], and when another run writes to the folder, or files cannot be read or written; what was
-/// published stays whole.
+/// published stays whole. Of a step that fails before its updates, the steps before it are saved first.
 pub fn run_rl(
     config: &RlConfig,
     start: (&Resume, Parts),
@@ -156,7 +156,8 @@ pub fn run_rl_serving(
     std::fs::write(&path, trainer.config.to_toml()).map_err(|e| Error::io(&path, e))?;
     let metrics = Trackers::open(&trainer.config.trainer, checkpoint.map(|_| trainer.steps()))?;
     trainer.dynamics = Dynamics::after(metrics.last(name::ENTROPY));
-    let mut run = Run { trainer, store, files, metrics, val, output, _lock: lock };
+    let saved = checkpoint.map(|_| trainer.steps());
+    let mut run = Run { trainer, store, files, metrics, val, output, saved, _lock: lock };
     let Some(serve) = serve else { return run.steps(stop, tell) };
     let (service, guests) = Service::attach(&run.trainer.engine);
     run.trainer.guests = Some(guests);
@@ -206,6 +207,8 @@ struct Run {
     metrics: Trackers,
     val: Vec<Row>,
     output: PathBuf,
+    /// The step of the last checkpoint, which may be the one gone on from.
+    saved: Option<u64>,
     _lock: RunLock,
 }
 
@@ -224,18 +227,21 @@ impl Run {
         }
         let mut saved = None;
         while self.trainer.steps() < settings.total_steps {
-            let (mut metrics, samples) = self.trainer.step()?;
+            let (mut metrics, samples) =
+                self.trainer.step().map_err(|error| self.rescue(error, None, tell))?;
             short_step(&metrics).into_iter().for_each(|note| tell(Progress::Note(note)));
             let step = self.trainer.steps();
             let due = |every: u64| every > 0 && step.is_multiple_of(every);
             let last = step == settings.total_steps;
             write_samples(&self.output, step, &samples)?;
-            if due(settings.test_freq) || (last && settings.test_freq > 0) {
-                self.validate(&mut metrics, tell)?;
+            if (due(settings.test_freq) || (last && settings.test_freq > 0))
+                && let Err(error) = self.validate(&mut metrics, tell)
+            {
+                return Err(self.rescue(error, Some(&mut metrics), tell));
             }
             let stopping = stop() && !last;
             saved = match due(settings.save_freq) || last || stopping {
-                true => Some(self.save(&mut metrics)?),
+                true => Some(self.save(Some(&mut metrics))?),
                 false => None,
             };
             if let Some(path) = &saved {
@@ -248,18 +254,45 @@ impl Run {
                 return Ok(Interrupt::Resumable(path));
             }
         }
-        let title = format!(
-            "{} on {}",
-            self.trainer.config.algorithm.method.name(),
-            self.trainer.config.model.path
-        );
-        let report = write_report(&self.output, &title)?;
+        let report = self.report()?;
         let checkpoint = match saved {
             Some(path) => path,
             // Resumed after its last step: the checkpoint is there already.
             None => self.store.find_latest()?.checkpoint.map_or(self.output.clone(), |c| c.path),
         };
         Ok(Interrupt::Done { report, checkpoint })
+    }
+
+    fn report(&self) -> Result<PathBuf> {
+        let config = &self.trainer.config;
+        let title = format!("{} on {}", config.algorithm.method.name(), config.model.path);
+        write_report(&self.output, &title)
+    }
+
+    /// Saves what has been learnt before `error` ends the run, so that it can go on from there, and writes the
+    /// report. `metrics` are those of the last step if they have not been written. Returns the error.
+    fn rescue(
+        &mut self,
+        error: Error,
+        metrics: Option<&mut Metrics>,
+        tell: &mut dyn FnMut(Progress),
+    ) -> Error {
+        if self.trainer.steps() == 0 {
+            return error;
+        }
+        let mut told = |what: &str, done: Result<Progress>| {
+            let failed = |e| Progress::Note(format!("{what} could not be written: {e}"));
+            tell(done.unwrap_or_else(failed));
+        };
+        // Between the updates of a step the weights are those of no step, and weights that give numbers which
+        // are not finite are of no use to anybody: no good checkpoint is to make room for either.
+        let usable = self.trainer.whole && !matches!(error.kind(), ErrorKind::Numeric(_));
+        if usable && self.saved != Some(self.trainer.steps()) {
+            told("the checkpoint", self.save(metrics).map(Progress::Saved));
+        }
+        let report = self.report();
+        told("the report", report.map(|path| Progress::Note(format!("report {}", path.display()))));
+        error
     }
 
     fn validate(&mut self, metrics: &mut Metrics, tell: &mut dyn FnMut(Progress)) -> Result<()> {
@@ -274,9 +307,9 @@ impl Run {
         Ok(())
     }
 
-    /// Writes a checkpoint, and the step's line before the checkpoint appears: whoever goes on from it
-    /// finds the lines of all its steps.
-    fn save(&mut self, metrics: &mut Metrics) -> Result<PathBuf> {
+    /// Writes a checkpoint, and before it appears the step's line, if that is not written yet: whoever goes
+    /// on from it finds the lines of all its steps.
+    fn save(&mut self, metrics: Option<&mut Metrics>) -> Result<PathBuf> {
         let begin = Instant::now();
         let writer = self.store.begin(self.trainer.steps())?;
         let optimizer = &self.trainer.state.optimizer;
@@ -286,8 +319,12 @@ impl Run {
             .map_err(|e| writer.named(e))?;
         surplus::save(&writer, &self.trainer.surplus)?;
         writer.state(&self.trainer.train_state(), &self.trainer.config)?;
-        metrics.set(name::TIME_SAVE_CHECKPOINT, begin.elapsed().as_secs_f64());
-        self.metrics.write(metrics)?;
-        Ok(writer.publish()?.path)
+        if let Some(metrics) = metrics {
+            metrics.set(name::TIME_SAVE_CHECKPOINT, begin.elapsed().as_secs_f64());
+            self.metrics.write(metrics)?;
+        }
+        let Checkpoint { path, step } = writer.publish()?;
+        self.saved = Some(step);
+        Ok(path)
     }
 }

@@ -61,6 +61,8 @@ pub struct Trainer {
     pub(crate) sampler: Sampler,
     /// Training steps done.
     pub(crate) steps: u64,
+    /// Whether the weights are those after `steps` steps; false once a step has failed between its updates.
+    pub(crate) whole: bool,
     /// Groups sampled for an earlier step that had enough.
     pub(crate) surplus: Vec<Group>,
     /// Coefficient of the divergence in the reward.
@@ -125,6 +127,7 @@ impl Trainer {
             rows,
             sampler,
             steps: 0,
+            whole: true,
             surplus: Vec::new(),
             dynamics: Dynamics::default(),
             rewards,
@@ -152,21 +155,18 @@ impl Trainer {
     ///
     /// # Errors
     /// When a prompt is too long, a reward is not finite, no group carries signal, a reference policy is
-    /// missing, or numbers are not finite; the weights are then those of the last finished update.
+    /// missing, or numbers are not finite; the weights are then those of the last finished update. Where that
+    /// is the last one of the step before, all else is as it was then too.
     pub fn step(&mut self) -> Result<(Metrics, Vec<Sample>)> {
         let start = Instant::now();
         let mut metrics = Metrics::new();
-        let mut rollouts = self.sample(&mut metrics)?;
-        self.score_by_reference(&mut rollouts, &mut metrics)?;
-        let comparing = Instant::now();
-        let advantages = self.advantages(&rollouts, &mut metrics)?;
-        metrics.set(name::TIME_ADV, comparing.elapsed().as_secs_f64());
-
+        let (rollouts, advantages) = self.prepare_or_go_back(&mut metrics)?;
         let step = self.steps + 1;
         let lr = self.config.optimizer.schedule(self.config.trainer.total_steps).rate(step);
         let parts = self.parts(&rollouts);
         let learning = Instant::now();
         let mut reports = Vec::with_capacity(parts.len());
+        self.whole = false;
         let host = Host::new(&mut self.engine, self.guests.as_mut());
         let mut update = host.begin_update().map_err(Error::engine)?;
         for (index, part) in parts.iter().enumerate() {
@@ -176,7 +176,7 @@ impl Trainer {
             reports.push(self.state.run(update.decoder(), how, &mini, (key, lr))?);
         }
         drop(update);
-        self.steps = step;
+        (self.steps, self.whole) = (step, true);
 
         metrics.set(name::TIME_UPDATE_ACTOR, learning.elapsed().as_secs_f64());
         self.dynamics.record_entropies(&mut metrics, rollouts.episodes());
@@ -184,6 +184,29 @@ impl Trainer {
         self.record(&mut metrics, (&rollouts, &advantages), (&reports, lr), start);
         let samples = self.samples(rollouts, &advantages.responses);
         Ok((metrics, samples))
+    }
+
+    /// What a step does before its updates. If it fails, the rows it took, the groups it found and the
+    /// coefficient of the divergence are as before.
+    fn prepare_or_go_back(&mut self, metrics: &mut Metrics) -> Result<(Rollouts, Estimated)> {
+        let (cursor, surplus, kl_coef) =
+            (self.sampler.cursor(), self.surplus.clone(), self.kl_coef);
+        let prepared = self.prepare(metrics);
+        if prepared.is_err() {
+            self.sampler = self.rows.sampler(&self.config.data, cursor)?;
+            (self.surplus, self.kl_coef) = (surplus, kl_coef);
+        }
+        prepared
+    }
+
+    /// Samples, judges and compares within groups.
+    fn prepare(&mut self, metrics: &mut Metrics) -> Result<(Rollouts, Estimated)> {
+        let mut rollouts = self.sample(metrics)?;
+        self.score_by_reference(&mut rollouts, metrics)?;
+        let comparing = Instant::now();
+        let advantages = self.advantages(&rollouts, metrics)?;
+        metrics.set(name::TIME_ADV, comparing.elapsed().as_secs_f64());
+        Ok((rollouts, advantages))
     }
 
     /// How the entropy of the step's own tokens has changed by its updates, where that is asked for.

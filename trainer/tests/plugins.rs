@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use engine::model::hub::Builtin;
 use engine::model::open_builtin;
@@ -225,5 +227,91 @@ fn groups_left_over_go_on_with_the_run() {
         let read = |path: &Path| std::fs::read(path.join(file)).unwrap();
         assert!(read(&whole) == read(&second), "{file} differs");
     }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// A run of dynamic sampling in its folder of `output`, whose rewards fail after step `failing`.
+fn run_failing(output: &Path, failing: Option<u64>) -> Result<PathBuf> {
+    let folder = output.display().to_string();
+    let pairs = [
+        ("algorithm.filter_groups", "true"),
+        ("algorithm.gen_batch_size", "3"),
+        ("algorithm.use_kl_in_reward", "true"),
+        ("algorithm.kl_ctrl.type", "adaptive"),
+        ("reward.on_error", "fail"),
+        ("trainer.total_steps", "5"),
+        ("trainer.test_freq", "0"),
+        ("trainer.val_before_train", "false"),
+        ("trainer.output", &folder),
+    ];
+    let fails = Arc::new(AtomicBool::new(false));
+    let broken = Arc::clone(&fails);
+    let reward = move |_: &Row, text: &str| match broken.load(Ordering::Relaxed) {
+        true => f64::NAN,
+        false => text.bytes().map(f64::from).sum::<f64>() % 7.0,
+    };
+    let mut open = |checkpoint: Option<&Path>, _| Ok(engine(checkpoint));
+    let mut tell = |progress: Progress| {
+        if let Progress::Step(metrics) = progress {
+            let step = metrics.get("training/global_step").unwrap();
+            fails.store(failing.is_some_and(|failing| step >= failing as f64), Ordering::Relaxed);
+        }
+    };
+    let start = (&Resume::Auto, Parts::new().rows(rows()).reward(reward));
+    match run_rl(&config("grpo", &pairs), start, &mut open, &|| false, &mut tell)? {
+        Interrupt::Done { checkpoint, .. } => Ok(checkpoint),
+        Interrupt::Resumable(_) => panic!("nobody asked it to stop"),
+    }
+}
+
+#[test]
+fn a_run_that_fails_keeps_what_it_has_learnt() {
+    let dir = std::env::temp_dir().join(format!("trainer-fails-{}", std::process::id()));
+    let whole = run_failing(&dir.join("whole"), None).unwrap();
+    let parts = dir.join("parts");
+    let e = run_failing(&parts, Some(2)).unwrap_err();
+    assert!(matches!(e.kind(), ErrorKind::Reward(_)), "{e}");
+    // Groups left over may have served for a step more.
+    let saved = std::fs::read_to_string(parts.join("latest")).unwrap();
+    assert!(["checkpoints/step_2\n", "checkpoints/step_3\n"].contains(&&*saved), "{saved}");
+    assert!(parts.join("report.html").is_file());
+    let resumed = run_failing(&parts, None).unwrap();
+    for file in ["model.safetensors", "trainer/optimizer.safetensors"] {
+        let read = |path: &Path| std::fs::read(path.join(file)).unwrap();
+        assert!(read(&whole) == read(&resumed), "{file} differs");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// GRPO whose second update of step 2 fails.
+struct HalfWay;
+
+impl Algorithm for HalfWay {
+    fn advantages(&self, outcomes: &Outcomes<'_>) -> Result<Estimated> {
+        estimate(Estimator::Grpo(Scale::GroupStd), outcomes)
+    }
+
+    fn loss(&self, batch: &TokenBatch<'_, f32>, key: ChoiceKey) -> Result<LossOutput> {
+        match (key.step, key.update) {
+            (2, 1) => Err(trainer::Error::reward("half way")),
+            _ => PolicyLoss::Gpg.evaluate(batch, key),
+        }
+    }
+}
+
+#[test]
+fn weights_between_the_updates_of_a_step_are_not_saved() {
+    let dir = std::env::temp_dir().join(format!("trainer-half-{}", std::process::id()));
+    let folder = dir.display().to_string();
+    let config =
+        config("grpo", &[("trainer.val_before_train", "false"), ("trainer.output", &folder)]);
+    let reward = |row: &Row, text: &str| f64::from(u8::from(text == row.ground_truth));
+    let parts = Parts::new().rows(rows()).reward(reward).algorithm(HalfWay);
+    let mut open = |checkpoint: Option<&Path>, _| Ok(engine(checkpoint));
+    let start = (&Resume::Auto, parts);
+    let e = run_rl(&config, start, &mut open, &|| false, &mut |_| ()).unwrap_err();
+    assert_eq!(e.to_string(), "half way");
+    assert!(!dir.join("latest").exists());
+    assert!(dir.join("report.html").is_file());
     std::fs::remove_dir_all(&dir).unwrap();
 }
