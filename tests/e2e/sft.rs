@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::rl::set;
-use super::support::{Folder, SMALL, engine, run};
+use super::support::{Folder, SMALL, engine, fails, run};
 
 fn sft(folder: &Folder, model: &Path, data: &Path, sets: &[&str]) -> Command {
     let mut command = engine();
@@ -35,4 +35,23 @@ fn a_second_run_leaves_the_first_one_whole() {
     assert_eq!(fs::read(aside.join("metrics.jsonl")).unwrap(), metrics);
     let lines = fs::read_to_string(dir.join("metrics.jsonl")).unwrap().lines().count();
     assert_eq!((lines, dir.join("checkpoints/step_1").is_dir()), (1, true));
+}
+
+#[test]
+fn a_row_that_is_too_long_is_named_before_the_first_step() {
+    let folder = Folder::new();
+    let model = folder.tiny_model();
+    let long = PAIR.replace("1+1", &"1+".repeat(40));
+    let data = folder.write("pairs.jsonl", &format!("{PAIR}\n{PAIR}{long}"));
+    let sets = ["data.max_length=60"];
+    let mut command = sft(&folder, &model, &data, &sets);
+    fails(&mut command, 3, "pairs.jsonl:4: prompt and completion have ");
+    let good = folder.write("good.jsonl", PAIR);
+    let mut command = sft(&folder, &model, &good, &sets);
+    fails(
+        command.arg("--val-files").arg(&data),
+        3,
+        "pairs.jsonl:4: prompt and one token to answer",
+    );
+    assert!(!folder.path("run/metrics.jsonl").exists());
 }

@@ -106,6 +106,21 @@ fn read<T>(
     }
 }
 
+/// That the row at `index` of a file has a fault that only shows once all are read; names its line where the
+/// file has lines.
+pub(crate) fn bad_row(path: &Path, index: usize, message: &str) -> Error {
+    let text = match path.extension().is_some_and(|e| e == "parquet") {
+        true => Vec::new(),
+        false => std::fs::read(path).unwrap_or_default(),
+    };
+    let lines = text.split(|byte| *byte == b'\n').enumerate();
+    let mut rows = lines.filter(|(_, line)| !line.trim_ascii().is_empty());
+    match rows.nth(index) {
+        Some((line, _)) => Error::data(path, line + 1, message),
+        None => Error::data(path, None, format!("row {}: {message}", index + 1)),
+    }
+}
+
 fn columns(line: &[u8]) -> Result<Columns, String> {
     match serde_json::from_slice(line) {
         Ok(Value::Object(columns)) => Ok(columns),

@@ -118,7 +118,8 @@ impl PromptEncoder {
         Some(format!("prompt has {len} tokens, the context leaves {room} before the response"))
     }
 
-    fn tokens(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+    /// The tokens of a prompt, however many.
+    pub(crate) fn tokens(&self, prompt: &Prompt) -> Result<Vec<u32>> {
         let text = self.text(prompt)?;
         // A chat template writes its own special tokens.
         let add = match self.template {

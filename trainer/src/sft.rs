@@ -144,8 +144,53 @@ struct Sft<'a> {
     rows: Vec<SftRow>,
     val: Vec<SftRow>,
     sampler: Sampler,
+    pairs: Pairs,
+}
+
+/// Makes tokens of rows.
+struct Pairs {
     encoder: PromptEncoder,
     eos: u32,
+    /// `data.max_length`, in tokens.
+    longest: usize,
+    /// The model's context, in tokens.
+    context: usize,
+}
+
+impl Pairs {
+    fn pair(&self, row: &SftRow) -> Result<Pair> {
+        let mut tokens = self.encoder.tokens(&row.prompt)?;
+        let prompt_len = tokens.len();
+        tokens.extend(self.encoder.encode_completion(&row.completion)?);
+        tokens.push(self.eos);
+        Ok(Pair { tokens, prompt_len })
+    }
+
+    /// What is wrong with the length of a row to train on.
+    fn pair_fault(&self, row: &SftRow) -> Result<Option<String>> {
+        let Pair { tokens, prompt_len } = self.pair(row)?;
+        Ok(self.fault("prompt and completion have", prompt_len, tokens.len()))
+    }
+
+    /// The same for one to validate on, of which the answer is one token or more.
+    fn prompt_fault(&self, row: &SftRow) -> Result<Option<String>> {
+        let len = self.encoder.tokens(&row.prompt)?.len();
+        Ok(self.fault("prompt and one token to answer have", len, len + 1))
+    }
+
+    fn fault(&self, what: &str, prompt_len: usize, len: usize) -> Option<String> {
+        let (longest, context) = (self.longest, self.context);
+        match len {
+            _ if prompt_len == 0 => Some("prompt has 0 tokens, limit is 1 or more".to_owned()),
+            _ if len > longest => {
+                Some(format!("{what} {len} tokens, data.max_length is {longest}"))
+            }
+            _ if len > context => {
+                Some(format!("{what} {len} tokens, the context of the model is {context}"))
+            }
+            _ => None,
+        }
+    }
 }
 
 impl<'a> Sft<'a> {
@@ -156,40 +201,28 @@ impl<'a> Sft<'a> {
         let eos = *engine.eos().first().ok_or_else(|| {
             Error::engine(engine::Error::model("the model has no end-of-text token"))
         })?;
-        let rows = load(
-            &d.train_files,
-            &Arith { seed: d.seed, split: Split::Train },
-            (TASKS[0], d.stutter),
-        )?;
-        let val = load(&d.val_files, &Arith { seed: 0, split: Split::Test }, (TASKS[1], 0.0))?;
+        let pairs = Pairs { encoder, eos, longest: d.max_length, context: engine.max_model_len() };
+        let train = || Arith { seed: d.seed, split: Split::Train }.sft_rows(TASKS[0], d.stutter);
+        let rows = load(&d.train_files, &train, &|row| pairs.pair_fault(row))?;
+        let test = || Arith { seed: 0, split: Split::Test }.sft_rows(TASKS[1], 0.0);
+        let val = load(&d.val_files, &test, &|row| match config.trainer.test_freq {
+            0 => Ok(None),
+            _ => pairs.prompt_fault(row),
+        })?;
         let visit = if d.shuffle { Visit::Shuffled(d.seed) } else { Visit::InOrder };
         let sampler = Sampler::new(rows.len(), visit, Cursor::default());
         let mut update = engine.begin_update().map_err(Error::engine)?;
         let state =
             UpdateState::new(update.decoder().0, kept_for_backward(config.trainer.recompute));
         drop(update);
-        Ok(Self { engine, config, state, rows, val, sampler, encoder, eos })
-    }
-
-    fn pair(&self, row: &SftRow) -> Result<Pair> {
-        let mut tokens = self.encoder.encode(&row.prompt)?;
-        let prompt_len = tokens.len();
-        tokens.extend(self.encoder.encode_completion(&row.completion)?);
-        tokens.push(self.eos);
-        let (len, limit) =
-            (tokens.len(), self.config.data.max_length.min(self.engine.max_model_len()));
-        match len <= limit {
-            true => Ok(Pair { tokens, prompt_len }),
-            false => Err(Error::config(format!(
-                "prompt and completion have {len} tokens, data.max_length is {limit}"
-            ))),
-        }
+        Ok(Self { engine, config, state, rows, val, sampler, pairs })
     }
 
     fn step(&mut self, step: u64) -> Result<Metrics> {
         let begin = std::time::Instant::now();
         let batch = self.sampler.next_batch(self.config.data.train_batch_size);
-        let pairs = batch.iter().map(|i| self.pair(&self.rows[*i])).collect::<Result<Vec<_>>>()?;
+        let pairs =
+            batch.iter().map(|i| self.pairs.pair(&self.rows[*i])).collect::<Result<Vec<_>>>()?;
         let packed: Vec<Packed<'_>> = pairs
             .iter()
             .map(|pair| Packed { tokens: &pair.tokens, prompt_len: pair.prompt_len })
@@ -213,8 +246,8 @@ impl<'a> Sft<'a> {
 
     /// Share of held-out prompts that are answered, greedily, with exactly the completion.
     fn validate(&mut self) -> Result<Validation> {
-        let prompts: Vec<Vec<u32>> =
-            self.val.iter().map(|row| self.encoder.encode(&row.prompt)).collect::<Result<_>>()?;
+        let tokens = |row: &SftRow| self.pairs.encoder.tokens(&row.prompt);
+        let prompts: Vec<Vec<u32>> = self.val.iter().map(tokens).collect::<Result<_>>()?;
         let settings = RolloutSettings {
             samples: 1,
             temperature: 0.0,
@@ -266,13 +299,24 @@ fn learn(
     Ok((loss, norm))
 }
 
-fn load(files: &[String], tasks: &Arith, (count, stutter): (u64, f64)) -> Result<Vec<SftRow>> {
-    let mut rows = Vec::new();
+/// The rows of `files`, of which `built_in` are those of `builtin:arith`; fails at the first one with a `fault`.
+fn load(
+    files: &[String],
+    built_in: &dyn Fn() -> Vec<SftRow>,
+    fault: &dyn Fn(&SftRow) -> Result<Option<String>>,
+) -> Result<Vec<SftRow>> {
+    let mut all = Vec::new();
     for file in files {
-        match file.as_str() {
-            "builtin:arith" => rows.extend(tasks.sft_rows(count, stutter)),
-            path => rows.extend(data::load_sft(&[Path::new(path)])?),
+        let rows = match file.as_str() {
+            "builtin:arith" => built_in(),
+            path => data::load_sft(&[Path::new(path)])?,
+        };
+        for (index, row) in rows.iter().enumerate() {
+            if let Some(message) = fault(row)? {
+                return Err(data::bad_row(Path::new(file), index, &message));
+            }
         }
+        all.extend(rows);
     }
-    Ok(rows)
+    Ok(all)
 }
