@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::path::Path;
 
-use engine::{Engine, MemoryPlan, ModelSource, Service};
+use engine::{Engine, MemoryPlan, ModelConfig, ModelSource, Service};
 use trainer::memory::{Demand, TrainingPlan, planned_tokens};
 use trainer::{Interrupt, Parts, Progress, Resume, RlConfig, RunHooks, run_rl_serving};
 
@@ -67,8 +67,10 @@ pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) ->
         let mut config = config;
         let mut demand = Demand::rl(&config, &engine);
         let tokens = &mut config.trainer.max_tokens_per_microbatch;
-        demand = budgeted(tokens, &source, (&engine, demand))?;
-        return dry_run(&config.to_toml(), &source, (&engine, &demand));
+        demand = budgeted(tokens, source.config(), (&engine, demand))?;
+        // The real run holds the tokenizer and the template, so that the program is as large here.
+        let _text = engine::load_text(&source)?;
+        return dry_run(&config.to_toml(), source.config(), (&engine, &demand));
     }
     match (&args.device, &resume) {
         (DeviceArg::Candle(name), _) if args.serve.is_some() => {
@@ -203,12 +205,12 @@ fn train(
 /// Plans the tokens of a training pass where they are left open; what a run with them demands.
 pub(crate) fn budgeted(
     tokens: &mut usize,
-    source: &ModelSource,
+    model: &ModelConfig,
     (engine, demand): (&engine::EngineConfig, Demand),
 ) -> Result<Demand> {
     if *tokens == 0 {
-        let plan = MemoryPlan::new(source.config(), engine)?;
-        *tokens = planned_tokens(source.config(), engine.resolved_dtype(), &plan, &demand);
+        let plan = MemoryPlan::new(model, engine)?;
+        *tokens = planned_tokens(model, engine.resolved_dtype(), &plan, &demand);
     }
     Ok(demand.with_budget(*tokens))
 }
@@ -216,15 +218,11 @@ pub(crate) fn budgeted(
 /// Prints the resolved configuration and what the model and its training will take.
 pub(crate) fn dry_run(
     config: &str,
-    source: &ModelSource,
+    model: &ModelConfig,
     (engine, demand): (&engine::EngineConfig, &Demand),
 ) -> Result<()> {
-    let (model, dtype) = (source.config(), engine.resolved_dtype());
     let plan = MemoryPlan::new(model, engine)?;
-    // The real run holds the tokenizer and the template, so that the program is as large here.
-    let text = engine::load_text(source)?;
-    let training = TrainingPlan::new(model, dtype, &plan, demand);
-    drop(text);
+    let training = TrainingPlan::new(model, engine.resolved_dtype(), &plan, demand);
     let lines = training.to_string();
     let lines: Vec<String> = lines.lines().map(|line| format!("# {line}")).collect();
     output::print(&format!(

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use engine::{Engine, ModelConfig, ModelSource};
+use engine::{Engine, ModelConfig, ModelSource, Tokenizer};
 use trainer::memory::Demand;
 use trainer::{Progress, SftConfig, initial_weights, run_sft};
 
@@ -32,12 +32,13 @@ fn train(request: &RunRequest, terminal: &Terminal) -> Result<()> {
     let config = SftConfig::resolve(file.map(|file| file.text.as_str()), &request.overrides)
         .map_err(|error| in_file(error, file))?;
     if request.mode == Mode::DryRun {
-        let source = model::open(&config.model.path, terminal)?;
+        let start = Start::of(&config, terminal)?;
         let (mut config, engine) = (config, &request.engine);
         let demand = Demand::sft(&config, engine);
         let tokens = &mut config.trainer.max_tokens_per_microbatch;
-        let demand = budgeted(tokens, &source, (engine, demand))?;
-        return dry_run(&config.to_toml(), &source, (engine, &demand));
+        let demand = budgeted(tokens, start.shape(), (engine, demand))?;
+        let _text = start.text()?;
+        return dry_run(&config.to_toml(), start.shape(), (engine, &demand));
     }
     let signals = Signals::listen()?;
     let start = Start::of(&config, terminal)?;
@@ -77,6 +78,28 @@ impl Start {
         let shape = ModelConfig::from_hf_json(&text)
             .map_err(|error| Failure::from(error).blame_data().at(path.display()))?;
         Ok(Self::Shape(shape, path.to_owned()))
+    }
+
+    fn shape(&self) -> &ModelConfig {
+        match self {
+            Self::Model(source) => source.config(),
+            Self::Shape(shape, _) => shape,
+        }
+    }
+
+    /// The tokenizer, which a real run holds, so that a plan's program is as large.
+    fn text(&self) -> Result<Option<Tokenizer>> {
+        match self {
+            Self::Model(source) => Ok(engine::load_text(source)?.0),
+            Self::Shape(_, json) => {
+                let path = json.with_file_name("tokenizer.json");
+                let bytes = fs::read(&path).map_err(|error| Failure::unreadable(&path, &error))?;
+                let tokenizer = Tokenizer::from_json_bytes(&bytes);
+                let tokenizer =
+                    tokenizer.map_err(|error| Failure::from(error).at(path.display()))?;
+                Ok(Some(tokenizer))
+            }
+        }
     }
 }
 

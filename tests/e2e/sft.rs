@@ -55,3 +55,28 @@ fn a_row_that_is_too_long_is_named_before_the_first_step() {
     );
     assert!(!folder.path("run/metrics.jsonl").exists());
 }
+
+#[test]
+fn a_dry_run_plans_for_the_shape_that_is_asked_for() {
+    let folder = Folder::new();
+    let model = folder.tiny_model();
+    let plan = |flags: &[&str]| {
+        let mut command = engine();
+        command.arg("sft").args(SMALL).arg("--dry-run").args(flags);
+        command
+    };
+    let weights = |flags: &[&str]| {
+        let ran = run(&mut plan(flags));
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        let line = ran.stdout.lines().find(|line| line.starts_with("# weights")).unwrap();
+        line.to_owned()
+    };
+    let shape = model.join("config.json");
+    let shape = shape.to_str().unwrap();
+    assert_eq!(weights(&["--config-json", shape]), weights(&["--model", model.to_str().unwrap()]));
+    assert_ne!(weights(&["--config-json", shape]), weights(&[]));
+    let absent = folder.path("absent.json");
+    fails(&mut plan(&["--config-json", absent.to_str().unwrap()]), 3, "absent.json");
+    let bad = folder.write("bad.json", "{}");
+    fails(&mut plan(&["--config-json", bad.to_str().unwrap()]), 3, "bad.json");
+}
