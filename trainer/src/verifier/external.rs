@@ -2,7 +2,8 @@
 //!
 //! One request a response, `{"id", "data_source", "prompt", "response", "ground_truth",
 //! "extra_info"}`, answered by `{"id", "score"[, "acc", "pred"]}`. A pool of workers asks, each one
-//! request at a time, so a request that hangs is known and ends alone. Leaves out batching.
+//! request at a time, so a request that hangs is known and ends alone. What else a program prints is
+//! passed over. Leaves out batching.
 
 mod command;
 #[cfg(feature = "http")]
@@ -14,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::Verdict;
 use crate::error::{Error, Result};
@@ -34,8 +35,8 @@ pub(super) enum Endpoint {
 /// Why there is no verdict.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Failure {
-    /// It took longer than the limit.
-    Timeout,
+    /// It took longer than the limit; why what came meanwhile was no answer, if anything came.
+    Timeout(Option<String>),
     /// Anything else, in words.
     Broken(String),
 }
@@ -45,8 +46,8 @@ pub(super) type Answer = std::result::Result<Verdict, Failure>;
 
 /// One who can be asked, one request at a time.
 trait Asker: Send {
-    /// The text of the answer to `request`, which is one line of JSON.
-    fn ask(&mut self, request: &str) -> std::result::Result<String, Failure>;
+    /// The answer to `request` of this id, which is one line of JSON.
+    fn ask(&mut self, id: u64, request: &str) -> Answer;
 }
 
 struct Job {
@@ -145,41 +146,46 @@ fn work(queue: &Mutex<Receiver<Job>>, mut asker: Box<dyn Asker>, closing: &Atomi
         if closing.load(Ordering::Relaxed) {
             return;
         }
-        let answer = asker.ask(&request).and_then(|text| read(&text, id));
+        let answer = asker.ask(id, &request);
         // Who asked may have given up because of another answer.
         let _gone = reply.send((place, answer));
     }
 }
 
-/// Reads the answer to request `id`.
-fn read(text: &str, id: u64) -> Answer {
-    let broken = |reason: String| Err(Failure::Broken(reason));
-    let answer: Value = match serde_json::from_str(text) {
-        Ok(answer) => answer,
-        // Python writes numbers that are not finite in a way that JSON does not have.
-        Err(_) if ["NaN", "Infinity"].iter().any(|word| text.contains(word)) => {
-            return broken("the score is not finite".to_owned());
-        }
-        Err(error) => return broken(format!("the answer is not JSON: {error}")),
-    };
+/// Reads the answer to request `id`; an error says why the text is none.
+fn read(text: &str, id: u64) -> std::result::Result<Answer, String> {
+    let whole = serde_json::from_str::<Value>(text);
+    let finite = whole.is_ok();
+    // Python writes numbers that are not finite in a way that JSON does not have.
+    let words = || text.replace("-Infinity", "null").replace("Infinity", "null");
+    let nulls = || words().replace("NaN", "null");
+    let answer = whole
+        .or_else(|error| serde_json::from_str(&nulls()).map_err(|_| error))
+        .map_err(|error| format!("the answer is not JSON: {error}"))?;
     let Value::Object(answer) = answer else {
-        return broken("the answer is not one object".to_owned());
+        return Err("the answer is not one object".to_owned());
     };
     if answer.get("id").is_none_or(|got| got.as_u64() != Some(id)) {
-        return broken(format!("the answer is not to request {id}"));
+        return Err(format!("the answer is not to request {id}"));
     }
+    Ok(if finite { verdict(&answer) } else { Err("the score is not finite".to_owned()) }
+        .map_err(Failure::Broken))
+}
+
+/// The verdict that an answer states; an error says what is wrong with it.
+fn verdict(answer: &Map<String, Value>) -> std::result::Result<Verdict, String> {
     let score = match answer.get("score") {
         Some(Value::Number(score)) => score.as_f64().filter(|score| score.is_finite()),
         Some(Value::Bool(right)) => Some(f64::from(u8::from(*right))),
-        Some(other) => return broken(format!("the score is {other}, expected a number")),
-        None => return broken("the answer has no score".to_owned()),
+        Some(other) => return Err(format!("the score is {other}, expected a number")),
+        None => return Err("the answer has no score".to_owned()),
     };
-    let Some(score) = score else { return broken("the score is not finite".to_owned()) };
+    let score = score.ok_or("the score is not finite")?;
     let correct = match answer.get("acc") {
         None | Some(Value::Null) => score > 0.0,
         Some(Value::Bool(right)) => *right,
         Some(Value::Number(n)) => n.as_f64() == Some(1.0),
-        Some(other) => return broken(format!("acc is {other}, expected true or false")),
+        Some(other) => return Err(format!("acc is {other}, expected true or false")),
     };
     let predicted = match answer.get("pred") {
         None | Some(Value::Null) => String::new(),
@@ -195,21 +201,28 @@ mod tests {
 
     #[test]
     fn answers_are_read_or_refused_with_a_reason() {
-        let good = read(r#"{"id": 3, "score": 0.5, "acc": false, "pred": "x"}"#, 3).unwrap();
+        let good = r#"{"id": 3, "score": 0.5, "acc": false, "pred": "x"}"#;
+        let good = read(good, 3).unwrap().unwrap();
         assert_eq!((good.score, good.correct, good.predicted.as_str()), (0.5, false, "x"));
-        let short = read(r#"{"id": 3, "score": true}"#, 3).unwrap();
+        let short = read(r#"{"id": 3, "score": true}"#, 3).unwrap().unwrap();
         assert_eq!((short.score, short.correct), (1.0, true));
         for (text, reason) in [
             (r#"{"id": 3, "score": NaN}"#, "the score is not finite"),
             (r#"{"id": 3, "score": null}"#, "the score is null, expected a number"),
             (r#"{"id": 3, "score": [1, 0]}"#, "the score is [1,0], expected a number"),
+            (r#"{"id": 3, "score": -Infinity}"#, "the score is not finite"),
             (r#"{"id": 3}"#, "the answer has no score"),
-            (r#"{"id": 4, "score": 1}"#, "the answer is not to request 3"),
-            (r#"[{"id": 3, "score": 1}]"#, "the answer is not one object"),
         ] {
-            assert_eq!(read(text, 3), Err(Failure::Broken(reason.to_owned())), "{text}");
+            assert_eq!(read(text, 3), Ok(Err(Failure::Broken(reason.to_owned()))), "{text}");
         }
-        assert!(matches!(read("oops", 3), Err(Failure::Broken(why)) if why.contains("not JSON")));
+        for (text, reason) in [
+            (r#"{"id": 4, "score": 1}"#, "the answer is not to request 3"),
+            (r#"{"id": 2, "score": NaN}"#, "the answer is not to request 3"),
+            (r#"[{"id": 3, "score": 1}]"#, "the answer is not one object"),
+            ("loss: NaN", "the answer is not JSON: expected value at line 1 column 1"),
+        ] {
+            assert_eq!(read(text, 3), Err(reason.to_owned()), "{text}");
+        }
     }
 
     #[test]

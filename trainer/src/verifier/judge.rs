@@ -220,9 +220,11 @@ impl Judge {
         self.failures.fetch_add(1, Ordering::Relaxed);
         let reason = match failure {
             Failure::Broken(reason) => reason,
-            Failure::Timeout => {
+            Failure::Timeout(passed_over) => {
                 self.timeouts.fetch_add(1, Ordering::Relaxed);
-                format!("no answer within reward.timeout_s ({} s)", self.timeout_s)
+                let meanwhile = passed_over.map(|why| format!("; last line: {why}"));
+                let meanwhile = meanwhile.unwrap_or_default();
+                format!("no answer within reward.timeout_s ({} s){meanwhile}", self.timeout_s)
             }
         };
         let score = self.on_error;

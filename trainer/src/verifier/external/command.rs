@@ -1,19 +1,22 @@
 //! A program that is asked over its standard input and output, line by line.
 //!
 //! It is started when first asked, stays, and is killed with its children when it does not answer in
-//! time; the next request starts it anew. Its standard error is this process's.
+//! time; the next request starts it anew. Lines that are no answer to what was asked, such as what a
+//! library prints, are passed over. Its standard error is this process's.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::time::{Duration, Instant};
 
-use super::{Asker, Failure, MAX_ANSWER_BYTES};
+use super::{Answer, Asker, Failure, MAX_ANSWER_BYTES, read};
 
 /// How often a wait looks whether the run is over.
 const LOOK: Duration = Duration::from_millis(50);
+/// Lines of a program that are held until somebody looks at them; a program that prints more waits.
+const LINES: usize = 64;
 /// How long a program may take to go once it has closed its output.
 const GRACE: Duration = Duration::from_millis(500);
 
@@ -28,7 +31,7 @@ pub(super) struct Program {
 struct Running {
     child: Child,
     requests: Sender<String>,
-    answers: Receiver<String>,
+    lines: Receiver<String>,
 }
 
 impl Program {
@@ -36,17 +39,19 @@ impl Program {
         Self { command: command.to_owned(), timeout, closing, running: None }
     }
 
-    fn wait(&self, answers: &Receiver<String>) -> Result<String, Failure> {
+    /// The answer to request `id` among the lines that come in time; `None` when there are no more.
+    fn wait(&self, id: u64, lines: &Receiver<String>) -> Option<Answer> {
         let end = Instant::now() + self.timeout;
+        let mut passed_over = None;
         loop {
             let left = end.saturating_duration_since(Instant::now());
-            match answers.recv_timeout(left.min(LOOK)) {
-                Ok(answer) => return Ok(answer),
-                Err(RecvTimeoutError::Disconnected) => return Err(Failure::Broken(String::new())),
-                Err(RecvTimeoutError::Timeout) if left.is_zero() => return Err(Failure::Timeout),
-                Err(RecvTimeoutError::Timeout) if self.closing.load(Ordering::Relaxed) => {
-                    return Err(Failure::Timeout);
-                }
+            if left.is_zero() || self.closing.load(Ordering::Relaxed) {
+                return Some(Err(Failure::Timeout(passed_over)));
+            }
+            match lines.recv_timeout(left.min(LOOK)).map(|line| read(&line, id)) {
+                Ok(Ok(answer)) => return Some(answer),
+                Ok(Err(reason)) => passed_over = Some(reason),
+                Err(RecvTimeoutError::Disconnected) => return None,
                 Err(RecvTimeoutError::Timeout) => {}
             }
         }
@@ -54,20 +59,20 @@ impl Program {
 }
 
 impl Asker for Program {
-    fn ask(&mut self, request: &str) -> Result<String, Failure> {
+    fn ask(&mut self, id: u64, request: &str) -> Answer {
         let running = match self.running.take() {
             Some(running) => running,
             None => Running::start(&self.command)?,
         };
         // If its writer has ended, so has the program, and that is found below.
         let _ended = running.requests.send(format!("{request}\n"));
-        match self.wait(&running.answers) {
-            Ok(answer) => {
+        match self.wait(id, &running.lines) {
+            Some(Err(late @ Failure::Timeout(_))) => Err(late),
+            Some(answer) => {
                 self.running = Some(running);
-                Ok(answer)
+                answer
             }
-            Err(Failure::Timeout) => Err(Failure::Timeout),
-            Err(Failure::Broken(_)) => Err(Failure::Broken(running.obituary())),
+            None => Err(Failure::Broken(running.obituary())),
         }
     }
 }
@@ -87,10 +92,10 @@ impl Running {
         let stdin = stdin.expect("it is piped");
         let stdout = stdout.expect("it is piped");
         let (requests, to_write) = channel();
-        let (read, answers) = channel();
+        let (read, lines) = sync_channel(LINES);
         std::thread::spawn(move || write_all(stdin, &to_write));
         std::thread::spawn(move || read_all(stdout, &read));
-        Ok(Self { child, requests, answers })
+        Ok(Self { child, requests, lines })
     }
 
     /// How a program that closed its output ended.
@@ -130,16 +135,16 @@ fn write_all(mut stdin: ChildStdin, requests: &Receiver<String>) {
     }
 }
 
-/// Reads answers until the output ends, a line is too long, or nobody wants them.
-fn read_all(stdout: ChildStdout, answers: &Sender<String>) {
-    let mut lines = BufReader::new(stdout);
+/// Reads lines until the output ends, one is too long, or nobody wants them.
+fn read_all(stdout: ChildStdout, lines: &SyncSender<String>) {
+    let mut output = BufReader::new(stdout);
     loop {
         let mut line = Vec::new();
-        let limited = lines.by_ref().take(MAX_ANSWER_BYTES).read_until(b'\n', &mut line);
+        let limited = output.by_ref().take(MAX_ANSWER_BYTES).read_until(b'\n', &mut line);
         match limited {
             Ok(_) if line.ends_with(b"\n") => {
                 let line = String::from_utf8_lossy(&line).into_owned();
-                if answers.send(line).is_err() {
+                if lines.send(line).is_err() {
                     return;
                 }
             }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ureq::Agent;
 
-use super::{Asker, Failure, MAX_ANSWER_BYTES};
+use super::{Answer, Asker, Failure, MAX_ANSWER_BYTES, read};
 
 /// An address, and the connections to it.
 pub(super) struct Server {
@@ -25,9 +25,9 @@ impl Server {
 }
 
 impl Asker for Server {
-    fn ask(&mut self, request: &str) -> Result<String, Failure> {
+    fn ask(&mut self, id: u64, request: &str) -> Answer {
         let failed = |error: ureq::Error| match error {
-            ureq::Error::Timeout(_) => Failure::Timeout,
+            ureq::Error::Timeout(_) => Failure::Timeout(None),
             error => Failure::Broken(error.to_string()),
         };
         let post = self.agent.post(&self.address).header("content-type", "application/json");
@@ -36,6 +36,7 @@ impl Asker for Server {
             return Err(Failure::Broken(format!("it answered {}", response.status())));
         }
         let body = response.body_mut().with_config().limit(MAX_ANSWER_BYTES);
-        body.read_to_string().map_err(failed)
+        let text = body.read_to_string().map_err(failed)?;
+        read(&text, id).unwrap_or_else(|reason| Err(Failure::Broken(reason)))
     }
 }

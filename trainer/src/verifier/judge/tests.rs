@@ -111,6 +111,36 @@ fn failures_have_a_reason_and_a_value_or_end_the_run() {
 }
 
 #[test]
+fn lines_that_are_no_answer_are_passed_over() {
+    let stray =
+        PROGRAM.replace("*right*)", r#"*right*) echo loss NaN; echo "{\"epoch\":1}"; echo;"#);
+    let one = RewardConfig { workers: 1, ..config(&stray, OnError::Fail) };
+    let (verdicts, counts) = judged(&one, &["right", "no", "right", "right", "no"]);
+    assert_eq!(scores(verdicts), [1.0, 0.0, 1.0, 1.0, 0.0]);
+    assert_eq!(counts, Counts::default());
+    // An answer of an older id.
+    let late = PROGRAM.replace(r#"$id,\"score\":0"#, r#"$((id-1)),\"score\":0"#);
+    let late = RewardConfig { timeout_s: 1.0, workers: 1, ..config(&late, OnError::Zero) };
+    let (verdicts, counts) = judged(&late, &["right", "no", "right"]);
+    let verdicts = verdicts.unwrap();
+    assert_eq!(
+        verdicts[1].predicted,
+        "reward failed: no answer within reward.timeout_s (1 s); last line: the answer is not to request 1"
+    );
+    assert_eq!(scores(Ok(verdicts)), [1.0, 0.0, 1.0]);
+    assert_eq!(counts, Counts { failures: 1, timeouts: 1 });
+}
+
+#[test]
+fn a_program_that_prints_without_end_fails_in_time_and_is_started_anew() {
+    let endless = PROGRAM.replace("sleep 600", "yes");
+    let quick = RewardConfig { timeout_s: 1.0, workers: 1, ..config(&endless, OnError::Zero) };
+    let (verdicts, counts) = judged(&quick, &["hang", "right"]);
+    assert_eq!(scores(verdicts), [0.0, 1.0]);
+    assert_eq!(counts, Counts { failures: 1, timeouts: 1 });
+}
+
+#[test]
 fn a_program_that_floods_or_does_not_read_is_a_failure() {
     let flood = config("command:yes aaaaaaaa | tr -d '\\n'", OnError::Zero);
     assert_eq!(scores(judged(&flood, &["right"]).0), [0.0]);

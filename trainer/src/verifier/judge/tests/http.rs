@@ -56,7 +56,7 @@ fn a_server_judges_and_its_failures_are_counted() {
     let address = server(|request| match request["response"].as_str().unwrap() {
         "hang" => None,
         "broken" => Some(String::new()),
-        "nan" => Some("{\"id\": 0, \"score\": NaN}".to_owned()),
+        "nan" => Some(format!("{{\"id\": {}, \"score\": NaN}}", request["id"])),
         response => {
             let right = response == request["ground_truth"];
             Some(json!({"id": request["id"], "score": f64::from(u8::from(right))}).to_string())
