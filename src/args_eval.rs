@@ -54,7 +54,7 @@ pub(crate) struct EvalArgs {
     /// How prompts become text
     #[arg(long, value_enum, default_value_t = TemplateArg::Chat)]
     pub(crate) prompt_template: TemplateArg,
-    /// Rule that judges all rows, or auto: by data source
+    /// What judges: auto (by data source), a rule, command:./score.py or http://...; failures count as 0
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) reward: String,
     /// Keep the first row of each prompt

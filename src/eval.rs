@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use trainer::config::PromptTemplate;
 use trainer::data::{Duplicates, Row, Scripts, Selection};
 use trainer::eval::{EvalSettings, Evaluation, Judge, Response, Summary, evaluate};
-use trainer::verifier;
+use trainer::verifier::{self, Counts};
 use trainer::{Overlong, PromptEncoder, RlConfig, eval_rows};
 
 use crate::args_eval::{EvalArgs, TemplateArg};
@@ -59,9 +59,11 @@ pub(crate) fn run(args: &EvalArgs, terminal: &Terminal) -> Result<()> {
     let judge = Judge { encoder: &encoder, rewards: &rewards, rows: &rows.rows };
     let responses = evaluate(&mut engine, judge, &settings, &mut tell)?;
     progress.finish(done, tokens);
+    let failed = rewards.take_counts();
     let results = Results::new(Evaluation::of(&rows.rows, &responses), &ks);
-    let json = results.json(args);
+    let json = results.json(args, failed);
     Files::open(args)?.finish(&rows.rows, &responses, &json)?;
+    note_failures(&args.reward, failed, &responses, terminal)?;
     match args.json {
         true => output::print(&json.to_string()),
         false => output::print(&results.table()),
@@ -139,6 +141,27 @@ fn note_greedy(args: &EvalArgs, settings: &EvalSettings, rows: &[Row], terminal:
     }
 }
 
+/// Says how many rewards could not be had, and fails if none could.
+fn note_failures(
+    reward: &str,
+    failed: Counts,
+    responses: &[Response],
+    terminal: &Terminal,
+) -> Result<()> {
+    let Some(reason) = responses.iter().find_map(|response| response.verdict.failure()) else {
+        return Ok(());
+    };
+    let (Counts { failures, timeouts }, all) = (failed, responses.len());
+    let text = format!(
+        "{reward}: {failures} of {all} rewards failed and count as 0, {timeouts} of them timed out; the first: {reason}"
+    );
+    if failures as usize == all {
+        return Err(Failure::reward(text));
+    }
+    terminal.warn(&text);
+    Ok(())
+}
+
 /// The files asked for, which get their names when they are whole.
 struct Files {
     output: Option<Output>,
@@ -200,7 +223,7 @@ impl Results {
         }
     }
 
-    fn json(&self, args: &EvalArgs) -> Value {
+    fn json(&self, args: &EvalArgs, failed: Counts) -> Value {
         let sources: serde_json::Map<String, Value> =
             self.sources.iter().map(|(name, summary)| (name.clone(), json!(summary))).collect();
         let mean =
@@ -217,6 +240,8 @@ impl Results {
             "sources": sources,
             "all": self.all,
             "mean_of_sources": mean,
+            "reward_failures": failed.failures,
+            "reward_timeouts": failed.timeouts,
         })
     }
 

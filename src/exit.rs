@@ -61,6 +61,11 @@ impl Failure {
         Self::new(Cause::Numeric, message)
     }
 
+    /// No reward could be had.
+    pub(crate) fn reward(message: impl Into<String>) -> Self {
+        Self::new(Cause::Reward, message)
+    }
+
     /// A signal ended it, and a checkpoint is there to go on from.
     pub(crate) fn resumable(message: impl Into<String>) -> Self {
         Self::new(Cause::Resumable, message)

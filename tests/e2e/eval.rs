@@ -86,6 +86,41 @@ fn sources_have_lines_and_greedy_ones_one_response() {
     assert_eq!(lines.len(), 4);
 }
 
+/// Scores 1, but ends at one prompt.
+const FLAKY: &str = r#"while read -r line; do
+    id=${line#*\"id\":}
+    case $line in *2+1=*) exit 3;; esac
+    echo "{\"id\":${id%%,*},\"score\":1}"
+done
+"#;
+
+#[test]
+fn failed_rewards_are_reported_and_nothing_but_failures_is_an_error() {
+    let folder = Folder::new();
+    let data = folder.write("data.jsonl", &(0..4).map(|i| task(i, 1)).collect::<String>());
+    let program = folder.write("score.sh", FLAKY);
+    let samples = folder.path("samples.jsonl");
+    let judged = |reward: &str| {
+        let mut command = eval(&["--max-tokens", "2", "--json", "--reward", reward, "--data"]);
+        command.arg(&data).arg("--samples").arg(&samples);
+        command
+    };
+    let ran = run(&mut judged(&format!("command:sh {}", program.display())));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let result: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(number(&result, "/reward_failures"), 1.0);
+    assert_eq!(number(&result, "/reward_timeouts"), 0.0);
+    assert_eq!(number(&result, "/all/reward"), 0.75);
+    let told =
+        "1 of 4 rewards failed and count as 0, 0 of them timed out; the first: it ended with";
+    assert!(ran.stderr.contains(told), "{ran:?}");
+
+    fails(&mut judged("command:false"), 5, "command:false: 4 of 4 rewards failed");
+    let lines = json_lines(&fs::read_to_string(&samples).unwrap());
+    assert_eq!(lines[0]["predicted"], "reward failed: it ended with exit status: 1");
+    fails(&mut judged("http://127.0.0.1:9/"), 5, "4 of 4 rewards failed");
+}
+
 #[test]
 fn every_built_in_task_has_a_verifier() {
     let data =

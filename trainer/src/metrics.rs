@@ -171,6 +171,9 @@ impl Metrics {
                 line += &format!("  {label} {value:.digits$}");
             }
         }
+        if let Some(failures) = self.get(name::REWARD_FAILURES).filter(|n| *n > 0.0) {
+            line += &format!("  failures {failures}");
+        }
         for (name, value) in self.iter().filter(|(n, _)| n.starts_with("val-core/")) {
             line += &format!("  {name} {value:.3}");
         }
@@ -278,11 +281,14 @@ mod tests {
         m.summarize("nothing", []);
         assert_eq!(m.get("response_length/max"), Some(8.0));
         assert_eq!(m.get("nothing/mean"), None);
+        m.set(name::REWARD_FAILURES, 0.0);
         m.set("val-core/arith/acc/mean@1", 0.25);
         assert_eq!(
             m.progress(50),
             "step 2/50  reward 0.250  len 6.0  val-core/arith/acc/mean@1 0.250"
         );
+        m.set(name::REWARD_FAILURES, 3.0);
+        assert!(m.progress(50).contains("  len 6.0  failures 3  val-core"), "{}", m.progress(50));
     }
 
     #[test]

@@ -59,6 +59,9 @@ pub enum Verifier {
     Countdown,
 }
 
+/// What begins [`Verdict::predicted`] where no reward could be had; the reason follows.
+const FAILED: &str = "reward failed: ";
+
 /// A verdict.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Verdict {
@@ -68,6 +71,13 @@ pub struct Verdict {
     pub correct: bool,
     /// The answer the rule read in the response.
     pub predicted: String,
+}
+
+impl Verdict {
+    /// Why no reward could be had, if none could.
+    pub fn failure(&self) -> Option<&str> {
+        self.predicted.strip_prefix(FAILED)
+    }
 }
 
 impl Verifier {

@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::external::{Answer, Endpoint, Failure, Pool};
 use super::own::{Answered, OwnReward};
-use super::{Verdict, Verifier};
+use super::{FAILED, Verdict, Verifier};
 use crate::config::{OnError, RewardConfig};
 use crate::data::Row;
 use crate::error::{Error, Result};
@@ -229,7 +229,7 @@ impl Judge {
         };
         let score = self.on_error;
         let score = score.ok_or_else(|| Error::reward(format!("{}: {reason}", self.function)))?;
-        Ok(Verdict { score, correct: false, predicted: format!("reward failed: {reason}") })
+        Ok(Verdict { score, correct: false, predicted: format!("{FAILED}{reason}") })
     }
 }
 
