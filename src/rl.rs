@@ -248,10 +248,16 @@ pub(crate) fn in_file(error: trainer::Error, file: Option<&RunConfig>) -> Failur
 pub(crate) fn tell(terminal: &Terminal, total_steps: u64, progress: &Progress) {
     match progress {
         Progress::Note(note) => terminal.info(note),
-        Progress::Validated(step, validation) => terminal.info(&format!(
-            "step {step}: validation reward {:.3}, accuracy {:.3} on {} rows",
-            validation.reward, validation.accuracy, validation.rows
-        )),
+        Progress::Validated(step, validation) => {
+            let failed = match validation.failed.failures {
+                0 => String::new(),
+                failures => format!(", {failures} rewards failed"),
+            };
+            terminal.info(&format!(
+                "step {step}: validation reward {:.3}, accuracy {:.3} on {} rows{failed}",
+                validation.reward, validation.accuracy, validation.rows
+            ));
+        }
         Progress::Step(metrics) => terminal.info(&metrics.progress(total_steps)),
         Progress::Saved(path) => terminal.info(&format!("saved {}", path.display())),
         Progress::Lingering => {}

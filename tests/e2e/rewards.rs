@@ -28,6 +28,21 @@ fn a_program_judges_a_run_and_its_failures_are_counted() {
     assert_eq!(step["reward/timeouts"].as_f64(), Some(0.0), "{step}");
     assert_eq!(step["critic/score/mean"].as_f64(), Some(0.75), "{step}");
 
+    // A validation's are its own, and one worker's program goes on counting through it: 24 rows, 6 of them.
+    let tested = ["trainer.total_steps=1", "reward.workers=1", "trainer.test_freq=1"];
+    let ran = run(lab.rl("tested", &tested).args(["--reward", &reward]));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let metrics = fs::read_to_string(lab.folder.path("tested/metrics.jsonl")).unwrap();
+    let [before, step] = &json_lines(&metrics)[..] else { panic!("{metrics}") };
+    assert_eq!(before["val/reward_failures"].as_f64(), Some(6.0), "{before}");
+    assert_eq!(before.get("reward/failures"), None, "{before}");
+    for (name, failures) in [("reward/failures", 8.0), ("val/reward_failures", 6.0)] {
+        assert_eq!(step[name].as_f64(), Some(failures), "{name}: {step}");
+    }
+    assert_eq!(step["val/reward_timeouts"].as_f64(), Some(0.0), "{step}");
+    assert!(ran.stderr.contains("on 24 rows, 6 rewards failed"), "{ran:?}");
+    assert!(ran.stderr.contains("  failures 8"), "{ran:?}");
+
     let fail = [&few[..], &["reward.on_error=fail"]].concat();
     fails(lab.rl("failed", &fail).args(["--reward", &reward]), 5, "the score is not finite");
     fails(lab.rl("none", &few).args(["--reward", "magic"]), 2, "\"magic\" is unknown");

@@ -66,6 +66,10 @@ impl Trainer {
         let prompts = self.encode(rows.iter().map(|row| &self.rows.rows[*row]))?;
         let settings = self.settings(self.config.rollout.n, batch);
         let responses = self.roll((&rows, &prompts), &settings, metrics)?;
+        if self.config.algorithm.overlong_buffer.enable {
+            let long = responses.iter().filter(|r| r.reward != r.verdict.score).count();
+            metrics.add(name::OVERLONG_RESPONSES, long as f64);
+        }
         let baselines = match self.config.algorithm.adv_estimator {
             AdvEstimator::Remax => {
                 let greedy = RolloutSettings { samples: 1, ..greedy(settings) };
@@ -115,12 +119,7 @@ impl Trainer {
             let reward = verdict.score + penalty(&self.config, episode.tokens.len());
             Response { episode, verdict, reward, old: Vec::new() }
         };
-        let responses: Vec<Response> = episodes.into_iter().zip(verdicts).map(respond).collect();
-        if self.config.algorithm.overlong_buffer.enable {
-            let long = responses.iter().filter(|r| r.reward != r.verdict.score).count();
-            metrics.add(name::OVERLONG_RESPONSES, long as f64);
-        }
-        Ok(responses)
+        Ok(episodes.into_iter().zip(verdicts).map(respond).collect())
     }
 
     /// Log-probabilities under the sampling weights: those returned with the samples or, where sampling

@@ -29,6 +29,7 @@ use crate::save::{ModelFiles, save_model, tensors};
 use crate::tasks::{Arith, Split};
 use crate::update::UpdateState;
 use crate::validation::Validation;
+use crate::verifier::Counts;
 
 /// Built-in pairs that make up an epoch, and a validation set.
 const TASKS: [u64; 2] = [50_000, 256];
@@ -264,8 +265,8 @@ impl<'a> Sft<'a> {
             right += usize::from(episode.text == val[episode.prompt].completion);
         })?;
         let accuracy = right as f64 / self.val.len() as f64;
-        let evaluation = Evaluation::default();
-        Ok(Validation { reward: accuracy, accuracy, rows: self.val.len(), evaluation })
+        let (failed, evaluation) = (Counts::default(), Evaluation::default());
+        Ok(Validation { reward: accuracy, accuracy, rows: self.val.len(), failed, evaluation })
     }
 }
 

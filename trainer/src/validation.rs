@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::eval::{EvalSettings, Evaluation, Judge, evaluate};
 use crate::metrics::Metrics;
 use crate::trainer::Trainer;
+use crate::verifier::Counts;
 
 /// Keys the random streams of validations apart from those of steps. They are the same in every
 /// validation, so that a curve moves with the weights alone.
@@ -21,15 +22,20 @@ pub struct Validation {
     pub accuracy: f64,
     /// Rows judged.
     pub rows: usize,
+    /// Rewards that could not be had.
+    pub failed: Counts,
     /// All verdicts, by source; empty after supervised training.
     pub evaluation: Evaluation,
 }
 
 impl Validation {
-    /// Writes `val/accuracy`, `val/reward` and verl's metrics of each source.
+    /// Writes `val/accuracy`, `val/reward`, `val/reward_failures`, `val/reward_timeouts` and verl's
+    /// metrics of each source.
     pub fn record(&self, metrics: &mut Metrics) {
         metrics.set("val/accuracy", self.accuracy);
         metrics.set("val/reward", self.reward);
+        metrics.set("val/reward_failures", self.failed.failures as f64);
+        metrics.set("val/reward_timeouts", self.failed.timeouts as f64);
         self.evaluation.record(metrics);
     }
 }
@@ -53,9 +59,10 @@ impl Trainer {
         let judge = Judge { encoder: &self.encoder, rewards: &self.rewards, rows };
         let host = Host::new(&mut self.engine, self.guests.as_mut());
         let responses = evaluate(host, judge, &settings, &mut |_| {})?;
+        let failed = self.rewards.take_counts();
         let evaluation = Evaluation::of(rows, &responses);
         let (reward, accuracy) =
             evaluation.overall(&[]).map_or((0.0, 0.0), |all| (all.reward, all.mean));
-        Ok(Validation { reward, accuracy, rows: rows.len(), evaluation })
+        Ok(Validation { reward, accuracy, rows: rows.len(), failed, evaluation })
     }
 }

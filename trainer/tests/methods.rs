@@ -191,4 +191,8 @@ fn truncated_sampling_can_be_corrected_and_long_responses_penalised() {
         assert!((sample.reward - (verdict - penalty)).abs() < 1e-12, "{sample:?}");
     }
     assert!(get(&metrics, "reward/overlong_responses") > 0.0);
+    // Whatever has a token is too long for this buffer; greedy responses are only compared with.
+    let all = [("algorithm.overlong_buffer.enable", "true"), ("algorithm.overlong_buffer.len", "8")];
+    let (metrics, samples) = steps("remax", &all, 1).remove(0);
+    assert_eq!(get(&metrics, "reward/overlong_responses"), samples.len() as f64);
 }

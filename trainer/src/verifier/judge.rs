@@ -209,7 +209,7 @@ impl Judge {
         Session { judge: self, verdicts, reply, answers, pending: 0, waiting, error: None }
     }
 
-    /// The failures since the last call, of validations too.
+    /// The failures since the last call.
     pub fn take_counts(&self) -> Counts {
         let take = |count: &AtomicU64| count.swap(0, Ordering::Relaxed);
         Counts { failures: take(&self.failures), timeouts: take(&self.timeouts) }
