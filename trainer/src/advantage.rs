@@ -217,7 +217,7 @@ pub fn within_groups(
 
 impl Outcomes<'_> {
     /// The whole reward of each response.
-    fn totals(&self) -> Result<Vec<f64>> {
+    pub(crate) fn totals(&self) -> Result<Vec<f64>> {
         let n = self.scores.len();
         assert_eq!([self.groups.len(), self.lengths.len()], [n; 2], "one entry per response");
         let bad = |values: &[f64]| values.iter().position(|v| !v.is_finite());

@@ -136,7 +136,6 @@ impl Rollouts {
         let n = self.responses.len().max(1) as f64;
         let episodes = || self.episodes();
         metrics.summarize(name::SCORE, self.responses.iter().map(|r| r.verdict.score));
-        metrics.summarize(name::REWARDS, self.responses.iter().map(|r| r.reward));
         metrics.summarize(name::ADVANTAGES, advantages.values.iter().copied());
         let right = self.responses.iter().filter(|r| r.verdict.correct).count() as f64;
         metrics.set(name::ACCURACY, right / n);

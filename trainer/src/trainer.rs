@@ -263,6 +263,7 @@ impl Trainer {
             baselines: &rollouts.baselines,
             token_rewards: &token_rewards,
         };
+        metrics.summarize(name::REWARDS, outcomes.totals()?);
         algorithm::advantages(&*self.algorithm, &outcomes)
     }
 

@@ -100,7 +100,12 @@ fn the_reference_is_the_policy_at_the_start() {
     let steps = steps("reinforce_pp", &pairs, 2);
     let [(first, _), (second, _)] = &steps[..] else { panic!() };
     assert_eq!(get(first, "actor/reward_kl_penalty"), 0.0, "no divergence before the first update");
-    assert!(get(second, "actor/reward_kl_penalty") > 0.0);
+    let penalty = get(second, "actor/reward_kl_penalty");
+    assert!(penalty > 0.0);
+    let charged = |m: &Metrics| get(m, "critic/score/mean") - get(m, "critic/rewards/mean");
+    assert_eq!(charged(first), 0.0);
+    let most = 1e-3 * penalty * get(second, "response_length/max");
+    assert!(charged(second) > 0.0 && charged(second) <= most, "rewards are after the divergence");
     assert!(get(first, "actor/kl_loss") > 0.0, "the second update of the step sees one");
     let beta = get(second, "actor/reward_kl_penalty_coeff");
     assert!((beta - 1e-3 * (1.0 - 0.2 * 16.0 / 10_000.0)).abs() < 1e-12, "{beta}");
@@ -192,7 +197,8 @@ fn truncated_sampling_can_be_corrected_and_long_responses_penalised() {
     }
     assert!(get(&metrics, "reward/overlong_responses") > 0.0);
     // Whatever has a token is too long for this buffer; greedy responses are only compared with.
-    let all = [("algorithm.overlong_buffer.enable", "true"), ("algorithm.overlong_buffer.len", "8")];
+    let all =
+        [("algorithm.overlong_buffer.enable", "true"), ("algorithm.overlong_buffer.len", "8")];
     let (metrics, samples) = steps("remax", &all, 1).remove(0);
     assert_eq!(get(&metrics, "reward/overlong_responses"), samples.len() as f64);
 }
