@@ -321,7 +321,11 @@ impl Rollouts {
 
     fn record(&self, metrics: &mut Metrics) {
         metrics.summarize(name::SCORE, self.verdicts.iter().map(|v| v.score));
-        metrics.summarize(name::ADVANTAGES, self.advantages.values.iter().copied());
+        let tokens = self.completions.iter().map(|one| one.tokens.len());
+        let spread = || self.advantages.values.iter().zip(tokens.clone());
+        let spread = || spread().flat_map(|(value, tokens)| std::iter::repeat_n(*value, tokens));
+        metrics.summarize(name::ADVANTAGES, spread());
+        metrics.summarize(name::RETURNS, spread());
         let n = self.completions.len() as f64;
         let right = self.verdicts.iter().filter(|v| v.correct).count() as f64;
         metrics.set(name::ACCURACY, right / n);

@@ -95,6 +95,8 @@ pub struct Estimated {
     pub responses: Advantages,
     /// Per token, one response after the other.
     pub tokens: Vec<f64>,
+    /// The returns of the tokens that they were made of; `None`, as in verl: the advantages themselves.
+    pub returns: Option<Vec<f64>>,
 }
 
 /// The advantages of `outcomes`. A response without tokens takes part in its group and has no token.
@@ -123,6 +125,7 @@ pub fn estimate(estimator: Estimator, outcomes: &Outcomes<'_>) -> Result<Estimat
     let totals = outcomes.totals()?;
     let groups = outcomes.groups;
     let spread = |tokens: &[f64]| spread(tokens, outcomes.lengths);
+    let mut returns = None;
     let (responses, tokens) = match estimator {
         Estimator::Grpo(scale) => {
             let a = grpo(&totals, groups, scale, EPSILON)?;
@@ -152,6 +155,7 @@ pub fn estimate(estimator: Estimator, outcomes: &Outcomes<'_>) -> Result<Estimat
         }
         Estimator::ReinforcePp | Estimator::Remax => {
             let mut tokens = token::returns(outcomes);
+            returns = Some(tokens.clone());
             match estimator {
                 Estimator::Remax => token::subtract(&mut tokens, outcomes),
                 _ => whiten(&mut tokens),
@@ -161,7 +165,7 @@ pub fn estimate(estimator: Estimator, outcomes: &Outcomes<'_>) -> Result<Estimat
             (a, tokens)
         }
     };
-    Ok(Estimated { responses, tokens })
+    Ok(Estimated { responses, tokens, returns })
 }
 
 /// Advantages of one's own that compare the responses of a group: `one` gives those of a group from its
@@ -211,7 +215,7 @@ pub fn within_groups(
         Some((got, wanted)) => Err(Error::config(format!(
             "the algorithm gave {got} advantages for a group of {wanted} responses"
         ))),
-        None => Ok(Estimated { responses, tokens }),
+        None => Ok(Estimated { responses, tokens, returns: None }),
     }
 }
 

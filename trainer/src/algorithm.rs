@@ -81,6 +81,7 @@ pub(crate) fn advantages(algorithm: &dyn Algorithm, outcomes: &Outcomes<'_>) -> 
     for (what, got, wanted) in [
         ("responses", out.responses.values.len(), outcomes.scores.len()),
         ("tokens", out.tokens.len(), tokens),
+        ("tokens", out.returns.as_ref().map_or(tokens, Vec::len), tokens),
     ] {
         if got != wanted {
             return Err(Error::config(format!(

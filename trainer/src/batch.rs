@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use engine::FinishReason;
 
-use crate::advantage::{Advantages, Estimated};
+use crate::advantage::Estimated;
 use crate::dynamics;
 use crate::learner::Packed;
 use crate::metrics::{Metrics, name};
@@ -114,7 +114,6 @@ impl Rollouts {
         let first: usize = self.responses[..range.start].iter().map(|r| r.old.len()).sum();
         let responses = &self.responses[range.clone()];
         let tokens: usize = responses.iter().map(|r| r.old.len()).sum();
-        let kept = |r: &Response| part.truncated == Truncated::Kept || !r.is_truncated();
         MiniBatch {
             sequences: range.clone().map(|i| self.packed(i)).collect(),
             old: responses.iter().flat_map(|r| &r.old).copied().collect(),
@@ -124,19 +123,27 @@ impl Rollouts {
                 .iter()
                 .map(|a| *a as f32)
                 .collect(),
-            mask: responses
-                .iter()
-                .flat_map(|r| std::iter::repeat_n(kept(r), r.old.len()))
-                .collect(),
+            mask: mask(responses, part.truncated).collect(),
             weights: part.age,
         }
     }
 
-    pub(crate) fn record(&self, metrics: &mut Metrics, advantages: &Advantages) {
+    /// Statistics of responses and, of advantages and returns, of the tokens that are learned from.
+    pub(crate) fn record(
+        &self,
+        metrics: &mut Metrics,
+        estimated: &Estimated,
+        truncated: Truncated,
+    ) {
         let n = self.responses.len().max(1) as f64;
         let episodes = || self.episodes();
         metrics.summarize(name::SCORE, self.responses.iter().map(|r| r.verdict.score));
-        metrics.summarize(name::ADVANTAGES, advantages.values.iter().copied());
+        let advantages = &estimated.responses;
+        let returns = estimated.returns.as_ref().unwrap_or(&estimated.tokens);
+        for (name, tokens) in [(name::ADVANTAGES, &estimated.tokens), (name::RETURNS, returns)] {
+            let valid = tokens.iter().zip(mask(&self.responses, truncated));
+            metrics.summarize(name, valid.filter(|(_, valid)| *valid).map(|(value, _)| *value));
+        }
         let right = self.responses.iter().filter(|r| r.verdict.correct).count() as f64;
         metrics.set(name::ACCURACY, right / n);
         let flat = advantages.zero_variance_groups as f64 / advantages.groups.max(1) as f64;
@@ -168,6 +175,12 @@ impl Rollouts {
     pub(crate) fn episodes(&self) -> impl Iterator<Item = &Episode> {
         self.responses.iter().map(|response| &response.episode)
     }
+}
+
+/// Whether each token of `responses` is learned from.
+fn mask(responses: &[Response], truncated: Truncated) -> impl Iterator<Item = bool> {
+    let kept = move |r: &Response| truncated == Truncated::Kept || !r.is_truncated();
+    responses.iter().flat_map(move |r| std::iter::repeat_n(kept(r), r.old.len()))
 }
 
 #[cfg(test)]
@@ -206,12 +219,39 @@ mod tests {
         };
         let advantages = estimate(Estimator::Grpo(Scale::None), &outcomes).unwrap();
         let mut metrics = Metrics::new();
-        rollouts.record(&mut metrics, &advantages.responses);
+        rollouts.record(&mut metrics, &advantages, Truncated::Kept);
         assert_eq!(metrics.get(name::EMPTY_RESPONSES), Some(1.0));
         assert_eq!(metrics.get("response_length/min"), Some(0.0));
+        assert_eq!(metrics.get("critic/advantages/max"), Some(-0.5), "no token has more");
         let part = Part { range: 0..2, age: WeightsAge::Same, truncated: Truncated::Kept };
         let mini = rollouts.mini_batch(&part, &advantages);
         assert_eq!(mini.advantages, [-0.5, -0.5]);
         assert_eq!(mini.responses(), [0..0, 0..2]);
+    }
+
+    #[test]
+    fn statistics_of_tokens_leave_out_those_that_are_masked() {
+        let mut responses =
+            vec![response(&[7, 8, 9], 2.0), response(&[8], 1.0), response(&[9], 0.0)];
+        responses[2].episode.finish = FinishReason::Length;
+        let rollouts =
+            Rollouts::new(vec![Group { row: 0, prompt: vec![5], responses, baseline: 0.5 }]);
+        let outcomes = Outcomes {
+            scores: &[2.0, 1.0, 0.0],
+            groups: &[0; 3],
+            lengths: &rollouts.lengths(),
+            baselines: &rollouts.baselines,
+            token_rewards: &[],
+        };
+        let means = |estimator, truncated| {
+            let mut metrics = Metrics::new();
+            rollouts.record(&mut metrics, &estimate(estimator, &outcomes).unwrap(), truncated);
+            ["critic/advantages/mean", "critic/returns/mean"].map(|n| metrics.get(n).unwrap())
+        };
+        let grpo = Estimator::Grpo(Scale::None);
+        assert_eq!(means(grpo, Truncated::Kept), [0.4; 2]);
+        assert_eq!(means(grpo, Truncated::Masked), [0.75; 2]);
+        // Its advantages are returns less 0.5.
+        assert_eq!(means(Estimator::Remax, Truncated::Masked), [1.25, 1.75]);
     }
 }

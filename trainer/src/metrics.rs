@@ -41,6 +41,7 @@ pub mod name {
     pub const SCORE_MEAN: &str = "critic/score/mean";
     pub const REWARDS: &str = "critic/rewards";
     pub const ADVANTAGES: &str = "critic/advantages";
+    pub const RETURNS: &str = "critic/returns";
     pub const ACCURACY: &str = "train/accuracy";
     pub const ZERO_VARIANCE_GROUPS: &str = "train/frac_zero_variance_groups";
     pub const GEN_BATCHES: &str = "train/num_gen_batches";

@@ -297,10 +297,7 @@ impl Trainer {
     /// What each update of the step learns from: whole groups, `mini_batch_size` prompts each, as often as
     /// `ppo_epochs` says.
     fn parts(&self, rollouts: &Rollouts) -> Vec<Part> {
-        let truncated = match self.config.algorithm.mask_truncated {
-            true => Truncated::Masked,
-            false => Truncated::Kept,
-        };
+        let truncated = self.truncated();
         let version = self.engine.version().0;
         let part = |(index, range): (usize, Range<usize>)| {
             let same = index == 0 && rollouts.is_fresh(&range, version);
@@ -308,6 +305,14 @@ impl Trainer {
             Part { range, age, truncated }
         };
         self.config.mini_batches(rollouts.prompts.len()).enumerate().map(part).collect()
+    }
+
+    /// What becomes of responses that were cut off.
+    fn truncated(&self) -> Truncated {
+        match self.config.algorithm.mask_truncated {
+            true => Truncated::Masked,
+            false => Truncated::Kept,
+        }
     }
 
     /// The engine, to generate or score with between steps.
@@ -339,7 +344,7 @@ impl Trainer {
         metrics.set(name::GLOBAL_STEP, self.steps as f64);
         metrics.set(name::EPOCH, self.sampler.cursor().epoch as f64);
         metrics.set(name::LR, lr);
-        rollouts.record(metrics, &advantages.responses);
+        rollouts.record(metrics, advantages, self.truncated());
         rollouts.record_covariances(metrics, &advantages.tokens, lr);
         record_updates(metrics, reports);
         let masked = match self.config.algorithm.mask_truncated {

@@ -134,6 +134,7 @@ impl Algorithm for Wrong {
                     zero_variance_groups: 0,
                 },
                 tokens: Vec::new(),
+                returns: None,
             }),
             Self::NotFinite | Self::Derivatives => {
                 let mut all = estimate(Estimator::Grpo(Scale::None), outcomes)?;
