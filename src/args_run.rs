@@ -21,7 +21,8 @@ pub(crate) const RL_EXAMPLES: &str = concat!(
     "paper-32b verl. --dry-run prints all that a method sets; any key can be overridden.\n",
     "\n",
     "The file of --config has the sections model, data, rollout, algorithm, optimizer, reward and\n",
-    "trainer; --set wins over it, and flags win over both.",
+    "trainer. The environment wins over it, the command line over both; in each of these, flags win over\n",
+    "--set.",
 );
 
 /// Shown under `engine sft --help`.

@@ -3,6 +3,7 @@
 //! A value from the file is put on the command line in front of a second parse, so it is checked and
 //! reported like any other. Tables of the file belong to the training run and are handed on as text.
 
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,28 @@ pub(crate) struct Parsed {
     pub(crate) command: Command,
     /// The tables of the file, for the commands that take them.
     pub(crate) run_config: Option<RunConfig>,
+    /// Where the flags have their values from.
+    pub(crate) origins: Origins,
+}
+
+/// Where a flag has its value from; later ones win.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Origin {
+    Default,
+    File,
+    Environment,
+    CommandLine,
+}
+
+/// The origins of a command's flags, by their names with underscores.
+#[derive(Debug)]
+pub(crate) struct Origins(HashMap<String, Origin>);
+
+impl Origins {
+    /// The origin of a flag.
+    pub(crate) fn of(&self, flag: &str) -> Origin {
+        self.0.get(flag).copied().unwrap_or(Origin::Default)
+    }
 }
 
 /// The part of a `--config` file that describes a training run.
@@ -43,7 +66,7 @@ pub(crate) fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Parse
     let grammar = grammar();
     let Some(matches) = matches(&grammar, &args)? else { return Ok(None) };
     let Chosen { name, depth, sub, given } = chosen(&grammar, &matches);
-    let mut run_config = None;
+    let (mut run_config, mut in_file) = (None, Table::new());
     if let Some(path) = given.get_one::<PathBuf>("config") {
         let (flags, tables) = read_file(path)?;
         if !tables.is_empty() && !WITH_TABLES.contains(&name) {
@@ -54,10 +77,12 @@ pub(crate) fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Parse
         let text = toml::to_string(&tables).expect("a parsed table can be written");
         run_config = (!tables.is_empty()).then(|| RunConfig { path: path.clone(), text });
         args.splice(1 + depth..1 + depth, extra);
+        in_file = flags;
     }
+    let origins = origins(sub, given, &in_file);
     let Some(matches) = self::matches(&grammar, &args)? else { return Ok(None) };
     let cli = Cli::from_arg_matches(&matches).map_err(|error| usage(&error))?;
-    Ok(Some(Parsed { command: cli.command, run_config }))
+    Ok(Some(Parsed { command: cli.command, run_config, origins }))
 }
 
 /// The command that was asked for.
@@ -77,6 +102,19 @@ fn chosen<'a>(grammar: &'a clap::Command, matches: &'a ArgMatches) -> Chosen<'a>
         (given, depth, chosen) = (inner, depth + 1, name);
     }
     Chosen { name: chosen, depth, sub, given }
+}
+
+/// The origins of the flags of `sub`; of the file, `flags` are the values.
+fn origins(sub: &clap::Command, given: &ArgMatches, flags: &Table) -> Origins {
+    let in_file: HashSet<String> = flags.keys().map(|key| key.replace('-', "_")).collect();
+    let ids = sub.get_arguments().map(|arg| arg.get_id().as_str()).filter(|id| *id != "help");
+    let origin = |id: &str| match given.value_source(id) {
+        Some(ValueSource::CommandLine) => Origin::CommandLine,
+        Some(ValueSource::EnvVariable) => Origin::Environment,
+        _ if in_file.contains(id) => Origin::File,
+        _ => Origin::Default,
+    };
+    Origins(ids.map(|id| (id.to_owned(), origin(id))).collect())
 }
 
 /// The grammar of the command line, every argument with its environment variable.

@@ -62,13 +62,13 @@ fn main() -> ExitCode {
 }
 
 fn run(parsed: Parsed, terminal: &Terminal) -> Result<()> {
-    let Parsed { command, run_config } = parsed;
+    let Parsed { command, run_config, origins } = parsed;
     match command {
         Command::Serve(args) => serve::run(args, terminal),
         Command::Generate(args) => generate::run(&args, terminal),
         Command::Score(args) => score::run(args, terminal),
-        Command::Rl(args) => rl::run(args, run_config, terminal),
-        Command::Sft(args) => sft::run(args, run_config, terminal),
+        Command::Rl(args) => rl::run(args, (run_config, &origins), terminal),
+        Command::Sft(args) => sft::run(args, (run_config, &origins), terminal),
         Command::Eval(args) => eval::run(&args, terminal),
         Command::Plot(args) => plot::run(&args, terminal),
         Command::Bench(args) => bench::run(&args, terminal),

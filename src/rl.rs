@@ -10,7 +10,7 @@ use trainer::{Interrupt, Parts, Progress, Resume, RlConfig, RunHooks, run_rl_ser
 use crate::args_run::{RlArgs, RunArgs};
 use crate::device::DeviceArg;
 use crate::exit::{Failure, Result};
-use crate::layers::RunConfig;
+use crate::layers::{Origin, Origins, RunConfig};
 use crate::signals::Signals;
 use crate::terminal::Terminal;
 use crate::{candle, model, output};
@@ -29,12 +29,27 @@ const GUEST_TOKENS: usize = 1024;
 pub(crate) struct RunRequest {
     /// The file of `--config`, if it describes a run.
     pub(crate) file: Option<RunConfig>,
-    /// Dotted keys and their values, later ones win: `--set`, then the flags.
-    pub(crate) overrides: Vec<(String, String)>,
+    /// Dotted keys and their values: `--set`, then the flags, each with where it comes from.
+    overrides: Vec<(Origin, String, String)>,
     /// Settings of the engine.
     pub(crate) engine: engine::EngineConfig,
     /// What to do with the resolved configuration.
     pub(crate) mode: Mode,
+}
+
+impl RunRequest {
+    /// Sets a key.
+    pub(crate) fn set(&mut self, origin: Origin, key: &str, value: String) {
+        self.overrides.push((origin, key.to_owned(), value));
+    }
+
+    /// Keys and their values, later ones win: those of the file's flags, then of the environment, then of
+    /// the command line; of each, flags after `--set`.
+    pub(crate) fn overrides(&self) -> Vec<(String, String)> {
+        let mut all = self.overrides.clone();
+        all.sort_by_key(|(origin, ..)| *origin);
+        all.into_iter().map(|(_, key, value)| (key, value)).collect()
+    }
 }
 
 /// Whether the run takes place.
@@ -46,20 +61,29 @@ pub(crate) enum Mode {
 }
 
 /// Runs the command.
-pub(crate) fn run(args: RlArgs, file: Option<RunConfig>, terminal: &Terminal) -> Result<()> {
+pub(crate) fn run(
+    args: RlArgs,
+    (file, origins): (Option<RunConfig>, &Origins),
+    terminal: &Terminal,
+) -> Result<()> {
     let resume = match args.resume.as_str() {
         "auto" => Resume::Auto,
         "never" => Resume::Never,
         dir => Resume::From(dir.into()),
     };
     let engine = model::training_config(&args.common, &args.engine, "engine rl")?;
-    let mut request = request(&args.run, args.common.seed, file, engine)?;
+    let mut request = request(&args.run, args.common.seed, (file, origins), engine)?;
     if let Some(reward) = &args.reward {
-        request.overrides.push(("reward.function".to_owned(), quoted(reward)));
+        request.set(origins.of("reward"), "reward.function", quoted(reward));
+    }
+    let mut method = args.method.as_deref();
+    // Where both are from one place they are to agree; else the later place wins.
+    if let Some(method) = method.take_if(|_| origins.of("method") != origins.of("set")) {
+        request.set(origins.of("method"), "algorithm.method", quoted(method));
     }
     let file = request.file.as_ref();
     let text = file.map(|file| file.text.as_str());
-    let config = RlConfig::resolve(args.method.as_deref(), text, &request.overrides)
+    let config = RlConfig::resolve(method, text, &request.overrides())
         .map_err(|error| in_file(error, file))?;
     let engine = sized(&request.engine, &config, args.serve.is_some());
     if request.mode == Mode::DryRun {
@@ -108,41 +132,39 @@ fn sized(engine: &engine::EngineConfig, config: &RlConfig, serves: bool) -> engi
 pub(crate) fn request(
     args: &RunArgs,
     seed: u64,
-    file: Option<RunConfig>,
+    (file, origins): (Option<RunConfig>, &Origins),
     engine: engine::EngineConfig,
 ) -> Result<RunRequest> {
-    let mut overrides = Vec::new();
+    let mode = if args.dry_run { Mode::DryRun } else { Mode::Run };
+    let mut request = RunRequest { file, overrides: Vec::new(), engine, mode };
     for set in &args.set {
         let (key, value) = set.split_once('=').ok_or_else(|| {
             Failure::usage(format!("--set {set} has no value, expected KEY=VALUE"))
         })?;
-        overrides.push((key.trim().to_owned(), value.trim().to_owned()));
+        request.set(origins.of("set"), key.trim(), value.trim().to_owned());
     }
-    let mut flag = |key: &str, value: String| overrides.push((key.to_owned(), value));
     if let Some(model) = &args.model {
-        flag("model.path", quoted(model));
+        request.set(origins.of("model"), "model.path", quoted(model));
     }
-    for (key, files) in
-        [("data.train_files", &args.train_files), ("data.val_files", &args.val_files)]
-    {
+    for (flag, files) in [("train_files", &args.train_files), ("val_files", &args.val_files)] {
         if !files.is_empty() {
             let names: Vec<String> =
                 files.iter().map(|file| quoted(&file.to_string_lossy())).collect();
-            flag(key, format!("[{}]", names.join(", ")));
+            let list = format!("[{}]", names.join(", "));
+            request.set(origins.of(flag), &format!("data.{flag}"), list);
         }
     }
     if let Some(output) = &args.output {
-        flag("trainer.output", quoted(&output.to_string_lossy()));
+        request.set(origins.of("output"), "trainer.output", quoted(&output.to_string_lossy()));
     }
-    if seed != 0 {
-        flag("trainer.seed", seed.to_string());
+    if origins.of("seed") != Origin::Default {
+        request.set(origins.of("seed"), "trainer.seed", seed.to_string());
     }
-    let mode = if args.dry_run { Mode::DryRun } else { Mode::Run };
-    Ok(RunRequest { file, overrides, engine, mode })
+    Ok(request)
 }
 
 /// A string as TOML writes it.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     toml::Value::from(text).to_string()
 }
 

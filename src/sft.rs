@@ -9,19 +9,23 @@ use trainer::{Progress, SftConfig, initial_weights, run_sft};
 
 use crate::args_run::SftArgs;
 use crate::exit::{Failure, Result};
-use crate::layers::RunConfig;
-use crate::rl::{Mode, RunRequest, budgeted, dry_run, in_file, request, tell};
+use crate::layers::{Origins, RunConfig};
+use crate::rl::{Mode, RunRequest, budgeted, dry_run, in_file, quoted, request, tell};
 use crate::signals::Signals;
 use crate::terminal::Terminal;
 use crate::{model, output};
 
 /// Runs the command.
-pub(crate) fn run(args: SftArgs, file: Option<RunConfig>, terminal: &Terminal) -> Result<()> {
+pub(crate) fn run(
+    args: SftArgs,
+    (file, origins): (Option<RunConfig>, &Origins),
+    terminal: &Terminal,
+) -> Result<()> {
     let engine = model::training_config(&args.common, &args.engine, "engine sft")?;
-    let mut request = request(&args.run, args.common.seed, file, engine)?;
+    let mut request = request(&args.run, args.common.seed, (file, origins), engine)?;
     if let Some(path) = &args.config_json {
-        let path = toml::Value::from(path.to_string_lossy().as_ref()).to_string();
-        request.overrides.push(("model.config_json".to_owned(), path));
+        let path = quoted(&path.to_string_lossy());
+        request.set(origins.of("config_json"), "model.config_json", path);
     }
     train(&request, terminal)
 }
@@ -29,7 +33,7 @@ pub(crate) fn run(args: SftArgs, file: Option<RunConfig>, terminal: &Terminal) -
 /// Resolves the configuration and runs the trainer.
 fn train(request: &RunRequest, terminal: &Terminal) -> Result<()> {
     let file = request.file.as_ref();
-    let config = SftConfig::resolve(file.map(|file| file.text.as_str()), &request.overrides)
+    let config = SftConfig::resolve(file.map(|file| file.text.as_str()), &request.overrides())
         .map_err(|error| in_file(error, file))?;
     if request.mode == Mode::DryRun {
         let start = Start::of(&config, terminal)?;

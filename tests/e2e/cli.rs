@@ -80,6 +80,57 @@ fn the_command_line_wins_over_the_environment_over_the_file() {
 }
 
 #[test]
+fn a_runs_keys_come_from_the_command_line_else_the_environment_else_the_file() {
+    let folder = Folder::new();
+    let tables = "[trainer]\nseed = 9\noutput = \"table\"\n[algorithm]\nmethod = \"rloo\"\n";
+    let config = folder.write("c.toml", &format!("seed = 8\n{tables}"));
+    let tables = folder.write("d.toml", tables);
+    let resolved = |change: &dyn Fn(&mut std::process::Command)| {
+        let mut command = engine();
+        command.args(["rl", "--dry-run", "--quiet"]).args(SMALL);
+        change(&mut command);
+        let ran = run(&mut command);
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        let config: toml::Table = ran.stdout.parse().unwrap();
+        let text = |section: &str, key: &str| config[section][key].as_str().unwrap().to_owned();
+        let seed = config["trainer"]["seed"].as_integer().unwrap();
+        (text("algorithm", "method"), text("trainer", "output"), seed)
+    };
+    let of = |method: &str, output: &str, seed| (method.to_owned(), output.to_owned(), seed);
+    let set = |c: &mut std::process::Command| {
+        c.args(["--set", "trainer.output=set", "--set", "trainer.seed=5"]);
+        c.args(["--set", "algorithm.method=gspo"]);
+    };
+    let environment = |c: &mut std::process::Command| {
+        c.envs([("ENGINE_OUTPUT", "env"), ("ENGINE_SEED", "7"), ("ENGINE_METHOD", "dapo")]);
+    };
+    let with_file = |c: &mut std::process::Command| {
+        c.arg("--config").arg(&config);
+    };
+    assert_eq!(resolved(&with_file), of("rloo", "table", 8));
+    let all = |c: &mut std::process::Command| {
+        with_file(c);
+        environment(c);
+    };
+    assert_eq!(resolved(&all), of("dapo", "env", 7));
+    let all = |c: &mut std::process::Command| {
+        with_file(c);
+        environment(c);
+        set(c);
+    };
+    assert_eq!(resolved(&all), of("gspo", "set", 5));
+    let all = |c: &mut std::process::Command| {
+        c.arg("--config").arg(&tables).args(["--seed", "0", "--output", "flag"]);
+        c.args(["--set", "trainer.output=set", "--set", "trainer.seed=5"]);
+        c.args(["--method", "grpo"]).env("ENGINE_SET", "algorithm.method=opo");
+    };
+    assert_eq!(resolved(&all), of("grpo", "flag", 0));
+    let mut both = engine();
+    both.args(["rl", "--dry-run", "--method", "grpo", "--set", "algorithm.method=dapo"]);
+    fails(&mut both, 2, "method is grpo, but algorithm.method is set to dapo");
+}
+
+#[test]
 fn bad_models_are_named_in_one_line() {
     let folder = Folder::new();
     let prompts = folder.write("in.jsonl", "{\"prompt\": \"a\"}\n");
