@@ -251,6 +251,9 @@ impl RlConfig {
         if config.algorithm.mini_batch_size == 0 {
             config.algorithm.mini_batch_size = (config.data.train_batch_size / 8).max(1);
         }
+        if config.algorithm.overlong_buffer.len == 0 {
+            config.algorithm.overlong_buffer.len = (config.data.max_response_length / 5).max(1);
+        }
         config.validate()?;
         Ok(config)
     }

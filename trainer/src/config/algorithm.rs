@@ -158,7 +158,8 @@ pub enum FilterMetric {
 pub struct OverlongConfig {
     /// Default false.
     pub enable: bool,
-    /// Tokens before the longest response in which the penalty grows; default 64.
+    /// Tokens before the longest response in which the penalty grows, at most
+    /// `data.max_response_length`; 0 or left out: a fifth of that, at least 1.
     pub len: usize,
     /// The penalty at the longest response; default 1.
     pub penalty_factor: f64,

@@ -188,8 +188,8 @@ pub(super) fn choose(given: Option<&str>, layers: &Layers) -> Result<Method> {
 }
 
 impl RlConfig {
-    /// The defaults under a method. `algorithm.mini_batch_size` is 0, which resolving replaces by an
-    /// eighth of the batch.
+    /// The defaults under a method. `algorithm.mini_batch_size` and `algorithm.overlong_buffer.len` are 0,
+    /// which resolving replaces by an eighth of the batch and a fifth of the longest response.
     pub(super) fn preset(method: Method) -> Self {
         let mut config = Self::small(method);
         if let Method::Paper7b | Method::Paper32b | Method::Verl = method {
@@ -291,7 +291,7 @@ impl AlgorithmConfig {
             Method::Dapo => Self {
                 clip_ratio_c: 10.0,
                 filter_groups: true,
-                overlong_buffer: OverlongConfig { enable: true, len: 51, penalty_factor: 1.0 },
+                overlong_buffer: OverlongConfig { enable: true, len: 0, penalty_factor: 1.0 },
                 ..vanilla(0.2, 0.28)
             },
             Method::ClipHigher => vanilla(0.2, 0.28),
@@ -366,7 +366,7 @@ impl AlgorithmConfig {
             filter_groups_metric: FilterMetric::Acc,
             max_num_gen_batches: 10,
             gen_batch_size: 0,
-            overlong_buffer: OverlongConfig { enable: false, len: 64, penalty_factor: 1.0 },
+            overlong_buffer: OverlongConfig { enable: false, len: 0, penalty_factor: 1.0 },
             kl_ctrl: KlCtrlConfig {
                 r#type: KlControl::Fixed,
                 kl_coef: 1e-3,

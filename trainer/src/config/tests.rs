@@ -184,6 +184,17 @@ fn values_outside_their_limits_are_refused_with_value_and_limit() {
     ] {
         assert_eq!(error(&[(key, value)]), message);
     }
+    let buffer = |pairs: &[(&str, &str)]| with(pairs).unwrap().algorithm.overlong_buffer.len;
+    let dapo = ("algorithm.method", "dapo");
+    assert_eq!(buffer(&[dapo]), 51);
+    assert_eq!(buffer(&[dapo, ("data.max_response_length", "1000")]), 200);
+    assert_eq!(buffer(&[dapo, ("data.max_response_length", "4")]), 1);
+    let long = [("data.max_response_length", "16"), ("algorithm.overlong_buffer.len", "17")];
+    assert_eq!(buffer(&long), 17, "it is not in use");
+    assert_eq!(
+        error(&[dapo, long[0], long[1]]),
+        "algorithm.overlong_buffer.len is 17, limit is data.max_response_length (16)"
+    );
     let e = error(&[("algorithm.mini_batch_size", "64")]);
     assert_eq!(e, "algorithm.mini_batch_size is 64, limit is data.train_batch_size (32)");
     assert!(error(&[("algorithm.loss_mode", "gspu")]).contains("algorithm.loss_mode"));

@@ -135,8 +135,14 @@ impl RlConfig {
         above_0("algorithm.kl_ctrl.target_kl", a.kl_ctrl.target_kl)?;
         let threshold = a.rollout_correction.rollout_is_threshold;
         above_0("algorithm.rollout_correction.rollout_is_threshold", threshold)?;
-        positive("algorithm.overlong_buffer.len", a.overlong_buffer.len)?;
-        let factor = a.overlong_buffer.penalty_factor;
+        let (buffer, longest) = (&a.overlong_buffer, self.data.max_response_length);
+        limit(
+            buffer.len <= longest || !buffer.enable,
+            "algorithm.overlong_buffer.len",
+            buffer.len,
+            &format!("data.max_response_length ({longest})"),
+        )?;
+        let factor = buffer.penalty_factor;
         at_least_0("algorithm.overlong_buffer.penalty_factor", factor)
     }
 }
