@@ -3,7 +3,7 @@
 //! Two schemas, told apart by their columns. verl's: `data_source`, `prompt` (messages or text),
 //! `reward_model.ground_truth`, `extra_info`. TRL's: `prompt` (text or messages) and the truth in
 //! `ground_truth`, `solution` or `answer`. Supervised rows: `prompt` with `completion` or
-//! `response`, or `messages` whose last one is the completion. Numbers count as their text, and a
+//! `response`, or `messages` whose last one is the completion. Numbers count as they are written, and a
 //! truth that is a list or an object as its JSON. Errors name file and line (of a Parquet file: the
 //! row). Leaves out: templates and lengths in tokens, which need a tokenizer.
 
@@ -75,10 +75,11 @@ pub fn digest(rows: &[Row]) -> String {
 
 type Columns = Map<String, Value>;
 
-/// Reads a file row by row into `take`, so that rows which are not kept take no memory.
+/// Reads a file row by row into `take`, so that rows which are not kept take no memory. `parse` gets the
+/// columns of a row and, of a file of JSON lines, the line.
 fn read<T>(
     path: &Path,
-    parse: impl Fn(&Columns) -> Result<T, String>,
+    parse: impl Fn(&Columns, &[u8]) -> Result<T, String>,
     take: &mut dyn FnMut(T),
 ) -> Result<()> {
     let mut rows = 0usize;
@@ -86,7 +87,7 @@ fn read<T>(
         parquet::read(path, &mut |columns| {
             rows += 1;
             let bad = |message| Error::data(path, None, format!("row {rows}: {message}"));
-            take(parse(columns).map_err(bad)?);
+            take(parse(columns, b"").map_err(bad)?);
             Ok(())
         })?;
     } else {
@@ -94,7 +95,7 @@ fn read<T>(
         for (index, line) in BufReader::new(file).split(b'\n').enumerate() {
             let line = line.map_err(|e| Error::io(path, e))?;
             if !line.trim_ascii().is_empty() {
-                let row = columns(&line).and_then(|columns| parse(&columns));
+                let row = columns(&line).and_then(|columns| parse(&columns, &line));
                 take(row.map_err(|message| Error::data(path, index + 1, message))?);
                 rows += 1;
             }
@@ -162,6 +163,29 @@ mod tests {
         assert_eq!(rows[1].extra["level"], 1);
         assert_eq!(load(&[&file], Duplicates::Keep).unwrap().len(), 3);
         assert_ne!(digest(&rows), digest(&rows[..1]));
+    }
+
+    #[test]
+    fn numbers_count_as_they_are_written() {
+        let dir = TestDir::new("numbers");
+        let long = "12345678901234567890123";
+        let numbers = [long, "1e5", "0.10", "-0", "7"];
+        let lines = |column: &str| -> String {
+            let line = |number: &&str| format!("{{\"prompt\": \"p\", {column}: {number} }}\n");
+            numbers.iter().map(line).collect()
+        };
+        let flat = dir.write("a.jsonl", lines("\"answer\": 1, \"answer\""));
+        let nested = lines("\"reward_model\": {\"ground_truth\"").replace(" }\n", "}}\n");
+        let nested = dir.write("b.jsonl", nested);
+        for file in [flat, nested] {
+            let rows = load(&[file], Duplicates::Keep).unwrap();
+            let truths: Vec<&str> = rows.iter().map(|row| row.ground_truth.as_str()).collect();
+            assert_eq!(truths, numbers);
+        }
+        let rows = load_sft(&[dir.write("c.jsonl", lines("\"completion\""))]).unwrap();
+        assert_eq!(rows[0].completion, long);
+        let e = error("truth-kind", r#"{"prompt": "x", "answer": true}"#);
+        assert_eq!(e, "add.jsonl:1: answer is a boolean, expected text");
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! One row of a data file, and how it is read from its columns.
 
+use std::collections::HashMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::Columns;
 
@@ -50,14 +53,15 @@ pub struct SftRow {
 const OWN: [&str; 6] =
     ["data_source", "prompt", "reward_model", "ground_truth", "solution", "answer"];
 
+/// Where a truth may be, the first first.
+const TRUTHS: [&[&str]; 4] =
+    [&["reward_model", "ground_truth"], &["ground_truth"], &["solution"], &["answer"]];
+
 impl Row {
-    /// Reads verl's or TRL's columns; the error is a message without file and line.
-    pub(super) fn parse(columns: &Columns) -> Result<Self, String> {
+    /// Reads verl's or TRL's columns, which `line` holds; the error is a message without file and line.
+    pub(super) fn parse(columns: &Columns, line: &[u8]) -> Result<Self, String> {
         let prompt = prompt(columns)?;
-        let nested = columns.get("reward_model").and_then(|r| r.get("ground_truth"));
-        let flat =
-            || ["ground_truth", "solution", "answer"].iter().find_map(|n| present(columns, n));
-        let Some(truth) = nested.filter(|v| !v.is_null()).or_else(flat) else {
+        let Some((path, truth)) = first(columns, &TRUTHS) else {
             return Err(missing(
                 columns,
                 "\"reward_model.ground_truth\" (or \"ground_truth\", \"solution\", \"answer\")",
@@ -65,7 +69,7 @@ impl Row {
         };
         let data_source = match columns.get("data_source") {
             None | Some(Value::Null) => None,
-            Some(source) => Some(text(source, "data_source")?),
+            Some(source) => Some(text(source, &["data_source"], line)?),
         };
         let rest = || {
             let rest = columns.iter().filter(|(n, _)| !OWN.contains(&n.as_str()));
@@ -77,7 +81,7 @@ impl Row {
             ground_truth: match truth {
                 // Rules that need more than a text, such as countdown's, read it back.
                 Value::Array(_) | Value::Object(_) => truth.to_string(),
-                _ => text(truth, "ground_truth")?,
+                _ => text(truth, path, line)?,
             },
             extra: present(columns, "extra_info").cloned().unwrap_or_else(rest),
         })
@@ -85,8 +89,8 @@ impl Row {
 }
 
 impl SftRow {
-    /// Reads a supervised pair; the error is a message without file and line.
-    pub(super) fn parse(columns: &Columns) -> Result<Self, String> {
+    /// Reads a supervised pair, which `line` holds; the error is a message without file and line.
+    pub(super) fn parse(columns: &Columns, line: &[u8]) -> Result<Self, String> {
         if let Some(conversation) = present(columns, "messages") {
             let mut all = messages(conversation, "messages")?;
             let last = all.pop().ok_or("messages has no messages")?;
@@ -99,18 +103,29 @@ impl SftRow {
             return Ok(Self { prompt: Prompt::Messages(all), completion: last.content });
         }
         let prompt = prompt(columns)?;
-        let Some(completion) =
-            present(columns, "completion").or_else(|| present(columns, "response"))
-        else {
+        let Some((path, completion)) = first(columns, &[&["completion"], &["response"]]) else {
             return Err(missing(columns, "\"completion\" (or \"response\")"));
         };
-        Ok(Self { prompt, completion: text(completion, "completion")? })
+        Ok(Self { prompt, completion: text(completion, path, line)? })
     }
 }
 
 /// The value of a column; in a Parquet file every row has every column, some of them null.
 fn present<'a>(columns: &'a Columns, name: &str) -> Option<&'a Value> {
     columns.get(name).filter(|value| !value.is_null())
+}
+
+/// The first of some places that has a value.
+fn first<'a, 'p>(
+    columns: &'a Columns,
+    paths: &[&'p [&'p str]],
+) -> Option<(&'p [&'p str], &'a Value)> {
+    let at = |path: &[&str]| {
+        let (column, fields) = path.split_first()?;
+        let mut fields = fields.iter();
+        fields.try_fold(present(columns, column)?, |value, name| value.get(name))
+    };
+    paths.iter().find_map(|path| Some((*path, at(path).filter(|value| !value.is_null())?)))
 }
 
 fn prompt(columns: &Columns) -> Result<Prompt, String> {
@@ -141,12 +156,27 @@ fn messages(value: &Value, column: &str) -> Result<Vec<Message>, String> {
     items.iter().enumerate().map(read).collect()
 }
 
-fn text(value: &Value, column: &str) -> Result<String, String> {
+/// A value as text; a number as the line has it, which may be longer than any number type holds.
+fn text(value: &Value, path: &[&str], line: &[u8]) -> Result<String, String> {
     match value {
         Value::String(text) => Ok(text.clone()),
-        Value::Number(number) => Ok(number.to_string()),
-        other => Err(format!("{column} is {}, expected text", kind(other))),
+        Value::Number(number) => Ok(written(line, path).unwrap_or_else(|| number.to_string())),
+        other => {
+            let column = path.last().copied().unwrap_or_default();
+            Err(format!("{column} is {}, expected text", kind(other)))
+        }
     }
+}
+
+/// What a line of JSON has at a place, as it is written; `None` without a line.
+fn written(line: &[u8], path: &[&str]) -> Option<String> {
+    let mut value: &RawValue = serde_json::from_slice(line).ok()?;
+    for name in path {
+        // Of fields of the same name the last counts, as in the columns.
+        let fields: HashMap<String, &RawValue> = serde_json::from_str(value.get()).ok()?;
+        value = fields.get(*name)?;
+    }
+    Some(value.get().to_owned())
 }
 
 fn missing(columns: &Columns, wanted: &str) -> String {
