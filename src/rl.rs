@@ -190,8 +190,11 @@ fn train(
     let mut begin = |service: Service| {
         served.replace(door.take().map(|door| door.serve(service, *terminal)));
     };
+    let console = config.trainer.tracks("console");
     let mut tell = |progress: Progress| {
-        self::tell(terminal, total, &progress);
+        if console || !matches!(progress, Progress::Step(_)) {
+            self::tell(terminal, total, &progress);
+        }
         match (&progress, &curves) {
             (Progress::Step(metrics), Some(curves)) => curves.push(point(metrics)),
             (Progress::Lingering, _) => {

@@ -60,7 +60,9 @@ pub(crate) fn run(
     for step in 1..=total {
         let metrics = learner.step(step)?;
         trackers.write(&metrics)?;
-        terminal.info(&metrics.progress(total));
+        if config.trainer.tracks("console") {
+            terminal.info(&metrics.progress(total));
+        }
         if signals.asked() && step < total {
             return Err(Failure::interrupted(format!("interrupted after step {step} of {total}")));
         }

@@ -212,6 +212,22 @@ fn a_run_leaves_everything_it_should() {
 }
 
 #[test]
+fn lines_of_steps_are_a_tracker_and_metrics_are_always_written() {
+    let lab = Lab::new();
+    let few = ["trainer.total_steps=1", "trainer.test_freq=0"];
+    for (trackers, lines) in [("console,jsonl", 1), ("[]", 0), ("tensorboard", 0)] {
+        let setting = format!("trainer.trackers={trackers}");
+        let mut command = lab.rl("run", &[&few[..], &[&setting]].concat());
+        let ran = run(command.args(["--resume", "never"]));
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        assert_eq!(ran.stderr.matches("step 1/1").count(), lines, "{trackers}: {ran:?}");
+        assert!(ran.stderr.contains("step 0: validation"), "{trackers}: {ran:?}");
+        let metrics = fs::read_to_string(lab.folder.path("run/metrics.jsonl")).unwrap();
+        assert_eq!(metrics.lines().count(), 2, "{trackers}");
+    }
+}
+
+#[test]
 fn a_seed_gives_the_same_run_on_any_number_of_threads_and_in_any_batch() {
     let lab = Lab::new();
     let first = lab.finish(&mut lab.rl("a", &[]), "a");

@@ -200,7 +200,9 @@ pub struct TrainerConfig {
     pub keep_checkpoints: usize,
     /// The folder of the run; default `runs/METHOD`.
     pub output: String,
-    /// Among `console`, `jsonl` and `tensorboard`; default the first two.
+    /// Where the numbers of a step go, among `console` (a line on the terminal), `jsonl` (`metrics.jsonl`,
+    /// which is written whether it is named or not: resuming and the report read it) and `tensorboard`;
+    /// default the first two.
     pub trackers: Vec<String>,
     /// Seed of sampling and of Clip-Cov's choice; default 0.
     pub seed: u64,
@@ -272,6 +274,13 @@ impl RlConfig {
     pub fn updates_per_step(&self) -> usize {
         let batches = self.data.train_batch_size.div_ceil(self.algorithm.mini_batch_size);
         batches * self.algorithm.ppo_epochs
+    }
+}
+
+impl TrainerConfig {
+    /// Whether `trackers` has this one.
+    pub fn tracks(&self, tracker: &str) -> bool {
+        self.trackers.iter().any(|named| named == tracker)
     }
 }
 

@@ -1,5 +1,5 @@
 //! Where the numbers of a run go as they come: `metrics.jsonl`, always, and TensorBoard events where
-//! `trainer.trackers` has `tensorboard`. Leaves out the console, which is the caller's.
+//! `trainer.trackers` has `tensorboard`. Leaves out `console`, which is the caller's.
 
 use std::path::Path;
 
@@ -24,7 +24,7 @@ impl Trackers {
     pub fn open(config: &TrainerConfig, after: Option<u64>) -> Result<Self> {
         let run = Path::new(&config.output);
         let path = run.join("metrics.jsonl");
-        let wanted = config.trackers.iter().any(|tracker| tracker == "tensorboard");
+        let wanted = config.tracks("tensorboard");
         let (lines, events) = match after {
             Some(step) => (
                 MetricsWriter::resume(&path, step)?,
