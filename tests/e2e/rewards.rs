@@ -1,6 +1,9 @@
 //! Rewards of a training run from a program: judged, counted, and what a failure does.
 
 use std::fs;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
 
 use super::rl::Lab;
 use super::support::{fails, json_lines, run};
@@ -46,4 +49,42 @@ fn a_program_judges_a_run_and_its_failures_are_counted() {
     let fail = [&few[..], &["reward.on_error=fail"]].concat();
     fails(lab.rl("failed", &fail).args(["--reward", &reward]), 5, "the score is not finite");
     fails(lab.rl("none", &few).args(["--reward", "magic"]), 2, "\"magic\" is unknown");
+}
+
+/// Whether a process is there and has not ended.
+#[cfg(target_os = "linux")]
+fn runs(id: &str) -> bool {
+    let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
+    !status.is_empty() && !status.contains("State:\tZ")
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_program_ends_with_the_run_whatever_ends_it() {
+    let lab = Lab::new();
+    for signal in ["-KILL", "-INT"] {
+        let id = lab.folder.path(&format!("id{signal}"));
+        // It never reads, so that no closed pipe ends it.
+        let name = id.display();
+        let reward =
+            format!("command:sh -c 'echo $$ >{name}.new; mv {name}.new {name}; exec sleep 600'");
+        let mut command = lab.rl("run", &["reward.workers=1", "reward.timeout_s=600"]);
+        command.args(["--reward", &reward]).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut engine = command.spawn().unwrap();
+        while !id.exists() {
+            assert_eq!(engine.try_wait().unwrap(), None, "it ended before it asked");
+            sleep(Duration::from_millis(20));
+        }
+        let program = fs::read_to_string(&id).unwrap();
+        assert!(runs(program.trim()), "{program}");
+        // Of interrupts the second ends it.
+        while engine.try_wait().unwrap().is_none() {
+            let kill = Command::new("kill").args([signal, &engine.id().to_string()]).output();
+            assert!(kill.is_ok(), "{kill:?}");
+            sleep(Duration::from_millis(20));
+        }
+        while runs(program.trim()) {
+            sleep(Duration::from_millis(20));
+        }
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! It is started when first asked, stays, and is killed with its children when it does not answer in
 //! time; the next request starts it anew. Lines that are no answer to what was asked, such as what a
-//! library prints, are passed over. Its standard error is this process's.
+//! library prints, are passed over. Its standard error is this process's. It ends with this process, however
+//! that ends: what this process holds open tells a second shell, which kills it.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -30,6 +31,7 @@ pub(super) struct Program {
 
 struct Running {
     child: Child,
+    watcher: Option<Child>,
     requests: Sender<String>,
     lines: Receiver<String>,
 }
@@ -83,11 +85,7 @@ impl Running {
         shell.arg("-c").arg(format!("exec {command}"));
         shell.stdin(Stdio::piped()).stdout(Stdio::piped());
         // A group of its own, to be killed as a whole.
-        #[cfg(unix)]
-        std::os::unix::process::CommandExt::process_group(&mut shell, 0);
-        let started = shell.spawn();
-        let mut child = started
-            .map_err(|error| Failure::Broken(format!("it could not be started: {error}")))?;
+        let mut child = spawn_in_own_group(&mut shell)?;
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
         let stdin = stdin.expect("it is piped");
         let stdout = stdout.expect("it is piped");
@@ -95,7 +93,9 @@ impl Running {
         let (read, lines) = sync_channel(LINES);
         std::thread::spawn(move || write_all(stdin, &to_write));
         std::thread::spawn(move || read_all(stdout, &read));
-        Ok(Self { child, requests, lines })
+        let mut running = Self { child, watcher: None, requests, lines };
+        running.watcher = Some(watch(running.child.id())?);
+        Ok(running)
     }
 
     /// How a program that closed its output ended.
@@ -122,8 +122,29 @@ impl Drop for Running {
             let _gone = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
         }
         let _gone = self.child.kill();
+        // Before the group's number is free for others.
+        if let Some(watcher) = &mut self.watcher {
+            let _gone = watcher.kill();
+            let _reaped = watcher.wait();
+        }
         let _reaped = self.child.wait();
     }
+}
+
+/// Starts a shell that kills a group of processes once this process is gone: its input, which is open as long
+/// as this process lives, then ends. No signal of a terminal reaches it.
+fn watch(group: u32) -> Result<Child, Failure> {
+    let mut shell = Command::new("sh");
+    shell.arg("-c").arg(format!("read -r _; kill -s KILL -- -{group}"));
+    shell.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    spawn_in_own_group(&mut shell)
+}
+
+fn spawn_in_own_group(shell: &mut Command) -> Result<Child, Failure> {
+    #[cfg(unix)]
+    std::os::unix::process::CommandExt::process_group(shell, 0);
+    let started = shell.spawn();
+    started.map_err(|error| Failure::Broken(format!("it could not be started: {error}")))
 }
 
 /// Writes requests until there are no more or nobody reads.
