@@ -45,8 +45,8 @@ pub(crate) fn run(args: &EvalArgs, terminal: &Terminal) -> Result<()> {
     encoder.fit(&mut rows, overlong)?;
     terminal.info(&format!("data: {}", rows.report));
     note_greedy(args, &settings, &rows.rows, terminal);
-    // Opened to find out early whether they can be: a signal leaves nothing behind.
-    drop(Files::open(args)?);
+    // Made to find out early whether they can be, and removed: a signal leaves nothing behind.
+    args.output.iter().chain(&args.samples).try_for_each(|path| Output::check(path))?;
 
     let total = rows.rows.iter().map(|row| settings.sampling(row.data_source.as_deref()).samples);
     let mut progress = Progress::new(terminal, "responses", total.sum());

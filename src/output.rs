@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::exit::{Failure, Result};
+use crate::signals;
 
 /// Takes results, one JSON object a line.
 pub(crate) struct Output {
@@ -17,8 +18,8 @@ pub(crate) struct Output {
 
 enum Sink {
     Stdout,
-    /// Lines are added to the file.
-    Append {
+    /// Lines go straight to the file.
+    Direct {
         file: File,
         path: PathBuf,
     },
@@ -38,18 +39,33 @@ impl Output {
 
     /// Adds to a file, which is made if need be.
     pub(crate) fn append(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new().create(true).append(true).open(path);
-        let file = file.map_err(|error| Failure::unwritable(path, &error))?;
-        Ok(Self { sink: Sink::Append { file, path: path.to_owned() }, pending: Vec::new() })
+        Self::direct(path, OpenOptions::new().create(true).append(true))
     }
 
-    /// Makes a file that appears under its name only when it is whole.
+    /// Makes a file that appears under its name only when it is whole. What is there and is no file, a
+    /// pipe or a device, is written to as it is.
     pub(crate) fn replace(path: &Path) -> Result<Self> {
+        if is_special(path) {
+            return Self::direct(path, OpenOptions::new().write(true));
+        }
+        let path = target(path);
         let mut part = path.as_os_str().to_owned();
         part.push(".part");
         let part = PathBuf::from(part);
         let file = File::create(&part).map_err(|error| Failure::unwritable(&part, &error))?;
-        Ok(Self { sink: Sink::Replace { file, part, path: path.to_owned() }, pending: Vec::new() })
+        Ok(Self { sink: Sink::Replace { file, part, path }, pending: Vec::new() })
+    }
+
+    /// Fails when [`Output::replace`] could make no file; leaves a pipe's reader alone.
+    pub(crate) fn check(path: &Path) -> Result<()> {
+        if is_special(path) { Ok(()) } else { Self::replace(path).map(drop) }
+    }
+
+    fn direct(path: &Path, options: &OpenOptions) -> Result<Self> {
+        // Opening a pipe waits for its reader.
+        let _at_once = signals::end_at_once();
+        let file = options.open(path).map_err(|error| Failure::unwritable(path, &error))?;
+        Ok(Self { sink: Sink::Direct { file, path: path.to_owned() }, pending: Vec::new() })
     }
 
     /// Adds a line.
@@ -69,7 +85,7 @@ impl Output {
                 let written = stdout.write_all(&self.pending).and_then(|()| stdout.flush());
                 written.map_err(|error| Failure::stdout(&error))?;
             }
-            Sink::Append { file, path } | Sink::Replace { file, path, .. } => {
+            Sink::Direct { file, path } | Sink::Replace { file, path, .. } => {
                 file.write_all(&self.pending).map_err(|error| Failure::unwritable(path, &error))?;
             }
         }
@@ -96,6 +112,22 @@ impl Drop for Output {
             let _absent = fs::remove_file(part);
         }
     }
+}
+
+/// Whether something is there that is no file.
+pub(crate) fn is_special(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| !found.is_file())
+}
+
+/// What `path` is in the end a link to, which need not exist.
+fn target(path: &Path) -> PathBuf {
+    let mut path = path.to_owned();
+    // As many links as Linux follows.
+    for _ in 0..40 {
+        let Ok(link) = fs::read_link(&path) else { break };
+        path = path.parent().unwrap_or(Path::new("")).join(link);
+    }
+    path
 }
 
 /// Prints text to standard output.

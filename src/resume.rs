@@ -8,6 +8,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use crate::exit::{Failure, Result};
+use crate::output;
 
 /// The samples that are in the file, by the index of their prompt.
 #[derive(Debug, Default)]
@@ -31,9 +32,13 @@ struct Record {
 }
 
 impl Done {
-    /// Reads `path`, which need not exist, and cuts off a last line that was not written to its end.
+    /// Reads `path`, which need not exist, and cuts off a last line that was not written to its end. A
+    /// pipe or a device has nothing to read back.
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let mut done = Self::default();
+        if output::is_special(path) {
+            return Ok(done);
+        }
         let bytes = match fs::read(path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(done),

@@ -17,17 +17,19 @@ static AT_ONCE: AtomicBool = AtomicBool::new(false);
 
 /// While this lives, the first signal ends the command at once.
 #[must_use]
-pub(crate) struct AtOnce(());
+pub(crate) struct AtOnce {
+    /// Whether it was so before.
+    before: bool,
+}
 
 /// Lets the first signal end the command at once: for work that loses nothing by it.
 pub(crate) fn end_at_once() -> AtOnce {
-    AT_ONCE.store(true, Ordering::Relaxed);
-    AtOnce(())
+    AtOnce { before: AT_ONCE.swap(true, Ordering::Relaxed) }
 }
 
 impl Drop for AtOnce {
     fn drop(&mut self) {
-        AT_ONCE.store(false, Ordering::Relaxed);
+        AT_ONCE.store(self.before, Ordering::Relaxed);
     }
 }
 

@@ -88,6 +88,26 @@ fn an_interrupted_output_is_continued() {
     fails(generate(&model, &input).arg("--output").arg(&output), 3, "out.jsonl: line 1");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_pipe_gets_the_samples() {
+    let folder = Folder::new();
+    let model = folder.tiny_model();
+    let input = folder.write("in.jsonl", &prompts());
+    let pipe = folder.path("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let mut command = generate(&model, &input);
+    command.args(["--max-tokens", "9", "--quiet"]);
+    let expected = run(&mut command).stdout;
+    command.arg("--output").arg(&pipe);
+    let reader = std::thread::spawn({
+        let pipe = pipe.clone();
+        move || fs::read_to_string(pipe).unwrap()
+    });
+    assert_eq!(run(&mut command).code, Some(0));
+    assert_eq!(sorted(&reader.join().unwrap()), sorted(&expected));
+}
+
 #[test]
 fn bad_lines_are_refused_by_number_before_anything_runs() {
     let folder = Folder::new();

@@ -80,3 +80,48 @@ fn bad_lines_leave_no_output() {
         assert!(!output.exists(), "{message}");
     }
 }
+
+#[cfg(unix)]
+#[test]
+fn links_stay_links_and_pipes_are_written_to() {
+    use std::os::unix::fs::{FileTypeExt, symlink};
+
+    let folder = Folder::new();
+    let model = folder.tiny_model();
+    let input = folder.write("texts.jsonl", "{\"text\": \"ab\"}\n");
+    let expected = run(&mut score(&model, &input)).stdout;
+    let to = |output: &Path| {
+        let ran = run(score(&model, &input).arg("--output").arg(output));
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(0), ""), "{ran:?}");
+    };
+    // A link to a file that is not there yet, then to one that is.
+    fs::create_dir(folder.path("other")).unwrap();
+    let link = folder.path("link.jsonl");
+    symlink("other/scores.jsonl", &link).unwrap();
+    for _ in 0..2 {
+        to(&link);
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(fs::read_to_string(folder.path("other/scores.jsonl")).unwrap(), expected);
+    }
+    let pipe = folder.path("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let link = folder.path("link-to-pipe");
+    symlink("pipe", &link).unwrap();
+    for output in [&pipe, &link] {
+        let reader = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || fs::read_to_string(pipe).unwrap()
+        });
+        to(output);
+        assert_eq!(reader.join().unwrap(), expected);
+        assert!(fs::symlink_metadata(&pipe).unwrap().file_type().is_fifo());
+    }
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    let names = fs::read_dir(folder.path("other")).unwrap().count();
+    assert_eq!(names, 1, "nothing is left beside the file");
+    fails(
+        score(&model, &input).arg("--output").arg(folder.path("other")),
+        1,
+        "other: Is a directory",
+    );
+}
