@@ -4,8 +4,9 @@
 //! loop controls, an overridden `tojson`, `raise_exception`, `strftime_now`, `{% generation %}`),
 //! here on minijinja with Python's methods on strings, lists and maps. A template is untrusted: it
 //! can read neither files nor the environment, the number of its operations, its recursion and its
-//! output are limited, and it runs on a thread of its own whose stack holds the deepest value those
-//! operations can nest. What is not limited is the size of one string inside it (doubled 40 times
+//! output are limited, and it is compiled and runs on a thread of its own whose stack holds the
+//! deepest expression its length allows and the deepest value those operations can nest. Not limited are
+//! the time it takes to compile (a chain of 50,000 `x or` takes a minute) and is the size of one string inside it (doubled 40 times
 //! by 40 operations): render templates of unknown origin where memory is limited from outside. Left
 //! out: masks of assistant tokens, and `~` and `join` print booleans and none in lower case.
 
@@ -20,16 +21,18 @@ use serde_json::Map;
 use super::{TokenizerConfig, one_line, python};
 use crate::error::{Error, Result};
 
-/// Longest template, in bytes.
-pub const MAX_TEMPLATE_BYTES: usize = 1 << 20;
+/// Longest template, in bytes; those of real models have up to 50,000. Each byte can nest an expression
+/// one level deeper, and parsing and compiling it recurse.
+pub const MAX_TEMPLATE_BYTES: usize = 256 << 10;
 /// Longest rendered chat, in bytes.
 pub const MAX_RENDERED_BYTES: usize = 64 << 20;
 /// Operations one rendering may take.
 const FUEL: u64 = 1_000_000;
 /// Macros and blocks that may be open at once.
 const MAX_RECURSION: usize = 100;
-/// Stack of the rendering thread, in bytes; memory only where it is touched. Each operation can
-/// nest a value one level deeper, and dropping, comparing or printing it recurses.
+/// Stack of the compiling or rendering thread, in bytes; memory only where it is touched. Each operation
+/// can nest a value one level deeper, and dropping, comparing or printing it recurses. A level of the
+/// costliest expression, `-`, takes 440 bytes to compile (release).
 const STACK_BYTES: usize = 512 << 20;
 /// Names a template is given in any case.
 const RESERVED: [&str; 4] = ["messages", "tools", "add_generation_prompt", "strftime_now"];
@@ -166,7 +169,10 @@ impl ChatTemplate {
             )));
         }
         let source = replace_generation_tags(source);
-        self.env.add_template_owned(name, source).map_err(|error| Error::model(describe(&error)))
+        let env = &mut self.env;
+        on_deep_stack(Error::model, move || {
+            env.add_template_owned(name, source).map_err(|error| Error::model(describe(&error)))
+        })
     }
 
     /// Text of a chat.
@@ -175,16 +181,7 @@ impl ChatTemplate {
     /// When the template refuses the messages (its own words), fails, or exceeds a limit.
     pub fn render(&self, messages: &[Message], options: &RenderOptions<'_>) -> Result<String> {
         let context = self.context(messages, options)?;
-        std::thread::scope(|scope| {
-            let render = || self.render_here(context, options.tools.is_some());
-            std::thread::Builder::new()
-                .name("chat-template".into())
-                .stack_size(STACK_BYTES)
-                .spawn_scoped(scope, render)
-                .map_err(|error| Error::request(format!("cannot render chat template: {error}")))?
-                .join()
-                .unwrap_or_else(|_| Err(Error::request("chat template broke its interpreter")))
-        })
+        on_deep_stack(Error::request, || self.render_here(context, options.tools.is_some()))
     }
 
     fn render_here(&self, context: BTreeMap<String, Value>, with_tools: bool) -> Result<String> {
@@ -224,6 +221,22 @@ impl ChatTemplate {
         context.insert("strftime_now".to_owned(), Value::from_function(strftime_now));
         Ok(context)
     }
+}
+
+/// Does the work on a thread of [`STACK_BYTES`].
+fn on_deep_stack<T: Send>(
+    failed: fn(String) -> Error,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("chat-template".into())
+            .stack_size(STACK_BYTES)
+            .spawn_scoped(scope, work)
+            .map_err(|error| failed(format!("chat template gets no thread: {error}")))?
+            .join()
+            .unwrap_or_else(|_| Err(failed("chat template broke its interpreter".into())))
+    })
 }
 
 /// Words of a template's own `raise_exception`.
