@@ -11,9 +11,12 @@ use crate::text::{ChatTemplate, GgufVocab, Tokenizer, TokenizerConfig};
 pub fn load_text(source: &ModelSource) -> Result<(Option<Tokenizer>, Option<ChatTemplate>)> {
     let Some(tokenizer) = load_tokenizer(source)? else { return Ok((None, None)) };
     let Some(text) = source.chat_template()? else { return Ok((Some(tokenizer), None)) };
-    // Wherever it came from, a saved tokenizer carries it in its configuration.
+    // Wherever it came from, a saved tokenizer carries it in its configuration. What came from there
+    // stays as it is, for it may be one template of several.
     let mut config = tokenizer.config().clone();
-    config.set_chat_template(text);
+    if config.chat_template("default") != Some(text.as_str()) {
+        config.set_chat_template(text);
+    }
     let template = ChatTemplate::from_config(&config)?;
     Ok((Some(tokenizer.with_config(config)?), Some(template)))
 }
@@ -30,4 +33,43 @@ fn load_tokenizer(source: &ModelSource) -> Result<Option<Tokenizer>> {
         }
         None => tokenizer,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::text::{Message, RenderOptions};
+
+    #[test]
+    fn tools_get_their_own_template_unless_a_file_replaces_all() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data");
+        let folder = std::env::temp_dir().join(format!("engine-load-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        for name in ["config.json", "model.safetensors"] {
+            let from = root.join("golden/models/tiny-llama").join(name);
+            std::fs::write(folder.join(name), std::fs::read(from).unwrap()).unwrap();
+        }
+        let json = std::fs::read(root.join("tiny-text/tokenizer.json")).unwrap();
+        std::fs::write(folder.join("tokenizer.json"), json).unwrap();
+        let config = json!({"chat_template": [{"name": "default", "template": "plain"},
+            {"name": "tool_use", "template": "tools"}]});
+        std::fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
+        let tools = json!([]);
+        let said = || {
+            let (_, template) = load_text(&ModelSource::open(&folder).unwrap()).unwrap();
+            let template = template.unwrap();
+            let plain = RenderOptions::new(SystemTime::UNIX_EPOCH);
+            let with_tools = RenderOptions { tools: Some(&tools), ..plain.clone() };
+            let messages = [Message::new("user", "hi")];
+            [plain, with_tools].map(|options| template.render(&messages, &options).unwrap())
+        };
+        assert_eq!(said(), ["plain", "tools"]);
+        std::fs::write(folder.join("chat_template.jinja"), "file").unwrap();
+        assert_eq!(said(), ["file", "file"]);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 }
