@@ -271,6 +271,9 @@ fn environment() -> Environment<'static> {
     });
     env.add_filter("tojson", python::tojson);
     env.add_filter("string", |value: &Value| python::to_str(value));
+    env.add_test("iterable", python::is_iterable);
+    env.add_test("sequence", python::is_sequence);
+    env.add_test("number", python::is_number);
     env.add_function("raise_exception", raise_exception);
     env
 }

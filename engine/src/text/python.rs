@@ -1,4 +1,5 @@
-//! What Python would print: `str`, `repr`, `json.dumps` and `strftime` for chat templates.
+//! What Python would print: `str`, `repr`, `json.dumps` and `strftime` for chat templates; and what
+//! jinja2's tests say of Python's types.
 //!
 //! Templates are written against jinja2, where `{{ none }}` prints `None` and `tojson` is
 //! `json.dumps(x, ensure_ascii=False)`. Left out: locales and time zones (dates are in UTC, names
@@ -19,6 +20,23 @@ fn failure(message: impl Into<String>) -> Error {
 
 fn too_deep() -> Error {
     failure(format!("value is nested deeper than {MAX_DEPTH} levels"))
+}
+
+/// jinja2's `is iterable`: what `iter` takes; its undefined value is one.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
+}
+
+/// jinja2's `is sequence`: what has a length and `__getitem__`; its undefined value has. Slices and ranges
+/// are iterables here, and so are `items` of a dict, which to jinja2 are no sequence.
+pub(super) fn is_sequence(value: &Value) -> bool {
+    use ValueKind::{Iterable, Map, Seq, String, Undefined};
+    matches!(value.kind(), Seq | Iterable | String | Map | Undefined)
+}
+
+/// jinja2's `is number`; a Python `bool` is one.
+pub(super) fn is_number(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Number | ValueKind::Bool)
 }
 
 /// `str(value)`; an undefined value prints nothing, as in jinja2.

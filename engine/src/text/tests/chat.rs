@@ -75,6 +75,21 @@ fn python_methods_work() {
     );
 }
 
+/// What jinja2 3.1 says.
+#[test]
+fn tests_of_types_are_those_of_jinja2() {
+    let values = ["none", "missing", "'abc'", "[1]", "{}", "1", "true", "range(2)", "[1][:1]"];
+    let verdicts = |test: &str| {
+        let one = |value: &&str| format!("{{{{ 1 if {value} is {test} else 0 }}}}");
+        render(&values.iter().map(one).collect::<String>())
+    };
+    assert_eq!(verdicts("iterable"), "011110011");
+    assert_eq!(verdicts("sequence"), "011110011");
+    assert_eq!(verdicts("number"), "000001100");
+    assert_eq!(verdicts("mapping"), "000010000");
+    assert_eq!(render("{{ 'T' if tools is iterable and tools | length > 0 else 'F' }}"), "F");
+}
+
 #[test]
 fn loops_scopes_and_macros_work() {
     let source = "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}\
