@@ -2,7 +2,7 @@
 //!
 //! Source: `transformers`' `render_jinja_template` (jinja2 with `trim_blocks`, `lstrip_blocks`,
 //! loop controls, an overridden `tojson`, `raise_exception`, `strftime_now`, `{% generation %}`),
-//! here on minijinja with Python's methods on strings, lists and maps. A template is untrusted: it
+//! here on minijinja with the methods of Python's strings, lists and dicts that `methods.rs` names. A template is untrusted: it
 //! can read neither files nor the environment, the number of its operations, its recursion and its
 //! output are limited, and it is compiled and runs on a thread of its own whose stack holds the
 //! deepest expression its length allows and the deepest value those operations can nest. Not limited are
@@ -18,7 +18,7 @@ use std::time::SystemTime;
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value};
 use serde_json::Map;
 
-use super::{TokenizerConfig, one_line, python};
+use super::{TokenizerConfig, methods, one_line, python};
 use crate::error::{Error, Result};
 
 /// Longest template, in bytes; those of real models have up to 50,000. Each byte can nest an expression
@@ -265,7 +265,7 @@ fn environment() -> Environment<'static> {
     env.set_fuel(Some(FUEL));
     env.set_recursion_limit(MAX_RECURSION);
     env.set_debug(false);
-    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    env.set_unknown_method_callback(methods::call);
     env.set_formatter(|out, _, value| {
         out.write_str(&python::to_str(value)?).map_err(minijinja::Error::from)
     });

@@ -9,6 +9,7 @@
 mod chat;
 mod detokenizer;
 mod gguf_tokenizer;
+mod methods;
 mod python;
 mod stop;
 #[cfg(test)]

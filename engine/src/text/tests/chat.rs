@@ -75,6 +75,42 @@ fn python_methods_work() {
     );
 }
 
+/// Each with what Python prints.
+#[test]
+fn methods_are_those_of_python() {
+    let cases = [
+        ("'äb</t>c'.find('</t>')", "2"),
+        ("'äbb'.rfind('b')", "2"),
+        ("'ab'.find('c')", "-1"),
+        ("'äb'.index('b')", "1"),
+        ("'abb'.rindex('b')", "2"),
+        ("['a', 'b'].index('b')", "1"),
+        ("'aXb'.removeprefix('a').removesuffix('b').removesuffix('c')", "X"),
+        ("'a=b=c'.partition('=') | list", "['a', '=', 'b=c']"),
+        ("'a=b=c'.rpartition('=') | list", "['a=b', '=', 'c']"),
+        ("'abc'.partition('=') | list", "['abc', '', '']"),
+        ("'abc'.rpartition('=') | list", "['', '', 'abc']"),
+        ("'a,b,c'.rsplit(',', 1)", "['a,b', 'c']"),
+        ("'a,b,c'.rsplit(',')", "['a', 'b', 'c']"),
+        ("'  a  b c '.rsplit()", "['a', 'b', 'c']"),
+        ("'  a  b c '.rsplit(none, 1)", "['  a  b', 'c']"),
+        ("'-5'.zfill(4) ~ '7'.zfill(3) ~ 'abc'.zfill(2)", "-005007abc"),
+        ("'a'.ljust(3) ~ 'b'.rjust(3, '.')", "a  ..b"),
+        ("'aBß'.swapcase()", "AbSS"),
+        ("'Straße'.casefold()", "strasse"),
+        ("{'a': 1}.copy()", "{'a': 1}"),
+        ("''.isdigit()", "False"),
+        ("'12'.isdigit()", "True"),
+    ];
+    for (expression, expected) in cases {
+        assert_eq!(render(&format!("{{{{ {expression} }}}}")), expected, "{expression}");
+    }
+    assert!(failure("{{ 'a'.index('b') }}").ends_with("substring not found"));
+    assert!(failure("{{ [1].index(2) }}").ends_with("2 is not in the list"));
+    assert!(failure("{{ 'a'.ljust(99999999999) }}").ends_with("limit is 67108864"));
+    assert!(failure("{{ 'a'.rsplit('') }}").ends_with("empty separator"));
+}
+
 /// What jinja2 3.1 says.
 #[test]
 fn tests_of_types_are_those_of_jinja2() {
