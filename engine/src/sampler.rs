@@ -54,7 +54,10 @@ fn apply_bias(logits: &mut [f32], row: &RowContext<'_>) {
         logits[*token as usize] += bias;
     }
     for token in row.banned {
-        logits[*token as usize] = f32::NEG_INFINITY;
+        // A tokenizer may have more end tokens than the model has rows.
+        if let Some(z) = logits.get_mut(*token as usize) {
+            *z = f32::NEG_INFINITY;
+        }
     }
 }
 
@@ -200,6 +203,13 @@ mod tests {
 
     fn drawn(logits: &[f32], params: &SamplingParams, uniform: f64) -> Draw {
         draw(&mut logits.to_vec(), &context(params, uniform)).expect("a finite logit")
+    }
+
+    #[test]
+    fn a_banned_token_without_a_row_changes_nothing() {
+        let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let row = RowContext { banned: &[1, 999_999], ..context(&greedy, 0.0) };
+        assert_eq!(draw(&mut [0.0, 2.0, 1.0], &row).expect("a finite logit").token, 2);
     }
 
     #[test]

@@ -232,7 +232,8 @@ impl ModelConfig {
             return Err(Error::model(format!("rms_norm_eps {} is not in 0..1", self.rms_eps)));
         }
         self.validate_rope()?;
-        self.validate_ids()
+        // Padding is never fed to the model, so a padding id may be anything.
+        self.validate_ids(self.bos.iter().chain(&self.eos))
     }
 
     fn validate_rope(&self) -> Result<()> {
@@ -266,10 +267,9 @@ impl ModelConfig {
         }
     }
 
-    fn validate_ids(&self) -> Result<()> {
-        // Padding is never fed to the model, so a padding id may be anything.
-        let ids = self.bos.iter().chain(&self.eos);
-        match ids.copied().find(|id| *id as usize >= self.vocab_size) {
+    /// Checks that special tokens are tokens of the model.
+    pub(super) fn validate_ids<'a>(&self, mut ids: impl Iterator<Item = &'a u32>) -> Result<()> {
+        match ids.find(|id| **id as usize >= self.vocab_size) {
             None => Ok(()),
             Some(id) => Err(Error::model(format!(
                 "special token id {id} is outside the vocabulary of {}",

@@ -88,9 +88,9 @@ impl ModelSource {
         let generation_path = path.join("generation_config.json");
         let generation = match read_optional(&generation_path)? {
             None => GenerationDefaults::default(),
-            Some(text) => {
-                config_hf::parse_generation(&text).map_err(|e| e.in_file(&generation_path))?
-            }
+            Some(text) => config_hf::parse_generation(&text)
+                .and_then(|read| config.validate_ids(read.eos.iter()).map(|()| read))
+                .map_err(|e| e.in_file(&generation_path))?,
         };
         let single = path.join("model.safetensors");
         let index = path.join("model.safetensors.index.json");

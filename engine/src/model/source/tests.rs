@@ -219,6 +219,10 @@ fn chat_templates_come_from_the_right_file() {
     write("generation_config.json", r#"{"eos_token_id": [4, 5], "top_k": 20}"#);
     let source = ModelSource::open(&dir.path).unwrap();
     assert_eq!((source.eos(), source.generation().top_k), (&[4, 5][..], Some(20)));
+    write("generation_config.json", r#"{"eos_token_id": [4, 999999]}"#);
+    let error = ModelSource::open(&dir.path).unwrap_err().to_string();
+    let expected = "generation_config.json: special token id 999999 is outside the vocabulary of 40";
+    assert!(error.ends_with(expected), "{error}");
 }
 
 /// Opens damaged bytes and reads everything: an error or numbers, never a panic.
