@@ -55,7 +55,11 @@ pub(super) fn parse_generation(text: &str) -> Result<GenerationDefaults> {
         do_sample: keys.boolean("do_sample")?,
         temperature: number("temperature")?,
         top_p: number("top_p")?,
-        top_k: keys.count("top_k")?.and_then(|k| u32::try_from(k).ok()),
+        top_k: match keys.float("top_k")? {
+            // Some say -1 for no limit.
+            Some(k) if k < 0.0 => None,
+            _ => keys.count("top_k")?.and_then(|k| u32::try_from(k).ok()),
+        },
         min_p: number("min_p")?,
         repetition_penalty: number("repetition_penalty")?,
         max_new_tokens: keys.count("max_new_tokens")?,

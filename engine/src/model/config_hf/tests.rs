@@ -171,4 +171,5 @@ fn generation_defaults_are_read() {
     assert_eq!((g.temperature, g.top_p, g.min_p), (Some(0.6), Some(0.9), None));
     assert_eq!(g.repetition_penalty, Some(1.05));
     assert!(parse_generation(r#"{"temperature": "hot"}"#).is_err());
+    assert_eq!(parse_generation(r#"{"top_k": -1}"#).unwrap().top_k, None);
 }
