@@ -1,6 +1,6 @@
 //! Which files of a repository an engine reads. Pure: names in, names out.
 
-use engine::model::hub::{HubId, gguf_parts, is_file_name};
+use engine::model::hub::{HubId, gguf_parts, is_file_name, is_later_part};
 use engine::{Error, Result};
 
 /// Files beside the weights that are read when they are there.
@@ -79,8 +79,7 @@ pub(crate) fn choose(id: &HubId, names: &[&str]) -> Result<Choice> {
 
 /// What a model can be opened from: GGUF files that are no later part of a split one.
 fn ggufs<'n>(names: &[&'n str]) -> Vec<&'n str> {
-    let later_part = |name: &str| name.contains("-of-") && !name.contains("-00001-of-");
-    let first = |name: &&str| name.ends_with(".gguf") && is_file_name(name) && !later_part(name);
+    let first = |name: &&str| name.ends_with(".gguf") && is_file_name(name) && !is_later_part(name);
     names.iter().copied().filter(first).collect()
 }
 
@@ -130,6 +129,8 @@ mod tests {
         let only = Ok(Choice::Gguf { files: owned(&["a.gguf"]) });
         assert_eq!(chosen("o/n", &["config.json", "a.gguf"]), only);
         assert_eq!(chosen("o/n:a.gguf", &["b.gguf", "a.gguf"]), only);
+        let named = Ok(Choice::Gguf { files: owned(&["jack-of-all-trades.gguf"]) });
+        assert_eq!(chosen("o/n", &["jack-of-all-trades.gguf"]), named);
         let parts = ["x-00001-of-00002.gguf", "x-00002-of-00002.gguf"];
         assert_eq!(chosen("o/n", &parts), Ok(Choice::Gguf { files: owned(&parts) }));
         let error = chosen("o/n", &["b.gguf", "a.gguf"]).unwrap_err();

@@ -280,6 +280,17 @@ pub fn gguf_parts(first: &str) -> Vec<String> {
     split().unwrap_or_else(|| vec![first.to_owned()])
 }
 
+/// Whether this names a part other than the first of a split GGUF file: `x-00002-of-00003.gguf`.
+pub fn is_later_part(name: &str) -> bool {
+    let digits = |text: &str| text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
+    let part = || {
+        let (rest, count) = name.strip_suffix(".gguf")?.rsplit_once("-of-")?;
+        let (_, number) = rest.rsplit_once('-')?;
+        Some(digits(number) && digits(count) && number != "00001")
+    };
+    part().unwrap_or(false)
+}
+
 /// Whether this names a file inside a repository and nothing outside of it.
 pub fn is_file_name(name: &str) -> bool {
     let plain = |part: &str| !part.is_empty() && !part.starts_with('.');

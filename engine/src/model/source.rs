@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::model::config::{GenerationDefaults, ModelConfig, TensorSpec};
 use crate::model::dequant::{self, Unpacked};
 use crate::model::gguf::Gguf;
+use crate::model::hub::is_later_part;
 use crate::model::rope::RopeConfig;
 use crate::model::safetensors::SafeTensors;
 use crate::model::{config_gguf, config_hf};
@@ -364,8 +365,7 @@ pub(super) fn gguf_files(directory: &Path) -> Result<Vec<PathBuf>> {
     for entry in std::fs::read_dir(directory).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let later_part = name.contains("-of-") && !name.contains("-00001-of-");
-        if name.ends_with(".gguf") && !later_part {
+        if name.ends_with(".gguf") && !is_later_part(&name) {
             found.push(path);
         }
     }

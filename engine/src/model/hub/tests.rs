@@ -104,3 +104,12 @@ fn gguf_files_of_the_cache_are_opened_by_name_or_alone() {
     assert_eq!(find("org/name:b.gguf"), Some(Located::Path(snapshot.join("b.gguf"))));
     assert_eq!(find("org/name"), None, "there are two");
 }
+
+#[test]
+fn later_parts_are_told_by_their_numbers() {
+    let later = ["x-00002-of-00003.gguf", "q/a-of-b-00010-of-00010.gguf"];
+    let first =
+        ["x-00001-of-00003.gguf", "jack-of-all-trades.gguf", "2-of-3.gguf", "x-00002-of-00003"];
+    assert!(later.iter().all(|name| is_later_part(name)));
+    assert!(!first.iter().any(|name| is_later_part(name)));
+}

@@ -149,7 +149,7 @@ fn every_container_gives_the_same_weights() {
     assert_eq!(source.tokenizer_json().unwrap().as_deref(), Some("{}"));
     assert_weights(&source);
     std::fs::remove_file(dir.path.join("config.json")).unwrap();
-    std::fs::write(dir.path.join("only.gguf"), gguf("llama").build()).unwrap();
+    std::fs::write(dir.path.join("jack-of-all-trades.gguf"), gguf("llama").build()).unwrap();
     assert_weights(&ModelSource::open(&dir.path).unwrap());
 }
 
