@@ -98,16 +98,16 @@ fn end_tokens(keys: &Keys<'_>) -> Result<Vec<u32>> {
 fn rope(keys: &Keys<'_>) -> Result<RopeConfig> {
     let theta = keys.float("rope.freq_base").unwrap_or(10_000.0);
     let key = format!("{}.rope.scaling.type", keys.prefix);
-    let scaling = match keys.file.string(&key) {
-        None | Some("none") => match keys.float("rope.scale_linear") {
-            Some(factor) if factor != 1.0 => RopeScaling::Linear { factor },
-            _ => RopeScaling::None,
-        },
-        Some("linear") => match keys.float("rope.scaling.factor") {
-            Some(factor) => RopeScaling::Linear { factor },
-            None => return Err(Error::model("linear rope scaling lacks a factor")),
-        },
-        Some(other) => {
+    let factor = keys.float("rope.scaling.factor").or_else(|| keys.float("rope.scale_linear"));
+    let scaling = match (keys.file.string(&key), factor) {
+        (Some("none"), _) => RopeScaling::None,
+        // As in llama.cpp, a factor alone is linear, and 0 is none.
+        (None, None | Some(0.0 | 1.0)) => RopeScaling::None,
+        (None | Some("linear"), Some(factor)) => RopeScaling::Linear { factor },
+        (Some("linear"), None) => {
+            return Err(Error::model("linear rope scaling lacks a factor"));
+        }
+        (Some(other), _) => {
             let message = format!("rope scaling {other:?}, supported are none and linear");
             return Err(Error::unsupported(message));
         }

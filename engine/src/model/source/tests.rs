@@ -5,6 +5,7 @@ use crate::config::Quantization;
 use crate::model::bytes::Bytes;
 use crate::model::dequant::Format;
 use crate::model::gguf::tests::Builder;
+use crate::model::rope::RopeScaling;
 use crate::model::safetensors::Writer;
 use kernels::{Dtype, Kernels, Level};
 
@@ -203,6 +204,19 @@ fn rope_factors_in_a_gguf_file_are_used() {
 }
 
 #[test]
+fn rope_factors_of_gguf_metadata_are_linear_unless_they_are_none() {
+    let scaling = |file: Builder| from_gguf(file.build()).unwrap().config().rope.scaling.clone();
+    let factor = || gguf("llama").float("llama.rope.scaling.factor", 4.0);
+    let linear = RopeScaling::Linear { factor: 4.0 };
+    assert_eq!(scaling(factor()), linear);
+    assert_eq!(scaling(gguf("llama").float("llama.rope.scale_linear", 4.0)), linear);
+    assert_eq!(scaling(factor().string("llama.rope.scaling.type", "linear")), linear);
+    assert_eq!(scaling(factor().string("llama.rope.scaling.type", "none")), RopeScaling::None);
+    assert_eq!(scaling(gguf("llama").float("llama.rope.scaling.factor", 0.0)), RopeScaling::None);
+    assert_eq!(scaling(gguf("llama").float("llama.rope.scaling.factor", 1.0)), RopeScaling::None);
+}
+
+#[test]
 fn chat_templates_come_from_the_right_file() {
     let dir = directory("source-template", CONFIG, &tied().tensors());
     let template = || ModelSource::open(&dir.path).unwrap().chat_template().unwrap();
@@ -221,7 +235,8 @@ fn chat_templates_come_from_the_right_file() {
     assert_eq!((source.eos(), source.generation().top_k), (&[4, 5][..], Some(20)));
     write("generation_config.json", r#"{"eos_token_id": [4, 999999]}"#);
     let error = ModelSource::open(&dir.path).unwrap_err().to_string();
-    let expected = "generation_config.json: special token id 999999 is outside the vocabulary of 40";
+    let expected =
+        "generation_config.json: special token id 999999 is outside the vocabulary of 40";
     assert!(error.ends_with(expected), "{error}");
 }
 
