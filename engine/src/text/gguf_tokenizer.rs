@@ -119,8 +119,13 @@ fn entry<'a, T>(
 
 fn token_id(gguf: &Gguf, name: &str) -> Result<Option<u32>> {
     let key = format!("tokenizer.ggml.{name}_token_id");
-    // What does not fit is above any vocabulary's size, which is checked later.
-    Ok(entry(gguf, &key, Gguf::unsigned)?.map(|id| u32::try_from(id).unwrap_or(u32::MAX)))
+    let Some(id) = entry(gguf, &key, Gguf::unsigned)? else { return Ok(None) };
+    match u32::try_from(id) {
+        // Converters write the largest id for none.
+        Ok(u32::MAX) => Ok(None),
+        Ok(id) => Ok(Some(id)),
+        Err(_) => Err(Error::model(format!("{key} is {id}, limit is {}", u32::MAX))),
+    }
 }
 
 impl Tokenizer {
@@ -230,7 +235,7 @@ fn unusable(error: impl std::fmt::Display) -> Error {
     Error::model(format!("tokenizer in gguf metadata: {}", one_line(error)))
 }
 
-/// Checks lengths and ids.
+/// Checks lengths and ids; padding is never used, so its id may be anything.
 fn check(vocab: &GgufVocab) -> Result<()> {
     let count = vocab.tokens.len();
     let types = vocab.token_types.len();
@@ -239,13 +244,8 @@ fn check(vocab: &GgufVocab) -> Result<()> {
             "tokenizer.ggml.token_type has {types} entries, tokenizer.ggml.tokens has {count}"
         )));
     }
-    let named = [
-        ("bos", vocab.bos),
-        ("eos", vocab.eos),
-        ("eot", vocab.eot),
-        ("unknown", vocab.unk),
-        ("padding", vocab.pad),
-    ];
+    let named =
+        [("bos", vocab.bos), ("eos", vocab.eos), ("eot", vocab.eot), ("unknown", vocab.unk)];
     for (name, id) in named {
         let Some(id) = id else { continue };
         if id as usize >= count {
@@ -359,8 +359,8 @@ fn config(vocab: &GgufVocab, ends: &Ends) -> TokenizerConfig {
         ("pad_token", vocab.pad),
     ];
     for (name, id) in named {
-        if let Some(id) = id {
-            fields.insert(name.into(), vocab.tokens[id as usize].clone().into());
+        if let Some(token) = id.and_then(|id| vocab.tokens.get(id as usize)) {
+            fields.insert(name.into(), token.clone().into());
         }
     }
     if let Some(template) = &vocab.chat_template {

@@ -189,3 +189,14 @@ fn split_files_name_their_parts() {
     assert!(part_path(Path::new("d/m-00002-of-00003.gguf"), 1, 3).is_err());
     assert!(part_path(path, 1, 1 << 40).is_err());
 }
+
+#[test]
+fn the_largest_token_id_means_none() {
+    let vocab = |name: &str, id: u32| {
+        let key = format!("tokenizer.ggml.{name}_token_id");
+        let file = Builder::new().string("tokenizer.ggml.model", "gpt2").number(&key, id);
+        crate::text::GgufVocab::read(&read(file.build()).unwrap()).unwrap()
+    };
+    assert_eq!((vocab("padding", u32::MAX).pad, vocab("bos", u32::MAX).bos), (None, None));
+    assert_eq!((vocab("padding", 999).pad, vocab("bos", 7).bos), (Some(999), Some(7)));
+}

@@ -179,3 +179,9 @@ fn damaged_metadata_is_an_error() {
     };
     assert!(Tokenizer::from_gguf(vocab).is_err());
 }
+
+#[test]
+fn a_padding_token_may_be_anything() {
+    let tokenizer = Tokenizer::from_gguf(GgufVocab { pad: Some(999), ..small_vocab("gpt-2") });
+    assert_eq!(tokenizer.unwrap().config().token("pad_token"), None);
+}
