@@ -93,6 +93,12 @@ impl Layout {
         fs::rename(&new, &path).map_err(|error| Error::io(&path, error))
     }
 
+    /// Leaves a note for [`engine::model::hub::cached`].
+    pub(crate) fn note(&self, path: &Path) -> Result<()> {
+        create_parent(path)?;
+        fs::write(path, "").map_err(|error| Error::io(path, error))
+    }
+
     /// A name that no other thread or process uses.
     fn unique(&self) -> PathBuf {
         static NUMBER: AtomicU32 = AtomicU32::new(0);

@@ -143,6 +143,9 @@ pub fn download(
             get(name)?;
         }
     }
+    if id.file().is_none() && matches!(choice, Choice::Gguf { .. }) {
+        layout.note(&id.only_gguf(&hub.cache, sha))?;
+    }
     layout.publish(sha)?;
     Ok(match choice {
         Choice::Gguf { files } => layout.snapshot(sha).join(&files[0]),

@@ -40,6 +40,8 @@ pub struct HubId {
 pub enum Cached {
     /// Weights, configuration and tokenizer: what to open.
     Whole(PathBuf),
+    /// A GGUF file alone, where none was named; the repository may hold more than was fetched of it.
+    Alone(PathBuf),
     /// A snapshot in which some of that is missing: its directory.
     Part(PathBuf),
 }
@@ -157,6 +159,12 @@ impl HubId {
     pub fn folder(&self, cache: &Path) -> PathBuf {
         cache.join(format!("models--{}", self.name.replace('/', "--")))
     }
+
+    /// A file that a download leaves in the folder when all that a revision holds to open is one GGUF
+    /// file. Hugging Face's tools do not look at it.
+    pub fn only_gguf(&self, cache: &Path, revision: &str) -> PathBuf {
+        self.folder(cache).join(".only-gguf").join(revision)
+    }
 }
 
 impl fmt::Display for HubId {
@@ -206,8 +214,8 @@ pub fn resolve(
     };
     match cached(&id, hub)? {
         Some(Cached::Whole(path)) => Ok(Located::Path(path)),
-        // Opening it names what is missing.
-        Some(Cached::Part(path)) if hub.offline => Ok(Located::Path(path)),
+        // Opening a part names what is missing.
+        Some(Cached::Alone(path) | Cached::Part(path)) if hub.offline => Ok(Located::Path(path)),
         _ if hub.offline => no_download(&id, hub).map(Located::Path),
         _ => download(&id, hub).map(Located::Path),
     }
@@ -233,34 +241,33 @@ pub fn cached(id: &HubId, hub: &HubSettings) -> Result<Option<Cached>> {
     if !snapshot.is_dir() {
         return Ok(None);
     }
-    Ok(Some(match whole(id, &snapshot)? {
-        Some(path) => Cached::Whole(path),
-        None => Cached::Part(snapshot),
+    if let Some(file) = id.file() {
+        let path = snapshot.join(file);
+        let whole = gguf_is_whole(&path);
+        return Ok(Some(if whole { Cached::Whole(path) } else { Cached::Part(snapshot) }));
+    }
+    if directory_is_whole(&snapshot) {
+        return Ok(Some(Cached::Whole(snapshot)));
+    }
+    Ok(Some(match super::source::gguf_files(&snapshot)?.as_slice() {
+        [one] if !gguf_is_whole(one) => Cached::Part(snapshot),
+        [one] if id.only_gguf(&hub.cache, revision).exists() => Cached::Whole(one.clone()),
+        [one] => Cached::Alone(one.clone()),
+        _ => Cached::Part(snapshot),
     }))
 }
 
-/// What to open in a snapshot, if everything is there.
-fn whole(id: &HubId, snapshot: &Path) -> Result<Option<PathBuf>> {
-    if let Some(file) = id.file() {
-        let path = snapshot.join(file);
-        return Ok(gguf_is_whole(&path).then_some(path));
-    }
-    if ["config.json", "tokenizer.json"].iter().all(|name| snapshot.join(name).exists()) {
-        let index = snapshot.join("model.safetensors.index.json");
-        let shards = || {
-            let shards = index.exists().then(|| super::safetensors::shards(&index));
-            // A broken index is fetched again.
-            let shards: BTreeSet<String> = shards.and_then(Result::ok).unwrap_or_default();
-            !shards.is_empty() && shards.iter().all(|name| snapshot.join(name).exists())
-        };
-        if snapshot.join("model.safetensors").exists() || shards() {
-            return Ok(Some(snapshot.to_owned()));
-        }
-    }
-    Ok(match super::source::gguf_files(snapshot)?.as_slice() {
-        [one] if gguf_is_whole(one) => Some(one.clone()),
-        _ => None,
-    })
+/// Whether a snapshot holds a model of safetensors with all that goes with it.
+fn directory_is_whole(snapshot: &Path) -> bool {
+    let has = |name: &str| snapshot.join(name).exists();
+    let index = snapshot.join("model.safetensors.index.json");
+    let shards = || {
+        let shards = index.exists().then(|| super::safetensors::shards(&index));
+        // A broken index is fetched again.
+        let shards: BTreeSet<String> = shards.and_then(Result::ok).unwrap_or_default();
+        !shards.is_empty() && shards.iter().all(|name| has(name))
+    };
+    has("config.json") && has("tokenizer.json") && (has("model.safetensors") || shards())
 }
 
 /// Whether a GGUF file is there with all parts it is split into, by their names.
@@ -298,11 +305,14 @@ pub fn is_file_name(name: &str) -> bool {
     name.len() <= 255 && name.chars().all(safe) && name.split('/').all(plain)
 }
 
-/// The download of a program that cannot: says where the model was looked for.
+/// The download of a program that cannot: takes a GGUF file that is alone for the only one.
 ///
 /// # Errors
-/// Always.
+/// When there is none; says where the model was looked for.
 pub fn no_download(id: &HubId, hub: &HubSettings) -> Result<PathBuf> {
+    if let Some(Cached::Alone(path)) = cached(id, hub)? {
+        return Ok(path);
+    }
     let folder = id.folder(&hub.cache);
     let why = if hub.offline { "and the hub is offline" } else { "and this build cannot download" };
     let looked = folder.join("refs/main");

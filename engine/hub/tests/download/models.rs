@@ -101,6 +101,31 @@ fn a_gguf_file_is_chosen_by_name() {
 }
 
 #[test]
+fn one_gguf_file_in_the_cache_is_not_taken_for_the_model() {
+    let (cache, hub) = (Cache::new(), StandIn::of(tiny().with("a.gguf", b"A")));
+    let settings = cache.settings(&hub.url);
+    let file = Located::Path(cache.snapshot().join("a.gguf"));
+    assert_eq!(find("org/tiny:a.gguf", &settings).0.unwrap(), file);
+    let offline = HubSettings { offline: true, ..settings.clone() };
+    assert_eq!(find("org/tiny", &offline).0.unwrap(), file, "it is all there is to find");
+    assert_eq!(find("org/tiny", &settings).0.unwrap(), Located::Path(cache.snapshot()));
+    assert_eq!(find("org/tiny", &offline).0.unwrap(), Located::Path(cache.snapshot()));
+}
+
+#[test]
+fn the_only_gguf_file_needs_no_network_once_it_is_there() {
+    let hub = StandIn::of(Repository::new([("a.gguf", b"A".to_vec())]));
+    let cache = Cache::new();
+    let settings = cache.settings(&hub.url);
+    let file = Located::Path(cache.snapshot().join("a.gguf"));
+    assert_eq!(find("org/tiny:a.gguf", &settings).0.unwrap(), file);
+    assert_eq!(find("org/tiny", &settings).0.unwrap(), file, "the hub says that it is alone");
+    hub.take();
+    assert_eq!(find("org/tiny", &settings).0.unwrap(), file);
+    assert_eq!(hub.lines(), Vec::<String>::new());
+}
+
+#[test]
 fn the_token_goes_to_the_hub_and_not_to_the_store_it_redirects_to() {
     let store = StandIn::of(tiny());
     let (to, files) = (store.url.clone(), tiny());

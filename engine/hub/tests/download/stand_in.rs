@@ -168,6 +168,12 @@ impl Repository {
         Self { files: files.into_iter().map(|(name, data)| (name.to_owned(), data)).collect() }
     }
 
+    /// The same with a file more.
+    pub(crate) fn with(mut self, name: &str, data: &[u8]) -> Self {
+        self.files.insert(name.to_owned(), data.to_vec());
+        self
+    }
+
     /// As the hub answers: the listing, and files with etag, size and ranges.
     pub(crate) fn answer(&self, asked: &Asked) -> Reply {
         if asked.path == "/api/models/org/tiny/revision/main" {
