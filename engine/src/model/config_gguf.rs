@@ -10,6 +10,7 @@ use crate::model::config::{Architecture, GenerationDefaults, ModelConfig};
 use crate::model::gguf::{Gguf, Value};
 use crate::model::rope::{RopeConfig, RopeScaling};
 use serde_json::Map;
+use std::collections::BTreeSet;
 
 /// The metadata of one file, with keys prefixed by its architecture.
 struct Keys<'a> {
@@ -21,7 +22,9 @@ pub(super) fn parse(file: &Gguf) -> Result<ModelConfig> {
     let prefix = file.string("general.architecture").unwrap_or_default();
     let architecture = Architecture::from_model_type(prefix)?;
     let keys = Keys { file, prefix };
-    refuse(&keys, architecture)?;
+    if keys.count("expert_count")?.unwrap_or(0) > 0 {
+        return Err(Error::unsupported("mixture of experts is not implemented"));
+    }
     let heads = keys.needed("attention.head_count")?;
     let hidden_size = keys.needed("embedding_length")?;
     let head_dim = match keys.count("attention.key_length")? {
@@ -57,6 +60,7 @@ pub(super) fn parse(file: &Gguf) -> Result<ModelConfig> {
         original: Map::new(),
     };
     config.validate()?;
+    refuse_unread(file, &config)?;
     Ok(config)
 }
 
@@ -65,19 +69,20 @@ pub(super) fn generation(config: &ModelConfig) -> GenerationDefaults {
     GenerationDefaults { eos: config.eos.clone(), ..GenerationDefaults::default() }
 }
 
-/// Refuses what would be computed wrongly: experts, and biases where the decoder has none.
-fn refuse(keys: &Keys<'_>, architecture: Architecture) -> Result<()> {
-    if keys.count("expert_count")?.unwrap_or(0) > 0 {
-        return Err(Error::unsupported("mixture of experts is not implemented"));
+/// Refuses weights of the decoder that it has no place for, such as biases: without them it would compute
+/// something else.
+fn refuse_unread(file: &Gguf, config: &ModelConfig) -> Result<()> {
+    let read: BTreeSet<String> =
+        config.tensors().iter().filter_map(|tensor| gguf_name(&tensor.name)).collect();
+    let of_decoder = |name: &&str| {
+        let parts = ["blk.", "output", "token_embd"];
+        // Rotations that old files store beside their settings.
+        parts.iter().any(|part| name.starts_with(part)) && !name.ends_with("attn_rot_embd.weight")
+    };
+    match file.names().filter(of_decoder).find(|name| !read.contains(*name)) {
+        None => Ok(()),
+        Some(name) => Err(Error::unsupported(format!("tensor {name:?} is not implemented"))),
     }
-    let qkv = ["attn_q", "attn_k", "attn_v"].map(|n| format!("blk.0.{n}.bias"));
-    let other =
-        ["attn_output", "ffn_gate", "ffn_up", "ffn_down"].map(|n| format!("blk.0.{n}.bias"));
-    let qkv = if architecture == Architecture::Qwen2 { &[][..] } else { &qkv[..] };
-    if let Some(name) = other.iter().chain(qkv).find(|n| keys.file.shape(n).is_some()) {
-        return Err(Error::unsupported(format!("bias {name:?} is not implemented")));
-    }
-    Ok(())
 }
 
 fn vocab_size(keys: &Keys<'_>) -> Result<usize> {

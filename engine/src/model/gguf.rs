@@ -150,6 +150,11 @@ impl Gguf {
         }
     }
 
+    /// Names of all weights, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.names()
+    }
+
     /// Shape of a weight, outermost dimension first.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.tensors.get(name).map(|t| t.shape.as_slice())

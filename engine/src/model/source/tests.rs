@@ -186,9 +186,13 @@ fn experts_and_unknown_architectures_are_refused() {
     let other = Builder::new().string("general.architecture", "gemma").build();
     let error = from_gguf(other).unwrap_err().to_string();
     assert!(error.contains("\"gemma\", supported are llama, mistral"), "{error}");
-    let biased = gguf("llama").f32("blk.0.attn_q.bias", &[32], &[0.0; 32]).build();
-    let error = from_gguf(biased).unwrap_err().to_string();
-    assert!(error.contains("blk.0.attn_q.bias"), "{error}");
+    for name in ["blk.1.attn_q.bias", "output_norm.bias", "blk.0.attn_q_norm.weight"] {
+        let error = from_gguf(gguf("llama").f32(name, &[32], &[0.0; 32]).build()).unwrap_err();
+        let expected = format!("test.gguf: tensor {name:?} is not implemented");
+        assert_eq!(error.to_string(), expected);
+    }
+    let harmless = gguf("llama").f32("cls.output.weight", &[32], &[0.0; 32]);
+    assert!(from_gguf(harmless.build()).is_ok());
 }
 
 #[test]
