@@ -258,10 +258,10 @@ fn entry_bytes(entry: &Entry) -> Option<u64> {
         return Stored::bytes(format, &entry.shape);
     }
     let size: u64 = match entry.dtype.as_str() {
-        "BOOL" | "U8" | "I8" | "F8_E4M3" | "F8_E5M2" => 1,
+        "BOOL" | "U8" | "I8" | "F8_E4M3" | "F8_E5M2" | "F8_E8M0" => 1,
         "U16" | "I16" => 2,
         "U32" | "I32" => 4,
-        "U64" | "I64" | "F64" => 8,
+        "U64" | "I64" | "F64" | "C64" => 8,
         _ => return None,
     };
     entry.shape.iter().try_fold(size, |product, n| product.checked_mul(*n as u64))

@@ -67,6 +67,9 @@ fn damaged_headers_are_refused_with_a_reason() {
         "i":{"dtype":"I64","shape":[1],"data_offsets":[8,16]}}"#;
     let read = SafeTensors::from_memory("m", file(good, 16)).unwrap();
     assert_eq!(read.names().collect::<Vec<_>>(), ["a"]);
+    let complex = good.replace("I64", "C64");
+    let read = SafeTensors::from_memory("m", file(&complex, 16)).unwrap();
+    assert_eq!(read.names().collect::<Vec<_>>(), ["a"]);
     refused(file(good, 15), "truncated");
     refused(file(good, 17), "1 bytes after the last tensor");
     refused(vec![0; 4], "not safetensors");
