@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use clap::builder::BoolishValueParser;
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
@@ -128,7 +129,10 @@ fn with_variables(command: clap::Command) -> clap::Command {
         if arg.get_action().takes_values() || matches!(arg.get_action(), ArgAction::SetTrue) {
             // Leaked once per flag and process: clap keeps names for as long as it likes.
             let name = format!("ENGINE_{}", arg.get_id().as_str().to_ascii_uppercase());
-            arg.env(&*Box::leak(name.into_boxed_str())).hide_env(true)
+            let alone = matches!(arg.get_action(), ArgAction::SetTrue);
+            let arg = arg.env(&*Box::leak(name.into_boxed_str())).hide_env(true);
+            // What stands alone on the command line is 1 or 0, yes or no, true or false here.
+            if alone { arg.value_parser(BoolishValueParser::new()) } else { arg }
         } else {
             arg
         }

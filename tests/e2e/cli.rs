@@ -131,6 +131,25 @@ fn a_runs_keys_come_from_the_command_line_else_the_environment_else_the_file() {
 }
 
 #[test]
+fn flags_that_stand_alone_are_switched_by_their_variables() {
+    let folder = Folder::new();
+    let model = folder.tiny_model();
+    let input = folder.write("in.jsonl", "{\"text\": \"a\"}\n");
+    let score = |quiet: &str| {
+        let mut command = engine();
+        command.arg("score").arg(&model).arg("--input").arg(&input).args(SMALL);
+        run(command.env("ENGINE_QUIET", quiet))
+    };
+    for (quiet, silent) in [("1", true), ("true", true), ("0", false), ("no", false)] {
+        let ran = score(quiet);
+        assert_eq!((ran.code, ran.stderr.is_empty()), (Some(0), silent), "{quiet}: {ran:?}");
+    }
+    let ran = score("maybe");
+    assert_eq!(ran.code, Some(2), "{ran:?}");
+    assert!(ran.stderr.contains("'maybe' for '--quiet'"), "{ran:?}");
+}
+
+#[test]
 fn bad_models_are_named_in_one_line() {
     let folder = Folder::new();
     let prompts = folder.write("in.jsonl", "{\"prompt\": \"a\"}\n");
