@@ -6,7 +6,7 @@
 //! can read neither files nor the environment, the number of its operations, its recursion and its
 //! output are limited, and it is compiled and runs on a thread of its own whose stack holds the
 //! deepest expression its length allows and the deepest value those operations can nest. Not limited are
-//! the time it takes to compile (a chain of 50,000 `x or` takes a minute) and is the size of one string inside it (doubled 40 times
+//! the time it takes to compile (a chain of 50,000 `x or` takes a minute) and the size of one string inside it (doubled 40 times
 //! by 40 operations): render templates of unknown origin where memory is limited from outside. Left
 //! out: masks of assistant tokens, and `~` and `join` print booleans and none in lower case.
 
