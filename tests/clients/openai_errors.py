@@ -38,10 +38,14 @@ def raises(kind, call, status=None, code=None):
     raise AssertionError(f"{kind.__name__} was not raised")
 
 
-with serving("--max-queued-requests", "0") as client:
+with serving("--max-queued-requests", "0", "--max-num-seqs", "1") as client:
+    assert client.chat.completions.create(**CHAT).choices[0].message.content, "nothing has to wait"
+    stream = client.completions.create(**{**LONG, "n": 1}, stream=True)
+    next(stream)
     error = raises(openai.RateLimitError, lambda: client.chat.completions.create(**CHAT), 429, "queue_full")
     assert int(error.response.headers["retry-after"]) >= 1
     assert client.models.list().data[0].id == "arith", "what needs no room is answered"
+    stream.close()
 
 with serving("--api-key", "right") as client:
     for key in ("wrong", "righ", "right2"):
