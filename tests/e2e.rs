@@ -10,6 +10,7 @@ mod e2e {
     #[cfg(target_os = "linux")]
     mod memory;
     mod plot;
+    mod process;
     mod rewards;
     mod rl;
     mod rl_faults;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::serve::Server;
+use super::process::Process;
 use super::support::{Folder, engine, fails, run};
 
 /// Flags that keep an engine small; the KV cache holds what the runs below ask for.
@@ -166,8 +166,9 @@ fn a_server_is_loaded_over_http() {
     assert!(number(&results, "/p99_ttft_ms") >= number(&results, "/p50_ttft_ms"));
 
     // A running one, whose requests take place for a while; and one request too long for it.
-    let server = Server::start(&folder.tiny_model(), &[]);
-    let url = format!("http://{}", server.address);
+    let flags = ["--port", "0", "--served-model-name", "tiny"];
+    let mut server = Process::serve(&folder.tiny_model(), &flags);
+    let url = format!("http://{}", server.address());
     let id = server.child.id().to_string();
     let soak = ["serve", "--base-url", &url, "--server-pid", &id, "--duration", "0.3"];
     let sizes = ["--random-input-len", "4", "--random-output-len", "2", "--max-concurrency", "2"];

@@ -10,7 +10,7 @@ use ::engine::model::safetensors::Writer;
 use ::engine::{Dtype, ModelConfig, ModelSource, ResidentMemory};
 use serde_json::json;
 
-use super::serve::Server;
+use super::process::Process;
 use super::support::{Folder, engine, run};
 
 /// Most memory at any time while loading, in bytes for each byte of weights kept.
@@ -22,7 +22,8 @@ fn check(model: &Path) {
     let kept = config.weights_bytes(Dtype::Bf16);
     // Few sequences and short steps, so that weights are nearly all there is.
     let flags = ["--max-num-seqs", "1", "--max-num-batched-tokens", "16", "--dtype", "bf16"];
-    let server = Server::start(model, &flags);
+    let mut server = Process::serve(model, &[&flags[..], &["--port", "0"]].concat());
+    server.address();
     let peak = ResidentMemory::of(server.child.id()).unwrap().peak_bytes;
     let ratio = peak as f64 / kept as f64;
     let mib = |bytes: u64| bytes >> 20;

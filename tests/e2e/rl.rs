@@ -2,14 +2,14 @@
 //! and that it can be stopped anywhere. What it refuses is in `rl_faults.rs`.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Read;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::serve::Server;
+use super::process::{Process, send, write_request};
 use super::support::{Folder, SMALL, engine, json_lines, run};
 
 /// A folder with a tiny model and data to train it on.
@@ -330,42 +330,6 @@ fn a_damaged_checkpoint_is_passed_over() {
     assert_same(&Left::read(&lab.folder.path("run")), &whole);
 }
 
-/// A run in the background, of which the lines on stderr are read; killed when dropped.
-pub(super) struct Background {
-    pub(super) child: Child,
-    log: BufReader<std::process::ChildStderr>,
-}
-
-impl Background {
-    pub(super) fn start(mut command: Command) -> Self {
-        let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-        let log = BufReader::new(child.stderr.take().unwrap());
-        Self { child, log }
-    }
-
-    /// Reads until a line has `part`.
-    pub(super) fn wait_for(&mut self, part: &str) {
-        let mut line = String::new();
-        while !line.contains(part) {
-            line.clear();
-            assert_ne!(self.log.read_line(&mut line).unwrap(), 0, "ended before {part:?}");
-        }
-    }
-
-    pub(super) fn signal(&self, name: &str) {
-        let id = self.child.id().to_string();
-        assert!(Command::new("kill").args([name, &id]).status().unwrap().success());
-    }
-}
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        // Already gone in most tests.
-        let _gone = self.child.kill();
-        let _reaped = self.child.wait();
-    }
-}
-
 pub(super) fn make_fifo(path: &Path) {
     assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
 }
@@ -381,10 +345,10 @@ fn a_killed_run_goes_on_with_the_same_command() {
     fs::create_dir_all(run_dir.join("samples")).unwrap();
     let pipe = run_dir.join("samples/.tmp-step_5.jsonl");
     make_fifo(&pipe);
-    let mut killed = Background::start(lab.rl("killed", &settings));
-    killed.wait_for("step 4/6");
+    let mut killed = Process::start(&mut lab.rl("killed", &settings));
+    killed.line("step 4/6");
     killed.signal("-KILL");
-    assert_eq!(killed.child.wait().unwrap().code(), None);
+    killed.ended(None);
     fs::remove_file(&pipe).unwrap();
     assert_same(&lab.finish(&mut lab.rl("killed", &settings), "killed"), &whole);
 
@@ -393,13 +357,13 @@ fn a_killed_run_goes_on_with_the_same_command() {
     fs::create_dir(&run_dir).unwrap();
     let pipe = run_dir.join("latest.tmp");
     make_fifo(&pipe);
-    let mut killed = Background::start(lab.rl("unnamed", &settings));
-    killed.wait_for("step 1/6");
+    let mut killed = Process::start(&mut lab.rl("unnamed", &settings));
+    killed.line("step 1/6");
     while !run_dir.join("checkpoints/step_2").exists() {
         std::thread::yield_now();
     }
     killed.signal("-KILL");
-    assert_eq!(killed.child.wait().unwrap().code(), None);
+    killed.ended(None);
     assert!(!run_dir.join("latest").exists());
     fs::remove_file(&pipe).unwrap();
     let ran = run(&mut lab.rl("unnamed", &settings));
@@ -410,12 +374,10 @@ fn a_killed_run_goes_on_with_the_same_command() {
 #[test]
 fn sigterm_leaves_a_checkpoint_to_go_on_from() {
     let lab = Lab::new();
-    let mut stopped = Background::start(lab.rl("run", &["trainer.total_steps=1000000"]));
-    stopped.wait_for("step 3/");
+    let mut stopped = Process::start(&mut lab.rl("run", &["trainer.total_steps=1000000"]));
+    stopped.line("step 3/");
     stopped.signal("-TERM");
-    let mut rest = String::new();
-    stopped.log.read_to_string(&mut rest).unwrap();
-    assert_eq!(stopped.child.wait().unwrap().code(), Some(75), "{rest}");
+    let rest = stopped.ended(75);
     let last = rest.lines().last().unwrap();
     assert!(last.starts_with("error: interrupted, ") && last.contains("--resume auto"), "{last}");
     let checkpoint = latest(&lab.folder.path("run"));
@@ -433,10 +395,11 @@ fn a_checkpoint_is_served() {
     let left = lab.finish(&mut lab.rl("run", &["trainer.total_steps=1"]), "run");
     assert!(!left.weights.is_empty());
     let model = latest(&lab.folder.path("run"));
-    let mut server = Server::start(&model, &["--served-model-name", "sums"]);
+    let mut server = Process::serve(&model, &["--port", "0", "--served-model-name", "sums"]);
+    let address = server.address();
     let body = json!({"model": "sums", "messages": [{"role": "user", "content": "1+2="}],
         "max_tokens": 8, "temperature": 0});
-    let (status, text) = server.send("POST /v1/chat/completions", &body.to_string());
+    let (status, text) = send(&address, "POST /v1/chat/completions", &body.to_string());
     let answer: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(status, 200, "{text}");
     let content = answer["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
@@ -445,15 +408,8 @@ fn a_checkpoint_is_served() {
     // The same answer in pieces, over one connection.
     let mut body = body;
     body["stream"] = json!(true);
-    let body = body.to_string();
-    let mut stream = TcpStream::connect(&server.address).unwrap();
-    write!(
-        stream,
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
-         content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
-        body.len()
-    )
-    .unwrap();
+    let mut stream = TcpStream::connect(&address).unwrap();
+    write_request(&mut stream, "POST /v1/chat/completions", &body.to_string()).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.contains("text/event-stream"));
@@ -471,6 +427,5 @@ fn a_checkpoint_is_served() {
     let ran = run(generate.args(["--max-tokens", "8"]));
     assert_eq!(json_lines(&ran.stdout)[0]["text"], json!(content), "{ran:?}");
 
-    server.terminate();
-    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+    server.end();
 }

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::rl::{Background, Lab, latest, make_fifo};
+use super::process::Process;
+use super::rl::{Lab, latest, make_fifo};
 use super::support::{Folder, Ran, SMALL, engine, fails, json_lines, run};
 
 /// Runs to the end.
@@ -71,15 +72,15 @@ fn one_run_at_a_time_writes_to_a_folder() {
     fs::create_dir_all(dir.join("samples")).unwrap();
     let pipe = dir.join("samples/.tmp-step_1.jsonl");
     make_fifo(&pipe);
-    let mut first = Background::start(lab.rl("run", &[]));
-    first.wait_for("step 0: validation");
+    let mut first = Process::start(&mut lab.rl("run", &[]));
+    first.line("step 0: validation");
     let part = format!("another run writes to {}", dir.display());
     fails(&mut lab.rl("run", &[]), 2, &part);
     let mut sft = engine();
     sft.arg("sft").args(SMALL).arg("--model").arg(&lab.model).arg("--output").arg(&dir);
     fails(&mut sft, 2, &part);
     first.signal("-KILL");
-    first.child.wait().unwrap();
+    first.ended(None);
     fs::remove_file(&pipe).unwrap();
     done(&lab, "run", &["trainer.total_steps=1"]);
 }

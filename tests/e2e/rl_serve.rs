@@ -3,13 +3,13 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
+use super::process::{self, Process};
 use super::rl::{set, task};
 use super::support::{Folder, engine, fails, run};
 
@@ -42,35 +42,8 @@ fn left(output: &Path) -> (Vec<u8>, Vec<String>) {
 
 /// Status and body; `None` when nobody answers any more.
 fn ask(address: &str, key: &str, body: &str) -> Option<(u16, String)> {
-    let mut stream = TcpStream::connect(address).ok()?;
-    let length = body.len();
-    write!(
-        stream,
-        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
-         authorization: Bearer {key}\r\ncontent-type: application/json\r\n\
-         content-length: {length}\r\n\r\n{body}"
-    )
-    .ok()?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).ok()?;
-    let (head, body) = answer.split_once("\r\n\r\n")?;
-    Some((head[9..12].parse().unwrap(), body.to_owned()))
-}
-
-/// Starts a run that serves as `policy`; returns it, its address and the rest of its log.
-fn start(command: &mut Command) -> (Child, String, BufReader<ChildStderr>) {
-    command.args(["--serve", "127.0.0.1:0"]).stderr(Stdio::piped()).stdout(Stdio::null());
-    let mut child = command.spawn().unwrap();
-    let mut log = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    let address = loop {
-        line.clear();
-        assert_ne!(log.read_line(&mut line).unwrap(), 0, "the run ended early");
-        if let Some((_, rest)) = line.split_once("policy: serving at http://") {
-            break rest.trim().trim_end_matches("/v1").to_owned();
-        }
-    };
-    (child, address, log)
+    let head = format!("POST /v1/completions\r\nauthorization: Bearer {key}");
+    process::ask(TcpStream::connect(address).ok()?, &head, body)
 }
 
 /// Asks again and again until the server goes; returns the versions of each answer's tokens.
@@ -106,13 +79,10 @@ fn a_run_answers_requests_and_learns_the_same() {
 
     let mut command = rl(&folder, "served");
     command.args(["--api-key", "key", "--served-model-name", "policy"]);
-    let (mut child, address, mut log) = start(&mut command);
+    let mut run = Process::start(command.args(["--serve", "127.0.0.1:0"]));
+    let address = run.address();
     // Read on, so that the run can go on logging.
-    let log = std::thread::spawn(move || {
-        let mut rest = String::new();
-        log.read_to_string(&mut rest).unwrap();
-        rest
-    });
+    let ended = std::thread::spawn(move || run.ended(0));
     assert_eq!(ask(&address, "other", "{}").unwrap().0, 401);
     let answers: Vec<Vec<u64>> = std::thread::scope(|scope| {
         let address = &address;
@@ -120,9 +90,7 @@ fn a_run_answers_requests_and_learns_the_same() {
             (0..4).map(|client| scope.spawn(move || hammer(address, client))).collect();
         clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
     });
-    let code = child.wait().unwrap().code();
-    let log = log.join().unwrap();
-    assert_eq!(code, Some(0), "{log}");
+    let log = ended.join().unwrap();
     assert!(log.contains("shutting down"), "{log}");
     let versions: BTreeSet<u64> = answers.iter().flatten().copied().collect();
     assert!(versions.len() > 3, "answers of many versions: {versions:?}");
@@ -136,17 +104,16 @@ fn a_signal_stops_the_run_at_a_checkpoint_and_lets_requests_finish() {
     let folder = Folder::new();
     let mut command = rl(&folder, "run");
     set(&mut command, &["trainer.total_steps=1000"]);
-    let (mut child, address, log) = start(command.args(["--served-model-name", "policy"]));
+    command.args(["--served-model-name", "policy", "--serve", "127.0.0.1:0"]);
+    let mut run = Process::start(&mut command);
+    let address = run.address();
     // Its 900 tokens take many steps of the run.
     let body = json!({"prompt": "1+", "max_tokens": 900, "ignore_eos": true}).to_string();
     let answer = std::thread::spawn(move || ask(&address, "", &body));
-    let steps = log.lines().map(Result::unwrap).filter(|line| line.contains("step 2/"));
-    let mut steps = steps.peekable();
-    assert!(steps.peek().is_some());
-    let id = child.id().to_string();
-    assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
-    assert_eq!(steps.count(), 1, "the run went on");
-    assert_eq!(child.wait().unwrap().code(), Some(75));
+    run.line("step 2/");
+    run.signal("-TERM");
+    let rest = run.ended(75);
+    assert!(!rest.contains("step 2/"), "the run went on: {rest}");
     let (status, body) = answer.join().unwrap().unwrap();
     let answer: Value = serde_json::from_str(&body).unwrap();
     assert_eq!((status, &answer["usage"]["completion_tokens"]), (200, &json!(900)));

@@ -1,81 +1,21 @@
 //! The doors of `engine serve` as a process: the operator's socket, a public Unix socket, lines of the log as
 //! JSON, signals that end nothing, and flags that are refused.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::process::{Child, ChildStderr, Command, Stdio};
 
 use serde_json::{Value, json};
 
-use super::support::{Folder, SMALL, engine, fails};
+use super::process::{Process, ask};
+use super::support::{Folder, engine, fails};
 
-/// A running server, and the lines it has logged.
-struct Server {
-    child: Child,
-    log: BufReader<ChildStderr>,
-}
-
-impl Server {
-    fn start(model: &Path, flags: &[&str]) -> Self {
-        let mut command = engine();
-        command.arg("serve").arg(model).args(SMALL).args(flags);
-        // Nothing is read from standard input.
-        command.stdin(Stdio::null()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let log = BufReader::new(child.stderr.take().unwrap());
-        Self { child, log }
-    }
-
-    /// The next line of the log with this part.
-    fn line(&mut self, part: &str) -> String {
-        let mut line = String::new();
-        while !line.contains(part) {
-            line.clear();
-            assert_ne!(self.log.read_line(&mut line).unwrap(), 0, "no line with {part}");
-        }
-        line.trim_end().to_owned()
-    }
-
-    fn signal(&self, name: &str) {
-        let id = self.child.id().to_string();
-        assert!(Command::new("kill").args([name, &id]).status().unwrap().success());
-    }
-
-    /// Ends the server; returns what else it has logged.
-    fn end(mut self) -> String {
-        self.signal("-TERM");
-        assert_eq!(self.child.wait().unwrap().code(), Some(0));
-        let mut rest = String::new();
-        self.log.read_to_string(&mut rest).unwrap();
-        rest
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Already gone in most tests.
-        let _gone = self.child.kill();
-        let _reaped = self.child.wait();
-    }
-}
-
-/// Sends a request and reads the answer to its end: status and body.
-fn send(mut stream: impl Read + Write, head: &str, body: &Value) -> (u16, Value) {
+/// Sends a request with an id and reads the answer: status and body.
+fn send(stream: impl Read + Write, head: &str, body: &Value) -> (u16, Value) {
     let body = if body.is_null() { String::new() } else { body.to_string() };
-    write!(
-        stream,
-        "{head} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
-         x-request-id: run-7\r\ncontent-length: {}\r\n\r\n{body}",
-        body.len()
-    )
-    .unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    (head[9..12].parse().unwrap(), serde_json::from_str(body).unwrap())
+    let (status, body) = ask(stream, &format!("{head}\r\nx-request-id: run-7"), &body).unwrap();
+    (status, serde_json::from_str(&body).unwrap())
 }
 
 #[test]
@@ -83,9 +23,8 @@ fn an_operator_pauses_and_replaces_weights_by_a_socket() {
     let folder = Folder::new();
     let (model, path) = (folder.tiny_model(), folder.path("admin.sock"));
     let at = format!("unix:{}", path.display());
-    let mut server = Server::start(&model, &["--port", "0", "--admin-listen", &at]);
-    let line = server.line("serving at http://");
-    let public = line.split_once("http://").unwrap().1.trim_end_matches("/v1").to_owned();
+    let mut server = Process::serve(&model, &["--port", "0", "--admin-listen", &at]);
+    let public = server.address();
     server.line("administrated at unix:");
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     let admin = |head: &str, body: Value| send(UnixStream::connect(&path).unwrap(), head, &body);
@@ -111,7 +50,7 @@ fn lines_are_json_and_hangups_end_nothing() {
     let folder = Folder::new();
     let path = folder.path("public.sock");
     let flags = ["--log-format", "json", "--enable-log-requests", "--uds", path.to_str().unwrap()];
-    let mut server = Server::start(&folder.tiny_model(), &flags);
+    let mut server = Process::serve(&folder.tiny_model(), &flags);
     server.line("serving at unix:");
     server.signal("-HUP");
     let ask = json!({"prompt": "hush", "max_tokens": 2, "zebra": 1});
