@@ -37,8 +37,6 @@ const MAX_COMPILING: usize = 2;
 const STACK_BYTES: usize = 256 << 20;
 /// States of a grammar's automaton; 1 to 2 kB each.
 const MAX_LEXER_STATES: usize = 25_000;
-/// Earley items of one mask; an object of 200 optional fields takes 10,000.
-const MAX_MASK_ITEMS: usize = 20_000;
 /// Time that the masks of a constraint may take: this, and this for each of them. Those of an object of 200
 /// fields take 7 us on average and 0.7 ms at most, those of an ambiguous grammar 250 ms (2 cores, 49,152 words).
 const MASKS_TIME: Duration = Duration::from_secs(1);
@@ -195,7 +193,6 @@ impl GrammarCompiler {
         let limits = factory.limits_mut();
         limits.verbose_errors = false;
         limits.max_lexer_states = MAX_LEXER_STATES;
-        limits.step_max_items = MAX_MASK_ITEMS;
         Ok(Self { factory: Arc::new(factory), compiling: Arc::default() })
     }
 

@@ -121,6 +121,11 @@ impl ApiError {
         Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full", message)
     }
 
+    pub(crate) fn texts_busy() -> Self {
+        let message = "too many long texts are being tokenized".to_owned();
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full", message)
+    }
+
     /// Our fault; the text says nothing about the inside.
     pub(crate) fn internal(message: &str) -> Self {
         let message = message.to_owned();

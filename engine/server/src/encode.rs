@@ -1,9 +1,11 @@
-//! Texts become tokens here, after a look at their length and a few at a time.
+//! Texts become tokens here, after a look at their length, and long ones a few at a time.
 //!
 //! Tokenizing takes up to forty times the memory of its text, and a text that no context holds is refused by its
-//! length in tokens at the end: so one that cannot fit is refused before, and others wait for their turn.
+//! length in tokens at the end: so one that cannot fit is refused before, and long ones wait for their turn, in
+//! which they hold up nobody but each other.
 
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use engine::Tokenizer;
 
@@ -13,8 +15,10 @@ use crate::fields::BadField;
 use crate::job::{needs, unprocessable};
 use crate::prompt_params::Truncate;
 
-/// Texts up to so many bytes are tokenized in any case, for an error that counts tokens.
+/// Texts up to so many bytes are tokenized in any case and at once.
 const CHEAP_BYTES: usize = 1 << 20;
+/// How long a longer one waits for its turn.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Some normalisations make a text shorter before it is cut: this many times at most, generously.
 const SHRINKING: usize = 4;
 
@@ -36,10 +40,10 @@ impl From<Truncate> for Texts {
     }
 }
 
-/// What `encode` makes of `text`, the value of `param` or made of it. Waits for other texts.
+/// What `encode` makes of `text`, the value of `param` or made of it. A long one waits for other long ones.
 ///
 /// # Errors
-/// When there is no tokenizer, the text cannot fit, or it cannot be tokenized.
+/// When there is no tokenizer, the text cannot fit, others take too long, or it cannot be tokenized.
 pub(crate) fn encode(
     app: &App,
     (param, text): (&str, &str),
@@ -56,7 +60,10 @@ pub(crate) fn encode(
         );
         return Err(BadField::new(param, message).with_code("context_length_exceeded").into());
     }
-    let _turn = app.encoding.take();
+    let _turn = match bytes > CHEAP_BYTES {
+        true => Some(app.encoding.take(PATIENCE).ok_or_else(ApiError::texts_busy)?),
+        false => None,
+    };
     encode(tokenizer).map_err(|error| unprocessable(param, &error))
 }
 
@@ -78,12 +85,13 @@ impl Turns {
         Self { free: Mutex::new(free), freed: Condvar::new() }
     }
 
-    /// Waits for a place.
-    fn take(&self) -> Turn<'_> {
+    /// Waits for a place; `None` where there is none in time.
+    fn take(&self, patience: Duration) -> Option<Turn<'_>> {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let free = self.freed.wait_while(free, |free| *free == 0);
-        *free.unwrap_or_else(PoisonError::into_inner) -= 1;
-        Turn(self)
+        let waited = self.freed.wait_timeout_while(free, patience, |free| *free == 0);
+        let (mut free, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        *free = free.checked_sub(1)?;
+        Some(Turn(self))
     }
 }
 
@@ -108,7 +116,7 @@ mod tests {
             for _ in 0..8 {
                 scope.spawn(|| {
                     for _ in 0..200 {
-                        let _turn = turns.take();
+                        let _turn = turns.take(PATIENCE).unwrap();
                         most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                         std::thread::yield_now();
                         inside.fetch_sub(1, Ordering::SeqCst);
@@ -117,6 +125,7 @@ mod tests {
             }
         });
         assert!((1..=2).contains(&most.into_inner()));
-        assert_eq!(turns.free.into_inner().unwrap(), 2);
+        let _both = [0; 2].map(|_| turns.take(Duration::ZERO).unwrap());
+        assert!(turns.take(Duration::from_millis(1)).is_none());
     }
 }

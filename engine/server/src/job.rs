@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::StatusCode;
-use engine::{Continuation, LogprobsMode, Request, SamplingParams, Service, Status, Tokenizer};
+use engine::{
+    Continuation, LogprobsMode, Phase, Request, SamplingParams, Service, Status, Tokenizer,
+};
 
 use crate::access::unique_name;
 use crate::answer::Choice;
@@ -235,9 +237,9 @@ impl Job {
 /// Turns a request away while too many wait.
 fn check_queue(app: &App) -> Result<(), ApiError> {
     let Some(limit) = app.config.max_queued_requests else { return Ok(()) };
-    let Status { waiting, running, pause, .. } = app.service.status();
-    let runs_at_once =
-        waiting == 0 && pause.is_none() && running < app.service.config().max_num_seqs;
+    let Status { waiting, running, pause, phase, .. } = app.service.status();
+    let steps = phase == Phase::Serving && pause.is_none();
+    let runs_at_once = steps && waiting == 0 && running < app.service.config().max_num_seqs;
     if runs_at_once || waiting < limit { Ok(()) } else { Err(ApiError::queue_full(waiting, limit)) }
 }
 
