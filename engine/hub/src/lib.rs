@@ -144,7 +144,8 @@ pub fn download(
         }
     }
     if id.file().is_none() && matches!(choice, Choice::Gguf { .. }) {
-        layout.note(&id.only_gguf(&hub.cache, sha))?;
+        // A cache that cannot be written to is asked about again the next time.
+        let _unwritable = layout.note(&id.only_gguf(&hub.cache, sha));
     }
     layout.publish(sha)?;
     Ok(match choice {

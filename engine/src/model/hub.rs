@@ -5,7 +5,7 @@
 //! downloading: [`resolve`] takes it as a function, and a program without one passes [`no_download`].
 //! Reads no environment; [`HubSettings::from_lookup`] is given a way to look variables up.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::model::{ModelSource, open_builtin};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -217,6 +217,11 @@ pub fn resolve(
         // Opening a part names what is missing.
         Some(Cached::Alone(path) | Cached::Part(path)) if hub.offline => Ok(Located::Path(path)),
         _ if hub.offline => no_download(&id, hub).map(Located::Path),
+        // Without a network it is all there is.
+        Some(Cached::Alone(path)) => match download(&id, hub) {
+            Err(error) if matches!(error.kind(), ErrorKind::Network(_)) => Ok(Located::Path(path)),
+            found => found.map(Located::Path),
+        },
         _ => download(&id, hub).map(Located::Path),
     }
 }
