@@ -46,9 +46,9 @@ impl Output {
     /// pipe or a device, is written to as it is.
     pub(crate) fn replace(path: &Path) -> Result<Self> {
         if is_special(path) {
-            return Self::direct(path, OpenOptions::new().write(true));
+            return Self::direct(path, OpenOptions::new().append(true));
         }
-        let path = target(path);
+        let path = target(path)?;
         let mut part = path.as_os_str().to_owned();
         part.push(".part");
         let part = PathBuf::from(part);
@@ -114,20 +114,38 @@ impl Drop for Output {
     }
 }
 
-/// Whether something is there that is no file.
+/// Whether something is there that is neither a file nor a folder, or stands for what this process has open,
+/// such as `/dev/stdout`.
 pub(crate) fn is_special(path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|found| !found.is_file())
+    let special = |found: fs::Metadata| !found.is_file() && !found.is_dir();
+    fs::metadata(path).is_ok_and(special) || links(path).any(|link| is_descriptor(&link))
+}
+
+/// Whether a path is that of something a process has open.
+fn is_descriptor(path: &Path) -> bool {
+    let Some(folder) = path.parent() else { return false };
+    folder == Path::new("/dev/fd") || (folder.starts_with("/proc") && folder.ends_with("fd"))
+}
+
+/// `path` and what it is a link to, one after the other; as many links as Linux follows.
+fn links(path: &Path) -> impl Iterator<Item = PathBuf> {
+    let next = |path: &PathBuf| {
+        let link = fs::read_link(path).ok()?;
+        Some(path.parent().unwrap_or(Path::new("")).join(link))
+    };
+    std::iter::successors(Some(path.to_owned()), next).take(41)
 }
 
 /// What `path` is in the end a link to, which need not exist.
-fn target(path: &Path) -> PathBuf {
-    let mut path = path.to_owned();
-    // As many links as Linux follows.
-    for _ in 0..40 {
-        let Ok(link) = fs::read_link(&path) else { break };
-        path = path.parent().unwrap_or(Path::new("")).join(link);
+fn target(path: &Path) -> Result<PathBuf> {
+    let last = links(path).last().unwrap_or_else(|| path.to_owned());
+    if last.is_dir() {
+        return Err(Failure::usage(format!("{} is a folder, expected a file", path.display())));
     }
-    path
+    match fs::read_link(&last) {
+        Ok(_) => Err(Failure::usage(format!("{}: links lead in a circle", path.display()))),
+        Err(_) => Ok(last),
+    }
 }
 
 /// Prints text to standard output.

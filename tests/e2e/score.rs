@@ -121,7 +121,17 @@ fn links_stay_links_and_pipes_are_written_to() {
     assert_eq!(names, 1, "nothing is left beside the file");
     fails(
         score(&model, &input).arg("--output").arg(folder.path("other")),
-        1,
-        "other: Is a directory",
+        2,
+        "other is a folder, expected a file",
     );
+    let circle = folder.path("circle");
+    symlink("circle", &circle).unwrap();
+    fails(score(&model, &input).arg("--output").arg(&circle), 2, "links lead in a circle");
+    // What a shell has opened to add to keeps what it has.
+    let log = folder.write("log.jsonl", "before\n");
+    let added = fs::OpenOptions::new().append(true).open(&log).unwrap();
+    let mut command = score(&model, &input);
+    let status = command.args(["--output", "/dev/stdout"]).stdout(added).status().unwrap();
+    assert!(status.success());
+    assert_eq!(fs::read_to_string(&log).unwrap(), format!("before\n{expected}"));
 }
