@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::rl::Lab;
 use super::support::{fails, json_lines, run};
@@ -83,7 +83,9 @@ fn a_program_ends_with_the_run_whatever_ends_it() {
             assert!(kill.is_ok(), "{kill:?}");
             sleep(Duration::from_millis(20));
         }
+        let begun = Instant::now();
         while runs(program.trim()) {
+            assert!(begun.elapsed() < Duration::from_secs(30), "{signal}: it goes on");
             sleep(Duration::from_millis(20));
         }
     }

@@ -110,10 +110,9 @@ fn read<T>(
 /// That the row at `index` of a file has a fault that only shows once all are read; names its line where the
 /// file has lines.
 pub(crate) fn bad_row(path: &Path, index: usize, message: &str) -> Error {
-    let text = match path.extension().is_some_and(|e| e == "parquet") {
-        true => Vec::new(),
-        false => std::fs::read(path).unwrap_or_default(),
-    };
+    // A pipe can be read only once.
+    let has_lines = path.extension().is_none_or(|e| e != "parquet") && path.is_file();
+    let text = if has_lines { std::fs::read(path).unwrap_or_default() } else { Vec::new() };
     let lines = text.split(|byte| *byte == b'\n').enumerate();
     let mut rows = lines.filter(|(_, line)| !line.trim_ascii().is_empty());
     match rows.nth(index) {

@@ -4,7 +4,6 @@
 //! stays. Whoever only reads the folder takes no lock.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io;
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -32,11 +31,8 @@ impl RunLock {
                 "another run writes to {}: wait until it has ended, or choose another --output",
                 run.display()
             ))),
-            // Some network file systems know no locks; nobody could run there.
-            Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => {
-                Ok(Self { _file: file })
-            }
-            Err(TryLockError::Error(e)) => Err(Error::io(&path, e)),
+            // Some network file systems know no locks, and say so in different ways: nobody could run there.
+            Err(TryLockError::Error(_)) => Ok(Self { _file: file }),
         }
     }
 }

@@ -119,9 +119,12 @@ pub fn run_rl_serving(
     let from = Earlier::find(resume, &store, tell)?;
     let checkpoint = from.as_ref().map(|from| &*from.path);
     let mut dtype = None;
-    if let Some(from) = &from {
-        from.check_model(config)?;
-        dtype = from.dtype()?;
+    match &from {
+        Some(from) => {
+            from.check_model(config)?;
+            dtype = from.dtype()?;
+        }
+        None => store.check_start(&config.model.path)?,
     }
     parts.rows = Some(parts.rows.map_or_else(|| train_rows(&config.data), Ok)?);
     let mut val = parts.validation.take().map_or_else(|| val_rows(&config.data), Ok)?;

@@ -99,6 +99,7 @@ pub fn run_sft(
     let output = PathBuf::from(&config.trainer.output);
     let _lock = RunLock::take(&output)?;
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
+    store.check_start(&config.model.path)?;
     let engine = open()?;
     let files = ModelFiles::new(&engine)?;
     let mut config = config.clone();

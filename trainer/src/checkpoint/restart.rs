@@ -18,22 +18,20 @@ impl CheckpointStore {
     /// newest checkpoint from here on finds that one, if it is one of this folder, or else none.
     ///
     /// What an older run left, or this one at later steps, is moved into the next free `checkpoints.old-N`:
-    /// checkpoints, samples and the report, and of an older run also metrics and configuration. Returns that
-    /// folder if there was anything to move.
+    /// checkpoints, samples, the report, metrics and configuration, the last two as copies where this run goes
+    /// on in them. Returns that folder if there was anything to move.
     ///
     /// # Errors
     /// If the folder cannot be changed; what is left is moved when the next run begins here.
     pub fn restart(&self, from: Option<&Path>) -> Result<Option<PathBuf>> {
         let own = from.map_or(Ok(None), |from| self.own_step(from))?;
-        if let Some(step) = own {
-            self.point_latest(step)?;
-        }
         let later = |step: u64| own.is_none_or(|own| step > own);
         let mut checkpoints = steps(&self.run)?;
         checkpoints.retain(|step| later(*step));
         let samples = self.samples(later)?;
         let metrics = fs::metadata(self.run.join(METRICS)).is_ok_and(|file| file.len() > 0);
         if checkpoints.is_empty() && samples.is_empty() && !(own.is_none() && metrics) {
+            own.map_or(Ok(()), |step| self.point_latest(step))?;
             return Ok(None);
         }
         let mut names = (1_u64..).map(|n| self.run.join(format!("{CHECKPOINTS}.old-{n}")));
@@ -43,19 +41,24 @@ impl CheckpointStore {
                 Some(_) => self.take_later(&checkpoints, &aside)?,
                 None => self.take_all(&aside)?,
             }
-            let records = if own.is_none() { &RECORDS[..] } else { &[REPORT] };
-            for name in records.iter().filter(|name| self.run.join(name).exists()) {
-                fs::rename(self.run.join(name), aside.join(name))?;
+            for name in RECORDS.iter().filter(|name| self.run.join(name).exists()) {
+                let (from, to) = (self.run.join(name), aside.join(name));
+                match own.is_some() && *name != REPORT {
+                    // The run goes on in them, from where it goes back to.
+                    true => copy(&from, &to)?,
+                    false => relocate(&from, &to)?,
+                }
             }
             if !samples.is_empty() {
                 fs::create_dir_all(aside.join(SAMPLES))?;
             }
             for name in samples.iter().map(|name| Path::new(SAMPLES).join(name)) {
-                fs::rename(self.run.join(&name), aside.join(&name))?;
+                relocate(&self.run.join(&name), &aside.join(&name))?;
             }
             sync_dir(&self.run)
         };
         swap().map_err(|e: io::Error| Error::io(&aside, e))?;
+        own.map_or(Ok(()), |step| self.point_latest(step))?;
         Ok(Some(aside))
     }
 
@@ -79,11 +82,19 @@ impl CheckpointStore {
         Ok(names)
     }
 
-    /// Moves all checkpoints, at once.
+    /// Moves all checkpoints: at once, or one by one where their folder is a link, which stays.
     fn take_all(&self, aside: &Path) -> io::Result<()> {
         let (dir, latest) = (self.run.join(CHECKPOINTS), self.run.join(LATEST));
-        fs::rename(&dir, aside)?;
-        fs::create_dir(&dir)?;
+        if dir.is_symlink() {
+            fs::create_dir(aside)?;
+            for entry in fs::read_dir(&dir)? {
+                let entry = entry?;
+                relocate(&entry.path(), &aside.join(entry.file_name()))?;
+            }
+        } else {
+            fs::rename(&dir, aside)?;
+            fs::create_dir(&dir)?;
+        }
         if latest.exists() { fs::remove_file(&latest) } else { Ok(()) }
     }
 
@@ -91,7 +102,49 @@ impl CheckpointStore {
     fn take_later(&self, steps: &[u64], aside: &Path) -> io::Result<()> {
         fs::create_dir(aside)?;
         steps.iter().try_for_each(|step| {
-            fs::rename(self.step_dir(*step), aside.join(format!("{STEP}{step}")))
+            relocate(&self.step_dir(*step), &aside.join(format!("{STEP}{step}")))
         })
     }
+
+    /// Fails where the model that a run begins from lies among what [`restart`](Self::restart) moves for it.
+    ///
+    /// # Errors
+    /// `ErrorKind::Config`, naming both.
+    pub(crate) fn check_start(&self, model: &str) -> Result<()> {
+        let checkpoints = self.run.join(CHECKPOINTS).canonicalize();
+        let within =
+            |dir: PathBuf| Path::new(model).canonicalize().is_ok_and(|m| m.starts_with(dir));
+        if !checkpoints.is_ok_and(within) {
+            return Ok(());
+        }
+        Err(Error::config(format!(
+            "model.path {model} lies among the checkpoints of {}, which make way for a run that begins there: \
+             choose another --output",
+            self.run.display()
+        )))
+    }
+}
+
+/// Moves a file or a folder, to another file system too.
+fn relocate(from: &Path, to: &Path) -> io::Result<()> {
+    match fs::rename(from, to) {
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
+            copy(from, to)?;
+            if from.is_dir() { fs::remove_dir_all(from) } else { fs::remove_file(from) }
+        }
+        done => done,
+    }
+}
+
+/// Copies a file, or a folder with all that is in it.
+fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    if !from.is_dir() {
+        return fs::copy(from, to).map(drop);
+    }
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        copy(&entry.path(), &to.join(entry.file_name()))?;
+    }
+    Ok(())
 }

@@ -102,7 +102,7 @@ fn a_run_that_goes_back_moves_later_steps_aside() {
     assert_eq!(store.restart(Some(&second.path)).unwrap(), Some(aside.clone()));
     assert_eq!(store.find_latest().unwrap().checkpoint, Some(second));
     verify(&aside.join("step_3")).unwrap();
-    let moved = ["report.html", "samples/step_3.jsonl"];
+    let moved = ["report.html", "samples/step_3.jsonl", "metrics.jsonl"];
     assert!(moved.iter().all(|name| aside.join(name).exists()));
     let left = ["checkpoints/step_1", "metrics.jsonl", "samples/step_2.jsonl"];
     assert!(left.iter().all(|name| dir.path().join(name).exists()) && !third.path.exists());

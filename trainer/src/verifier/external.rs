@@ -165,8 +165,15 @@ fn read(text: &str, id: u64) -> std::result::Result<Answer, String> {
     let Value::Object(answer) = answer else {
         return Err("the answer is not one object".to_owned());
     };
-    if answer.get("id").is_none_or(|got| got.as_u64() != Some(id)) {
-        return Err(format!("the answer is not to request {id}"));
+    match answer.get("id").map(Value::as_u64) {
+        Some(Some(got)) if got == id => {}
+        // Who scores without saying what will do so again.
+        None | Some(None) if answer.contains_key("score") => {
+            let message =
+                format!("the answer does not repeat the id {id} of its request, a number");
+            return Ok(Err(Failure::Broken(message)));
+        }
+        _ => return Err(format!("the answer is not to request {id}")),
     }
     Ok(if finite { verdict(&answer) } else { Err("the score is not finite".to_owned()) }
         .map_err(Failure::Broken))
@@ -212,6 +219,11 @@ mod tests {
             (r#"{"id": 3, "score": [1, 0]}"#, "the score is [1,0], expected a number"),
             (r#"{"id": 3, "score": -Infinity}"#, "the score is not finite"),
             (r#"{"id": 3}"#, "the answer has no score"),
+            (
+                r#"{"id": "3", "score": 1}"#,
+                "the answer does not repeat the id 3 of its request, a number",
+            ),
+            (r#"{"score": 1}"#, "the answer does not repeat the id 3 of its request, a number"),
         ] {
             assert_eq!(read(text, 3), Ok(Err(Failure::Broken(reason.to_owned()))), "{text}");
         }
