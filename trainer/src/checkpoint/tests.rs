@@ -90,6 +90,26 @@ fn a_new_run_moves_the_files_of_an_older_one_aside() {
 }
 
 #[test]
+fn a_folder_of_checkpoints_that_is_a_link_stays_one() {
+    let (dir, disk) = (TestDir::new("link"), TestDir::new("disk"));
+    std::os::unix::fs::symlink(disk.path(), dir.path().join("checkpoints")).unwrap();
+    let store = CheckpointStore::open(dir.path(), 0).unwrap();
+    save(&store, 1);
+    let aside = dir.path().join("checkpoints.old-1");
+    assert_eq!(store.restart(None).unwrap(), Some(aside.clone()));
+    verify(&aside.join("step_1")).unwrap();
+    assert!(dir.path().join("checkpoints").is_symlink());
+    let again = save(&store, 2);
+    assert!(disk.path().join("step_2").is_dir());
+    // A run that begins here would move what it begins from.
+    let model = again.path.to_string_lossy();
+    let e = store.check_start(&model).unwrap_err().to_string();
+    assert!(e.starts_with(&format!("model.path {model} lies among")), "{e}");
+    store.check_start(&aside.join("step_1").to_string_lossy()).unwrap();
+    store.check_start("builtin:arith").unwrap();
+}
+
+#[test]
 fn a_run_that_goes_back_moves_later_steps_aside() {
     let dir = TestDir::new("back");
     let store = CheckpointStore::open(dir.path(), 0).unwrap();

@@ -100,6 +100,11 @@ fn gguf_files_of_the_cache_are_opened_by_name_or_alone() {
     assert_eq!(find("org/name"), first);
     assert_eq!(find("org/name:a-00001-of-00002.gguf"), first);
     assert_eq!(find("org/name:b.gguf"), None);
+    // The repository may hold more; it is asked, and where nobody answers this is all there is.
+    let asked = |answer: fn() -> Result<PathBuf>| resolve("org/name", &hub, |_, _| answer());
+    assert_eq!(asked(|| Ok("other".into())).ok(), Some(Located::Path("other".into())));
+    assert_eq!(asked(|| Err(Error::network("refused"))).ok(), first);
+    assert!(asked(|| Err(Error::model("no such repository"))).is_err());
     std::fs::write(snapshot.join("b.gguf"), "").unwrap();
     assert_eq!(find("org/name:b.gguf"), Some(Located::Path(snapshot.join("b.gguf"))));
     assert_eq!(find("org/name"), None, "there are two");
