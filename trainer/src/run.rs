@@ -228,6 +228,12 @@ impl Run {
             self.validate(&mut metrics, tell)?;
             self.metrics.write(&metrics)?;
         }
+        if self.owes_validation() {
+            let mut metrics = Metrics::new();
+            metrics.set(name::GLOBAL_STEP, self.trainer.steps() as f64);
+            self.validate(&mut metrics, tell)?;
+            self.metrics.write(&metrics)?;
+        }
         let mut saved = None;
         while self.trainer.steps() < settings.total_steps {
             let (mut metrics, samples) =
@@ -237,7 +243,7 @@ impl Run {
             let due = |every: u64| every > 0 && step.is_multiple_of(every);
             let last = step == settings.total_steps;
             write_samples(&self.output, step, &samples)?;
-            if (due(settings.test_freq) || (last && settings.test_freq > 0))
+            if self.validates(step)
                 && let Err(error) = self.validate(&mut metrics, tell)
             {
                 return Err(self.rescue(error, Some(&mut metrics), tell));
@@ -264,6 +270,22 @@ impl Run {
             None => self.store.find_latest()?.checkpoint.map_or(self.output.clone(), |c| c.path),
         };
         Ok(Interrupt::Done { report, checkpoint })
+    }
+
+    /// Whether a validation follows the step.
+    fn validates(&self, step: u64) -> bool {
+        let settings = &self.trainer.config.trainer;
+        let due = || step.is_multiple_of(settings.test_freq) || step == settings.total_steps;
+        settings.test_freq > 0 && due()
+    }
+
+    /// Whether the step that the run goes on from has no validation yet, as that has failed.
+    fn owes_validation(&self) -> bool {
+        let step = self.trainer.steps();
+        self.saved == Some(step)
+            && self.validates(step)
+            && self.metrics.last(name::GLOBAL_STEP) == Some(step as f64)
+            && self.metrics.last("val/accuracy").is_none()
     }
 
     fn report(&self) -> Result<PathBuf> {

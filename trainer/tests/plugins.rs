@@ -284,6 +284,44 @@ fn a_run_that_fails_keeps_what_it_has_learnt() {
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
+#[test]
+fn a_validation_that_fails_is_made_good_when_the_run_goes_on() {
+    let dir = std::env::temp_dir().join(format!("trainer-owed-{}", std::process::id()));
+    let folder = dir.display().to_string();
+    let pairs = [
+        ("reward.on_error", "fail"),
+        ("trainer.total_steps", "2"),
+        ("trainer.test_freq", "2"),
+        ("trainer.val_before_train", "false"),
+        ("trainer.output", &folder),
+    ];
+    let run = |broken: bool| {
+        let held_out =
+            || rows().into_iter().map(|row| Row { data_source: Some("val".into()), ..row });
+        let reward = move |row: &Row, text: &str| match broken && row.data_source.is_some() {
+            true => f64::NAN,
+            false => text.len() as f64,
+        };
+        let parts = Parts::new().rows(rows()).validation(held_out().collect::<Vec<_>>());
+        let mut open = |checkpoint: Option<&Path>, _| Ok(engine(checkpoint));
+        let start = (&Resume::Auto, parts.reward(reward));
+        run_rl(&config("grpo", &pairs), start, &mut open, &|| false, &mut |_| ())
+    };
+    let validated = || {
+        let lines = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+        lines.lines().filter(|line| line.contains("\"val/accuracy\"")).count()
+    };
+    for _ in 0..2 {
+        run(true).unwrap_err();
+        assert_eq!(validated(), 0);
+    }
+    for _ in 0..2 {
+        run(false).unwrap();
+        assert_eq!(validated(), 1);
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
 /// GRPO whose second update of step 2 fails.
 struct HalfWay;
 
