@@ -51,7 +51,11 @@ pub(crate) fn encode(
     encode: impl FnOnce(&Tokenizer) -> engine::Result<Vec<u32>>,
 ) -> Result<Vec<u32>, ApiError> {
     let tokenizer = app.service.tokenizer().ok_or_else(|| needs(param, "a tokenizer"))?;
+    let encoded = || encode(tokenizer).map_err(|error| unprocessable(param, &error));
     let (bytes, context) = (text.len(), app.service.max_model_len());
+    if bytes <= CHEAP_BYTES {
+        return encoded();
+    }
     let longest = tokenizer.longest_token_bytes();
     let limit = context.saturating_mul(longest).saturating_mul(SHRINKING).max(CHEAP_BYTES);
     if texts == Texts::Fitting && bytes > limit {
@@ -60,11 +64,8 @@ pub(crate) fn encode(
         );
         return Err(BadField::new(param, message).with_code("context_length_exceeded").into());
     }
-    let _turn = match bytes > CHEAP_BYTES {
-        true => Some(app.encoding.take(PATIENCE).ok_or_else(ApiError::texts_busy)?),
-        false => None,
-    };
-    encode(tokenizer).map_err(|error| unprocessable(param, &error))
+    let _turn = app.encoding.take(PATIENCE).ok_or_else(ApiError::texts_busy)?;
+    encoded()
 }
 
 /// Places for those who do something that few may do at once.

@@ -95,14 +95,13 @@ impl Speller<'_> {
     /// What a token is called where names have to tell tokens apart: its text, or, where it is a part of a
     /// character, its bytes in the form of OpenAI's first API, `bytes:\xf0\x9f`.
     fn name(self, token: u32) -> String {
-        let bytes = self.bytes(token);
-        match std::str::from_utf8(&bytes) {
-            Ok(_) => self.text(token),
-            Err(_) => {
-                let hex = bytes.iter().map(|byte| format!("\\x{byte:02x}"));
-                std::iter::once("bytes:".to_owned()).chain(hex).collect()
-            }
+        if self.tokenizer.is_none() {
+            return self.text(token);
         }
+        String::from_utf8(self.bytes(token)).unwrap_or_else(|part| {
+            let hex = part.as_bytes().iter().map(|byte| format!("\\x{byte:02x}"));
+            std::iter::once("bytes:".to_owned()).chain(hex).collect()
+        })
     }
 
     fn alternative(self, token: u32, logprob: f32) -> Alternative {
