@@ -69,6 +69,7 @@ pub mod name {
     pub const VERSION_MAX: &str = "rollout/weight_version_max";
     pub const REWARD_FAILURES: &str = "reward/failures";
     pub const REWARD_TIMEOUTS: &str = "reward/timeouts";
+    pub const VAL_ACCURACY: &str = "val/accuracy";
     pub const TIME_STEP: &str = "timing_s/step";
     pub const TIME_GEN: &str = "timing_s/gen";
     pub const TIME_REWARD: &str = "timing_s/reward";

@@ -285,7 +285,7 @@ impl Run {
         self.saved == Some(step)
             && self.validates(step)
             && self.metrics.last(name::GLOBAL_STEP) == Some(step as f64)
-            && self.metrics.last("val/accuracy").is_none()
+            && self.metrics.last(name::VAL_ACCURACY).is_none()
     }
 
     fn report(&self) -> Result<PathBuf> {

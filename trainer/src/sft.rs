@@ -119,7 +119,7 @@ pub fn run_sft(
         let due = |every: u64| every > 0 && step.is_multiple_of(every);
         if !sft.val.is_empty() && (due(t.test_freq) || (last && t.test_freq > 0)) {
             let validation = sft.validate()?;
-            line.set("val/accuracy", validation.accuracy);
+            line.set(name::VAL_ACCURACY, validation.accuracy);
             tell(Progress::Validated(step, validation));
         }
         metrics.write(&line)?;

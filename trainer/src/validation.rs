@@ -5,7 +5,7 @@ use engine::Host;
 use crate::data::Row;
 use crate::error::Result;
 use crate::eval::{EvalSettings, Evaluation, Judge, evaluate};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, name};
 use crate::trainer::Trainer;
 use crate::verifier::Counts;
 
@@ -32,7 +32,7 @@ impl Validation {
     /// Writes `val/accuracy`, `val/reward`, `val/reward_failures`, `val/reward_timeouts` and verl's
     /// metrics of each source.
     pub fn record(&self, metrics: &mut Metrics) {
-        metrics.set("val/accuracy", self.accuracy);
+        metrics.set(name::VAL_ACCURACY, self.accuracy);
         metrics.set("val/reward", self.reward);
         metrics.set("val/reward_failures", self.failed.failures as f64);
         metrics.set("val/reward_timeouts", self.failed.timeouts as f64);

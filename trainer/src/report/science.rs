@@ -34,7 +34,7 @@ impl Reward {
         let get = |name: &str| line.get(name)?.as_f64();
         match self {
             Self::Training => get(name::ACCURACY).or_else(|| get(name::SCORE_MEAN)),
-            Self::Validation => get("val/accuracy").or_else(|| {
+            Self::Validation => get(name::VAL_ACCURACY).or_else(|| {
                 let source = |n: &&String| n.starts_with("val-core/") && n.contains("/acc/mean@");
                 let values: Vec<f64> = line.keys().filter(source).filter_map(|n| get(n)).collect();
                 let n = values.len() as f64;
