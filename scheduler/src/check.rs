@@ -68,10 +68,17 @@ impl Scheduler {
         }
         ensure!(sequence.remaining() > 0, "runs but has nothing to run");
         ensure!(table <= sequence.max_blocks, "{table} blocks, limit {}", sequence.max_blocks);
-        let end = sequence.computed + sequence.planned.map_or(0, |planned| planned.len);
-        ensure!(end <= tokens, "is planned to {end} of {tokens} tokens");
+        let (end, guesses) = match sequence.planned {
+            Some(planned) => (sequence.computed + planned.len, planned.guesses),
+            None => (sequence.computed, 0),
+        };
+        let known = sequence.known();
+        ensure!(end <= known, "is planned to {end} of {known} tokens");
+        ensure!(guesses == 0 || end == known, "guesses behind {end} of {known} tokens");
+        ensure!(guesses == 0 || tokens < limit, "guesses up to its limit of {limit} tokens");
         let room = table * self.config.block_size;
-        ensure!(end <= room, "is planned to {end}, its table has room for {room}");
+        let rows = end + guesses;
+        ensure!(rows <= room, "is planned to {rows}, its table has room for {room}");
         let offered = sequence.chain.blocks;
         let full = end / self.config.block_size;
         ensure!(offered <= full, "{offered} blocks offered, {full} are full");
@@ -109,12 +116,13 @@ impl Scheduler {
     fn check_plan(&self) -> Result<(), String> {
         let mut budget = self.config.max_num_batched_tokens;
         let mut with_slice = 0;
-        for &Slice { seq, start, len, samples } in &self.plan.slices {
-            ensure!(len > 0 && len <= budget, "a slice of {len} tokens, budget is {budget}");
-            budget -= len;
+        for slice in &self.plan.slices {
+            let (Slice { seq, start, len, samples, guesses }, rows) = (*slice, slice.rows());
+            ensure!(len > 0 && rows <= budget, "a slice of {rows} tokens, budget is {budget}");
+            budget -= rows;
             let Some(sequence) = self.sequences.get(seq) else { continue };
-            let planned = sequence.planned.map(|planned| (sequence.computed, planned.len));
-            ensure!(planned == Some((start, len)), "sequence {} plans {planned:?}", seq.0);
+            let planned = sequence.planned.map(|p| (sequence.computed, p.len, p.guesses));
+            ensure!(planned == Some((start, len, guesses)), "sequence {} plans {planned:?}", seq.0);
             ensure!(samples == sequence.samples_at(start + len), "sequence {} samples", seq.0);
             with_slice += 1;
         }
@@ -122,6 +130,8 @@ impl Scheduler {
         let planned = planned.count();
         ensure!(planned == with_slice, "{planned} sequences have slices, {with_slice} are in it");
         let in_flight = self.phase == Phase::Planned;
+        let room = if in_flight { budget } else { 0 };
+        ensure!(self.plan.room == room, "room for {} tokens, {room} are left", self.plan.room);
         ensure!(in_flight != self.plan.slices.is_empty(), "phase {:?}", self.phase);
         Ok(())
     }

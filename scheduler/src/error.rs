@@ -70,8 +70,8 @@ pub enum ErrorKind {
     UnknownSequence(SeqId),
     /// A token was given for a sequence that does not sample in this plan.
     NotSampling(SeqId),
-    /// Two tokens were given for one sequence.
-    SampledTwice(SeqId),
+    /// A token was given for a sequence after this one, which was not guessed.
+    NotGuessed(SeqId, u32),
     /// A sequence that samples in this plan was given no token.
     MissingSample(SeqId),
     /// An update was asked for while there is work.
@@ -117,8 +117,12 @@ impl fmt::Display for Error {
             ErrorKind::NotSampling(id) => {
                 write!(f, "sequence {} does not sample in this plan", id.0)
             }
-            ErrorKind::SampledTwice(id) => {
-                write!(f, "sequence {} was given two tokens, limit is 1", id.0)
+            ErrorKind::NotGuessed(id, token) => {
+                write!(
+                    f,
+                    "sequence {} was given a token after {token}, which was not guessed",
+                    id.0
+                )
             }
             ErrorKind::MissingSample(id) => write!(f, "sequence {} was given no token", id.0),
             ErrorKind::Busy { running, waiting } => write!(

@@ -30,6 +30,9 @@
 //!   fits: `add` refused it otherwise. If nobody runs, all blocks are free, and the first waiting
 //!   sequence is admitted for the same reason.
 //!
+//! Guesses of what follows ([`Scheduler::guess`]) come last: they take what is left of the budget, and no
+//! block that a running sequence may need for its next known token.
+//!
 //! A step costs O(1) per running sequence, and O(known tokens) once per admission; the first waiting
 //! sequence looks up its prefix again, without hashing it again, in each step in which it must wait
 //! for memory.
@@ -53,6 +56,15 @@ pub struct Slice {
     /// `max_total_tokens` is not reached. So the last slice of a prompt that is only scored
     /// (`max_total_tokens` equals its length) does not sample.
     pub samples: bool,
+    /// How many guessed tokens are run behind `len` known ones; 0 unless it samples.
+    pub guesses: usize,
+}
+
+impl Slice {
+    /// Tokens that are run, known and guessed.
+    pub fn rows(&self) -> usize {
+        self.len + self.guesses
+    }
 }
 
 /// The slices of one step.
@@ -60,17 +72,21 @@ pub struct Slice {
 pub struct Plan {
     /// At most one slice per sequence, in the order of admission.
     pub slices: Vec<Slice>,
+    /// Tokens that the budget leaves.
+    pub room: usize,
     /// Sequences that gave up their blocks and wait again, the one admitted last first.
     pub preempted: Vec<SeqId>,
 }
 
 impl Plan {
     pub(crate) fn with_capacity(sequences: usize) -> Self {
-        Self { slices: Vec::with_capacity(sequences), preempted: Vec::with_capacity(sequences) }
+        let (slices, preempted) = (Vec::with_capacity(sequences), Vec::with_capacity(sequences));
+        Self { slices, room: 0, preempted }
     }
 
     pub(crate) fn clear(&mut self) {
         self.slices.clear();
+        self.room = 0;
         self.preempted.clear();
     }
 }
@@ -158,11 +174,45 @@ impl Scheduler {
         let sequence = &mut self.sequences[slot];
         let (start, len) = (sequence.computed, sequence.remaining().min(room.tokens));
         let end = start + len;
-        sequence.planned = Some(Planned { len, origin, token: None, chain_before: sequence.chain });
+        let chain_before = sequence.chain;
+        let planned = Planned { len, guesses: 0, origin, confirmed: 0, token: None, chain_before };
+        sequence.planned = Some(planned);
         self.memory.enter_full_blocks(sequence, end);
         let samples = sequence.samples_at(end);
-        self.plan.slices.push(Slice { seq: sequence.id, start, len, samples });
+        self.plan.slices.push(Slice { seq: sequence.id, start, len, samples, guesses: 0 });
         room.tokens -= len;
         room.headroom += usize::from(sequence.max_blocks > sequence.blocks.len());
+    }
+    /// Lets slice `at` of the plan in flight run `guesses` behind its known tokens: as many of them as the
+    /// budget has room for, the sequence may still become long, and blocks are free that no running
+    /// sequence needs for its next token. Returns how many; 0 if the slice does not sample, has guesses
+    /// already, or its sequence is gone.
+    ///
+    /// A guess costs no correctness: [`commit`](Self::commit) takes the tokens that were sampled, and
+    /// keeps what was computed for guesses as far as they were the same.
+    pub fn guess(&mut self, at: usize, guesses: &[u32]) -> usize {
+        let Some(&Slice { seq, samples: true, guesses: 0, .. }) = self.plan.slices.get(at) else {
+            return 0;
+        };
+        let Some(slot) = self.sequences.slot(seq) else { return 0 };
+        let sequence = &mut self.sequences[slot];
+        // The token drawn after the last guess must fit too.
+        let most = sequence.max_total_tokens - sequence.known() - 1;
+        let wanted = guesses.len().min(self.plan.room).min(most);
+        let end = sequence.known() + wanted;
+        while sequence.blocks.len() * self.config.block_size < end
+            && self.memory.pool.free() > self.running.len()
+        {
+            sequence.blocks.extend(self.memory.allocate());
+        }
+        let given = wanted.min(sequence.blocks.len() * self.config.block_size - sequence.known());
+        sequence.tokens.extend_from_slice(&guesses[..given]);
+        if let Some(planned) = &mut sequence.planned {
+            planned.guesses = given;
+        }
+        self.plan.slices[at].guesses = given;
+        self.plan.room -= given;
+        self.debug_check();
+        given
     }
 }

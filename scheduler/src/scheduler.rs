@@ -197,6 +197,7 @@ impl Scheduler {
             self.admit_waiting(&mut room);
         }
         if !self.plan.slices.is_empty() {
+            self.plan.room = room.tokens;
             self.phase = Phase::Planned;
         }
         self.debug_check();
@@ -210,15 +211,16 @@ impl Scheduler {
     }
 
     /// The plan was run: its tokens are computed, its full blocks can be found by others from here
-    /// on, and `sampled` is appended, one token (in any order) for each slice that
-    /// [`samples`](crate::Slice::samples). Tokens of sequences finished or aborted since are ignored. A
+    /// on, and `sampled` is appended: one token for each slice that [`samples`](crate::Slice::samples), and
+    /// up to as many more as it had guesses, as long as the tokens before them are those that were guessed.
+    /// The tokens of a slice come in their order, slices in any. Tokens of sequences finished or aborted since are ignored. A
     /// sequence that has thereby reached its `max_total_tokens` gives up its blocks and is neither
     /// running nor waiting any more; its tokens can be read until it is finished. Committing an
     /// empty plan does nothing.
     ///
     /// # Errors
-    /// Refuses, and changes nothing, if a token is missing, given twice, or given for a sequence that
-    /// does not sample in this plan; and during an update.
+    /// Refuses, and changes nothing, if a token is missing, given though the one before it was not guessed,
+    /// or given for a sequence that does not sample in this plan; and during an update.
     pub fn commit(&mut self, sampled: &[(SeqId, u32)]) -> Result<(), Error> {
         if self.phase == Phase::Updating {
             return Err(ErrorKind::Updating.into());
@@ -278,6 +280,11 @@ impl Scheduler {
 
     /// Prompt and generated tokens of a sequence; empty for one that does not exist.
     pub fn tokens(&self, id: SeqId) -> &[u32] {
+        self.sequences.get(id).map_or(&[], |sequence| &sequence.tokens[..sequence.known()])
+    }
+
+    /// The same with the guesses behind them that the plan in flight runs.
+    pub fn tokens_and_guesses(&self, id: SeqId) -> &[u32] {
         self.sequences.get(id).map_or(&[], |sequence| &sequence.tokens)
     }
 
@@ -419,8 +426,11 @@ impl Scheduler {
             let samples = sequence.samples_at(end);
             match &mut sequence.planned {
                 Some(planned) if samples => {
-                    if planned.token.replace(token).is_some() {
-                        return Err(ErrorKind::SampledTwice(id).into());
+                    let guess = &sequence.tokens[end + planned.confirmed..];
+                    match planned.token.replace(token) {
+                        Some(before) if guess.first() == Some(&before) => planned.confirmed += 1,
+                        Some(before) => return Err(ErrorKind::NotGuessed(id, before).into()),
+                        None => {}
                     }
                 }
                 _ => return Err(ErrorKind::NotSampling(id).into()),
@@ -440,7 +450,7 @@ impl Scheduler {
         for slice in &self.plan.slices {
             let Some(slot) = self.sequences.slot(slice.seq) else { continue };
             if let Some(planned) = &mut self.sequences[slot].planned {
-                planned.token = None;
+                (planned.confirmed, planned.token) = (0, None);
             }
         }
     }
@@ -448,10 +458,15 @@ impl Scheduler {
     /// Commits the slice of `slot`.
     fn apply(&mut self, slot: u32) {
         let sequence = &mut self.sequences[slot];
-        let planned = sequence.planned.take().expect("sequences of the plan have their slice");
-        sequence.computed += planned.len;
+        let planned = sequence.close_planned();
+        sequence.computed += planned.len + planned.confirmed;
         sequence.has_run = true;
         sequence.tokens.extend(planned.token);
+        if planned.confirmed > 0 {
+            // What was known is entered when it is planned; whether a guess was right is known now.
+            self.memory.enter_full_blocks(sequence, sequence.computed);
+            self.memory.index.confirm_pending();
+        }
         if sequence.is_over() {
             self.memory.release(&mut sequence.blocks);
             sequence.state = State::Ended;
@@ -462,7 +477,7 @@ impl Scheduler {
     /// Rolls the slice of `slot` back.
     fn undo(&mut self, slot: u32) {
         let sequence = &mut self.sequences[slot];
-        let planned = sequence.planned.take().expect("sequences of the plan have their slice");
+        let planned = sequence.close_planned();
         sequence.chain = planned.chain_before;
         if planned.origin == Origin::Admitted {
             if !sequence.has_run {
@@ -493,7 +508,7 @@ impl Scheduler {
         true
     }
 
-    fn debug_check(&self) {
+    pub(crate) fn debug_check(&self) {
         if cfg!(debug_assertions)
             && let Err(broken) = self.check()
         {

@@ -34,8 +34,12 @@ pub(crate) enum Origin {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Planned {
     pub(crate) len: usize,
+    /// Guesses that run behind them; the sequence's tokens end with these until the plan is closed.
+    pub(crate) guesses: usize,
     pub(crate) origin: Origin,
-    /// The token given for this slice, while a commit is being verified.
+    /// How many guesses the tokens given for this slice confirm, while a commit is being verified...
+    pub(crate) confirmed: usize,
+    /// ... and the token given after those.
     pub(crate) token: Option<u32>,
     pub(crate) chain_before: ChainEnd,
 }
@@ -53,7 +57,7 @@ pub(crate) struct ChainEnd {
 pub(crate) struct Sequence {
     pub(crate) id: SeqId,
     pub(crate) state: State,
-    /// Prompt and generated tokens.
+    /// Prompt and generated tokens, and guesses of the plan in flight.
     pub(crate) tokens: Vec<u32>,
     pub(crate) prompt_len: usize,
     pub(crate) max_total_tokens: usize,
@@ -102,21 +106,34 @@ impl Sequence {
         }
     }
 
+    /// How many tokens are known: all but guesses.
+    pub(crate) fn known(&self) -> usize {
+        self.tokens.len() - self.planned.map_or(0, |planned| planned.guesses)
+    }
+
     /// Known tokens that are still to be run.
     pub(crate) fn remaining(&self) -> usize {
-        self.tokens.len() - self.computed
+        self.known() - self.computed
+    }
+
+    /// Takes its slice off, and with it the guesses that were not confirmed.
+    pub(crate) fn close_planned(&mut self) -> Planned {
+        let known = self.known();
+        let planned = self.planned.take().expect("sequences of the plan have their slice");
+        self.tokens.truncate(known + planned.confirmed);
+        planned
     }
 
     /// Whether a slice up to `end` wants a token: it ends with the last known token and there may
     /// be another.
     pub(crate) fn samples_at(&self, end: usize) -> bool {
-        end == self.tokens.len() && end < self.max_total_tokens
+        end == self.known() && end < self.max_total_tokens
     }
 
     /// Whether all that was asked for is done. A generated last token is never run; a prompt that
     /// is scored is run to its end.
     pub(crate) fn is_over(&self) -> bool {
-        self.tokens.len() == self.max_total_tokens
+        self.known() == self.max_total_tokens
             && (self.prompt_len < self.max_total_tokens || self.remaining() == 0)
     }
 

@@ -40,7 +40,7 @@ fn step(scheduler: &mut Scheduler, token: u32) -> Vec<Slice> {
 }
 
 fn slice(seq: SeqId, start: usize, len: usize, samples: bool) -> Slice {
-    Slice { seq, start, len, samples }
+    Slice { seq, start, len, samples, guesses: 0 }
 }
 
 #[test]
@@ -221,7 +221,7 @@ fn a_commit_with_wrong_tokens_is_refused_and_changes_nothing() {
     };
     assert_eq!(refused(&mut s, &[]), ErrorKind::MissingSample(sampling));
     let twice = [(sampling, 1), (sampling, 1)];
-    assert_eq!(refused(&mut s, &twice), ErrorKind::SampledTwice(sampling));
+    assert_eq!(refused(&mut s, &twice), ErrorKind::NotGuessed(sampling, 1));
     for id in [chunked, waiting] {
         assert_eq!(refused(&mut s, &[(sampling, 1), (id, 1)]), ErrorKind::NotSampling(id));
     }
@@ -320,4 +320,71 @@ fn four_thousand_sequences_run_together() {
     assert_eq!(s.stats().hit_tokens, 512 * 7 * 16);
     assert!(ids.iter().all(|&id| s.tokens(id).len() == 40 && s.finish(id)));
     assert_eq!(s.stats().free_blocks, 3 * 4096);
+}
+
+/// A scheduler with one sequence of 14 tokens, to end at 40, in whose plan these guesses run.
+fn guessing(guesses: &[u32]) -> (Scheduler, SeqId) {
+    let mut s = scheduler(config());
+    let seq = add(&mut s, 0, 14, 40);
+    s.plan().unwrap();
+    assert_eq!(s.guess(0, guesses), guesses.len());
+    (s, seq)
+}
+
+#[test]
+fn guesses_run_behind_the_known_tokens_and_right_ones_are_kept() {
+    let (mut s, seq) = guessing(&[7, 8, 9]);
+    let guessed = Slice { guesses: 3, ..slice(seq, 0, 14, true) };
+    assert_eq!((s.planned().slices[0], s.planned().room), (guessed, 64 - 17));
+    assert_eq!((s.tokens(seq).len(), &s.tokens_and_guesses(seq)[14..]), (14, &[7, 8, 9][..]));
+    assert_eq!(s.blocks(seq).len(), 2);
+    // The first two were right, and a third token follows them.
+    s.commit(&[(seq, 7), (seq, 8), (seq, 5)]).unwrap();
+    assert_eq!(s.tokens(seq)[14..], [7, 8, 5]);
+    assert_eq!(s.tokens_and_guesses(seq), s.tokens(seq));
+    // What the guesses filled can be found at once; only the last token is still to be run.
+    assert_eq!(s.stats().cached_blocks, 1);
+    assert_eq!(step(&mut s, 1), [slice(seq, 16, 1, true)]);
+}
+
+#[test]
+fn a_token_behind_a_wrong_guess_is_refused() {
+    let (mut s, seq) = guessing(&[7, 8]);
+    let refused = |error: scheduler::Error| error.to_string();
+    let wrong = s.commit(&[(seq, 6), (seq, 8)]).unwrap_err();
+    assert_eq!(refused(wrong), "sequence 0 was given a token after 6, which was not guessed");
+    let beyond = s.commit(&[(seq, 7), (seq, 8), (seq, 1), (seq, 1)]).unwrap_err();
+    assert_eq!(refused(beyond), "sequence 0 was given a token after 1, which was not guessed");
+    s.commit(&[(seq, 7), (seq, 8), (seq, 1)]).unwrap();
+    assert_eq!(s.tokens(seq)[14..], [7, 8, 1]);
+}
+
+#[test]
+fn a_rollback_and_an_end_forget_guesses() {
+    let (mut s, seq) = guessing(&[7, 8, 9]);
+    s.rollback().unwrap();
+    assert_eq!((s.tokens_and_guesses(seq).len(), s.stats().used_blocks), (14, 0));
+    assert_eq!(step(&mut s, 7), [slice(seq, 0, 14, true)]);
+    s.plan().unwrap();
+    assert_eq!(s.guess(0, &[8]), 1);
+    assert!(s.abort(seq));
+    assert_eq!((s.guess(0, &[8]), s.stats().used_blocks), (0, 0));
+    s.commit(&[(seq, 8), (seq, 9)]).unwrap();
+}
+
+#[test]
+fn guesses_stay_within_budget_length_and_free_memory() {
+    // Two blocks are free beside the two that run: one for each of them.
+    let mut s = scheduler(Config { num_blocks: 4, max_num_batched_tokens: 40, ..config() });
+    let (first, second) = (add(&mut s, 0, 14, 30), add(&mut s, 100, 14, 17));
+    s.plan().unwrap();
+    assert_eq!(s.planned().room, 12);
+    assert_eq!(s.guess(0, &[9; 8]), 2, "the block of 16 tokens is full");
+    assert_eq!(s.guess(0, &[9; 8]), 0, "once a plan");
+    assert_eq!(s.guess(1, &[9; 8]), 2, "17 tokens, of which the last is drawn");
+    assert_eq!((s.planned().room, s.guess(2, &[9])), (8, 0));
+    s.commit(&[(first, 9), (second, 9), (second, 9), (second, 9)]).unwrap();
+    assert_eq!((s.tokens(second).len(), s.running()), (17, 1), "the second is over");
+    s.plan().unwrap();
+    assert_eq!(s.guess(0, &[9; 30]), 14, "30 tokens, of which 15 are known and the last is drawn");
 }

@@ -4,7 +4,8 @@
 //! exactly its own earlier tokens. So the model has a memory of slots, and "running" a slice writes
 //! into each slot what the key and value of that token depend on: the weights version, the salt, and
 //! all tokens up to it, folded into one number. After all writes of a plan, every position of every
-//! slice is read back through the block table and compared. A failed run writes garbage instead.
+//! slice is read back through the block table and compared. A failed run writes garbage instead. Some
+//! slices run guesses of what follows, most of which come true.
 //!
 //! The vocabulary has two tokens and the pool about a hundred blocks, so that prefixes coincide and
 //! memory is short all the time. `SIM_SEED=n cargo test -p scheduler --test simulation` replays a
@@ -76,6 +77,8 @@ struct Seen {
     removed_in_flight: usize,
     shared_in_step: usize,
     refused: usize,
+    guessed: usize,
+    confirmed: usize,
     hit_tokens: u64,
     preemptions: u64,
 }
@@ -248,10 +251,14 @@ impl Simulation {
 
     fn plan(&mut self) {
         let idle = self.scheduler.is_idle();
-        let plan = self.scheduler.plan().unwrap().clone();
+        let planned = self.scheduler.plan().unwrap().slices.len();
+        for at in 0..planned {
+            self.guess(at);
+        }
+        let plan = self.scheduler.planned().clone();
         assert_eq!(plan.slices.is_empty(), idle, "a plan is empty exactly when there is no work");
-        let tokens: usize = plan.slices.iter().map(|slice| slice.len).sum();
-        assert!(tokens <= self.config.max_num_batched_tokens);
+        let tokens: usize = plan.slices.iter().map(Slice::rows).sum();
+        assert_eq!(tokens + plan.room, if idle { 0 } else { self.config.max_num_batched_tokens });
         let mut seqs = HashSet::new();
         for slice in &plan.slices {
             assert!(seqs.insert(slice.seq), "two slices of one sequence");
@@ -261,9 +268,15 @@ impl Simulation {
             let wants = end == model.tokens.len() && end < model.max_total_tokens;
             assert_eq!(slice.samples, wants);
             let table = self.scheduler.blocks(slice.seq).to_vec();
-            let content = model.content[..end].to_vec();
+            let mut content = model.content[..end].to_vec();
+            let guesses = &self.scheduler.tokens_and_guesses(slice.seq)[model.tokens.len()..];
+            assert_eq!(guesses.len(), slice.guesses);
+            assert!(guesses.is_empty() || slice.samples);
+            for &guess in guesses {
+                content.push(fold(*content.last().unwrap(), u64::from(guess)));
+            }
             self.in_flight.push((*slice, table, content));
-            for value in [slice.seq.0, slice.start as u64, slice.len as u64] {
+            for value in [slice.seq.0, slice.start as u64, slice.len as u64, slice.guesses as u64] {
                 self.seen.trace = fold(self.seen.trace, value);
             }
         }
@@ -277,18 +290,56 @@ impl Simulation {
         self.seen.plans += 1;
     }
 
+    /// Lets every third slice guess; the others, and a slice that has guesses, are refused some.
+    fn guess(&mut self, at: usize) {
+        if !self.random.percent(33) {
+            return;
+        }
+        let guesses: Vec<u32> = (0..=self.random.below(20)).map(|_| self.draw()).collect();
+        let slice = self.scheduler.planned().slices[at];
+        let preempted = self.scheduler.stats().preemptions;
+        let given = self.scheduler.guess(at, &guesses);
+        assert_eq!(self.scheduler.stats().preemptions, preempted, "a guess displaced a sequence");
+        assert!(given == 0 || slice.samples);
+        assert_eq!(self.scheduler.tokens_and_guesses(slice.seq).len() - given, {
+            self.scheduler.tokens(slice.seq).len()
+        });
+        assert!(given == 0 || self.scheduler.guess(at, &guesses) == 0);
+        self.seen.guessed += given;
+    }
+
+    /// A token: mostly 0, so that guesses come true.
+    fn draw(&mut self) -> u32 {
+        u32::from(self.random.percent(15))
+    }
+
     /// Runs the plan in flight, samples, and commits.
     fn complete(&mut self) {
         self.write_and_read();
         let mut sampled = Vec::new();
         for (slice, ..) in std::mem::take(&mut self.in_flight) {
-            if slice.samples {
-                sampled.push((slice.seq, u32::from(self.random.percent(15))));
+            if !slice.samples {
+                continue;
             }
+            // Of a sequence that is gone nobody knows what was guessed.
+            let with_guesses = self.scheduler.tokens_and_guesses(slice.seq);
+            let guesses = with_guesses.get(slice.start + slice.len..).unwrap_or_default().to_vec();
+            let mut right = 0;
+            loop {
+                let token = self.draw();
+                sampled.push((slice.seq, token));
+                // A sequence may end before its guesses do.
+                if guesses.get(right) != Some(&token) || self.random.percent(5) {
+                    break;
+                }
+                right += 1;
+            }
+            self.seen.confirmed += right;
         }
         self.refused_commits(&sampled);
         if self.random.percent(50) {
-            sampled.reverse();
+            // Any order of slices, each with its tokens in theirs.
+            sampled.sort_by_key(|(seq, _)| std::cmp::Reverse(seq.0));
         }
         self.scheduler.commit(&sampled).unwrap();
         let version = self.version;
@@ -306,9 +357,11 @@ impl Simulation {
             return;
         };
         if self.random.percent(10) {
-            let without: Vec<_> = sampled.iter().copied().filter(|&it| it != first).collect();
+            let without: Vec<_> =
+                sampled.iter().copied().filter(|(seq, _)| *seq != first.0).collect();
             assert!(self.scheduler.commit(&without).is_err());
-            let twice: Vec<_> = sampled.iter().copied().chain([first]).collect();
+            // No guess is 2.
+            let twice: Vec<_> = sampled.iter().copied().chain([(first.0, 2); 2]).collect();
             assert!(self.scheduler.commit(&twice).is_err());
             self.verify();
         }
@@ -341,7 +394,7 @@ impl Simulation {
     fn fail(&mut self) {
         let block_size = self.config.block_size;
         for (slice, table, _) in std::mem::take(&mut self.in_flight) {
-            for at in slice.start..slice.start + slice.len {
+            for at in slice.start..slice.start + slice.rows() {
                 let slot = table[at / block_size] as usize * block_size + at % block_size;
                 if self.random.percent(70) {
                     self.memory[slot] = u64::MAX;
@@ -417,6 +470,7 @@ fn a_hundred_thousand_operations_keep_every_promise() {
     assert!(
         seen.updates > 20 && seen.kept > 20 && seen.ended > 500 && seen.removed_in_flight > 1_000
     );
+    assert!(seen.guessed > 100_000 && seen.confirmed > 20_000);
     assert!(seen.shared_in_step > 500 && seen.hit_tokens > 100_000 && seen.preemptions > 100);
 }
 
