@@ -5,7 +5,9 @@
 
 use std::ffi::{c_char, c_void};
 
-use engine::{Dtype, EngineConfig, EosRule, PrefixCache, Quantization, SamplingParams};
+use engine::{
+    Dtype, EngineConfig, EosRule, PrefixCache, Quantization, SamplingParams, Speculation,
+};
 
 use crate::ffi::Fault;
 use crate::memory::{array, token_ids};
@@ -218,6 +220,7 @@ impl Config {
             },
             kv_dtype: None,
             quantization: Quantization::None,
+            speculation: Speculation::default(),
             seed: self.seed,
         })
     }

@@ -4,6 +4,7 @@ use kernels::{Dtype, KvDtype, Level};
 use scheduler::PrefixCache;
 
 use crate::error::{Error, Result};
+use crate::guess::Speculation;
 
 /// What becomes of quantised weights of a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +44,8 @@ pub struct EngineConfig {
     pub kv_dtype: Option<KvDtype>,
     /// Whether quantised weights of a file are expanded to `dtype` when it is loaded.
     pub quantization: Quantization,
+    /// How much is guessed of what samples draw next: it changes how fast they are, and no bit.
+    pub speculation: Speculation,
     /// Key of the random streams of requests without a seed of their own.
     pub seed: u64,
 }
@@ -62,6 +65,7 @@ impl Default for EngineConfig {
             dtype: None,
             kv_dtype: None,
             quantization: Quantization::None,
+            speculation: Speculation::default(),
             seed: 0,
         }
     }
@@ -100,6 +104,7 @@ impl EngineConfig {
             let size = self.block_size;
             return Err(Error::config(format!("block_size is {size}, limit is a multiple of 16")));
         }
+        self.speculation.validate()?;
         limit("threads", self.resolved_threads(), 1, 1024)?;
         let level = self.resolved_level();
         if !level.available() {
@@ -109,7 +114,7 @@ impl EngineConfig {
     }
 }
 
-fn limit(name: &str, value: usize, low: usize, high: usize) -> Result<()> {
+pub(crate) fn limit(name: &str, value: usize, low: usize, high: usize) -> Result<()> {
     if (low..=high).contains(&value) {
         return Ok(());
     }

@@ -11,7 +11,7 @@ use kernels::{Kernels, SoftmaxSums, TokenMask, TokenStats};
 use parking_lot::Mutex;
 use scheduler::{Scheduler, SeqId};
 
-use crate::grammar::{self, GrammarState};
+use crate::grammar;
 use crate::memory::CHANGED_ROWS;
 use crate::random;
 use crate::request::SamplingParams;
@@ -19,10 +19,56 @@ use crate::runner::{Logits, Runner};
 use crate::sampler::{self, Draw, RowContext};
 use crate::sequence::Sample;
 
-/// A slice's last row, from which its sequence's next token is drawn.
+/// A row from which a token of its sequence is drawn: that of the last known token, or of a guess.
 pub(crate) struct SampleRow {
     pub(crate) seq: SeqId,
     pub(crate) row: usize,
+    /// How many guesses are behind the last known token, up to this row.
+    pub(crate) guessed: usize,
+}
+
+/// Where a sample is to go on, the guesses before it taken for its text.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    sample: &'a Sample,
+    /// Prompt, output so far, and guesses.
+    text: &'a [u32],
+    guessed: usize,
+}
+
+impl<'a> Place<'a> {
+    fn of(row: &SampleRow, scheduler: &'a Scheduler, samples: &'a HashMap<SeqId, Sample>) -> Self {
+        let known = scheduler.tokens(row.seq).len();
+        let text = &scheduler.tokens_and_guesses(row.seq)[..known + row.guessed];
+        Self { sample: &samples[&row.seq], text, guessed: row.guessed }
+    }
+
+    /// Tokens of the output so far.
+    fn generated(&self) -> usize {
+        self.text.len() - self.sample.prompt_len
+    }
+
+    /// Whether parameters leave the distribution of the next token as it is.
+    fn is_plain(&self) -> bool {
+        self.sample.is_plain_at(self.generated())
+    }
+
+    /// What a grammar allows, if there is one.
+    fn allowed(&self) -> Option<Result<&'a [u32], String>> {
+        self.sample.grammar.as_ref().map(|grammar| grammar.allowed(self.guessed))
+    }
+
+    /// What a grammar allows, where that is all that keeps the sample from the model's own distribution.
+    fn only_mask(&self) -> Option<TokenMask<'a>> {
+        let drawn_plainly = self.is_plain() && self.sample.params.temperature > 0.0;
+        self.allowed().filter(|_| drawn_plainly)?.ok().map(TokenMask)
+    }
+
+    /// The random number of the next token.
+    fn uniform(&self) -> f64 {
+        let (seed, index) = (self.sample.seed, self.sample.index as u64);
+        random::uniform(&[seed, index, self.text.len() as u64])
+    }
 }
 
 /// What was drawn for one sequence.
@@ -61,18 +107,18 @@ pub(crate) fn draw(
 ) -> Vec<Result<Drawn, Undrawn>> {
     let vocab = runner.decoder.config.vocab_size;
     let row_indices: Vec<usize> = rows.iter().map(|row| row.row).collect();
-    let samples: Vec<(&Sample, &[u32])> =
-        rows.iter().map(|row| (&samples[&row.seq], scheduler.tokens(row.seq))).collect();
+    let places: Vec<Place<'_>> =
+        rows.iter().map(|row| Place::of(row, scheduler, samples)).collect();
     let Logits { kernels, rows: logits, changed: copies } = runner.logits(&row_indices);
-    let masks: Vec<Option<TokenMask<'_>>> = samples.iter().map(|of| only_mask(*of)).collect();
+    let masks: Vec<Option<TokenMask<'_>>> = places.iter().map(Place::only_mask).collect();
     let masked = masks.iter().any(Option::is_some);
-    let mut plain = draw_plain(kernels, logits, &samples, if masked { &masks } else { &[] });
+    let mut plain = draw_plain(kernels, logits, &places, if masked { &masks } else { &[] });
     let tokens = &mut plain.tokens;
     let changed_rows: Vec<usize> = (0..rows.len())
         .filter(|&i| match masks[i] {
             // A mask may leave nothing to draw.
             Some(mask) => !mask.allows(tokens[i] as usize),
-            None => samples[i].0.grammar.is_some() || !is_plain(samples[i]),
+            None => places[i].sample.grammar.is_some() || !places[i].is_plain(),
         })
         .collect();
     // What was drawn from a distribution that is not the model's own.
@@ -80,14 +126,14 @@ pub(crate) fn draw(
     for part in changed_rows.chunks(CHANGED_ROWS) {
         let rows: Vec<ChangedRow<'_>> = part
             .iter()
-            .map(|&i| ChangedRow::new(samples[i], &logits[i * vocab..(i + 1) * vocab]))
+            .map(|&i| ChangedRow::new(places[i], &logits[i * vocab..(i + 1) * vocab]))
             .collect();
         for (&i, drawn) in part.iter().zip(draw_changed(kernels, &rows, copies)) {
             tokens[i] = drawn.as_ref().map_or(tokens[i], |draw| draw.token);
             changed[i] = Some(drawn);
         }
     }
-    let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
+    let inv_t: Vec<f32> = places.iter().map(|at| inv_temperature(&at.sample.params)).collect();
     let scaled = plain.stats(kernels, logits, false);
     let raw = match (inv_t.iter().all(|t| *t == 1.0), masked) {
         (true, false) => scaled.clone(),
@@ -100,7 +146,7 @@ pub(crate) fn draw(
             return Err(Undrawn::NotFinite);
         }
         let row = &logits[i * vocab..(i + 1) * vocab];
-        let sample = samples[i].0;
+        let sample = places[i].sample;
         let top_of = |stats: &TokenStats, inv_t: f32, k: Option<usize>| {
             let chosen = (tokens[i], stats.log_prob);
             let top = |k| sampler::top_logprobs(row, (stats.log_sum_exp, inv_t), chosen, k);
@@ -133,18 +179,6 @@ pub(crate) fn draw(
     (0..rows.len()).map(&mut drawn).collect()
 }
 
-/// Whether parameters leave the distribution of a sample's next token as it is.
-fn is_plain((sample, known): (&Sample, &[u32])) -> bool {
-    sample.is_plain_at(known.len() - sample.prompt_len)
-}
-
-/// What a grammar allows, where that is all that keeps a sample from the model's own distribution.
-fn only_mask<'a>((sample, known): (&'a Sample, &[u32])) -> Option<TokenMask<'a>> {
-    let drawn_plainly = is_plain((sample, known)) && sample.params.temperature > 0.0;
-    let allowed = sample.grammar.as_ref().filter(|_| drawn_plainly)?.allowed();
-    allowed.ok().map(TokenMask)
-}
-
 /// The `k` most likely tokens that a mask allows, and `token`.
 fn masked_top(
     logits: &[f32],
@@ -163,20 +197,15 @@ fn masked_top(
 
 /// A row of logits that is changed before its token is drawn.
 struct ChangedRow<'a> {
-    sample: &'a Sample,
-    /// Prompt and output so far.
-    known: &'a [u32],
+    place: Place<'a>,
     logits: &'a [f32],
-    banned: &'a [u32],
     /// What the grammar allows, or why it allows nothing.
     allowed: Option<Result<&'a [u32], String>>,
 }
 
 impl<'a> ChangedRow<'a> {
-    fn new((sample, known): (&'a Sample, &'a [u32]), logits: &'a [f32]) -> Self {
-        let banned = sample.banned(known.len() - sample.prompt_len);
-        let allowed = sample.grammar.as_ref().map(GrammarState::allowed);
-        Self { sample, known, logits, banned, allowed }
+    fn new(place: Place<'a>, logits: &'a [f32]) -> Self {
+        Self { place, logits, allowed: place.allowed() }
     }
 
     /// Logits of which those that the grammar does not allow are negative infinity.
@@ -192,13 +221,14 @@ impl<'a> ChangedRow<'a> {
         if let Some(Err(why)) = &self.allowed {
             return Err(why.clone());
         }
+        let Place { sample, text, .. } = self.place;
         let context = RowContext {
-            params: &self.sample.params,
-            tokens: self.known,
-            prompt_len: self.sample.prompt_len,
-            banned: self.banned,
-            uniform: uniform(self.sample, self.known.len()),
-            top: self.sample.processed_top().unwrap_or(0),
+            params: &sample.params,
+            tokens: text,
+            prompt_len: sample.prompt_len,
+            banned: sample.banned(self.place.generated()),
+            uniform: self.place.uniform(),
+            top: sample.processed_top().unwrap_or(0),
         };
         sampler::draw(copy, &context).ok_or_else(|| "no token may be drawn here".to_owned())
     }
@@ -241,11 +271,6 @@ fn inv_temperature(params: &SamplingParams) -> f32 {
     if params.temperature == 0.0 { 1.0 } else { 1.0 / params.temperature }
 }
 
-/// The draw of the token at `position` of this sample.
-fn uniform(sample: &Sample, position: usize) -> f64 {
-    random::uniform(&[sample.seed, sample.index as u64, position as u64])
-}
-
 /// Statistics of each row of logits, with `tokens` as targets.
 pub(crate) fn stats(
     kernels: &Kernels,
@@ -279,20 +304,20 @@ impl Plain<'_> {
 fn draw_plain<'a>(
     kernels: &Kernels,
     logits: &[f32],
-    samples: &[(&Sample, &[u32])],
+    places: &[Place<'_>],
     masks: &'a [Option<TokenMask<'a>>],
 ) -> Plain<'a> {
-    let inv_t: Vec<f32> = samples.iter().map(|(s, _)| inv_temperature(&s.params)).collect();
-    let uniforms: Vec<f64> = samples.iter().map(|(s, tokens)| uniform(s, tokens.len())).collect();
-    let mut tokens = vec![0; samples.len()];
+    let inv_t: Vec<f32> = places.iter().map(|at| inv_temperature(&at.sample.params)).collect();
+    let uniforms: Vec<f64> = places.iter().map(Place::uniform).collect();
+    let mut tokens = vec![0; places.len()];
     let sums = kernels.softmax_sums(logits, &inv_t, masks);
     kernels.sample_of(logits, &sums, &uniforms, &mut tokens);
-    let is_greedy = |sample: &Sample| sample.params.temperature == 0.0;
-    if samples.iter().any(|(s, _)| is_greedy(s)) {
-        let mut greedy = vec![0; samples.len()];
+    let is_greedy = |at: &Place<'_>| at.sample.params.temperature == 0.0;
+    if places.iter().any(is_greedy) {
+        let mut greedy = vec![0; places.len()];
         kernels.argmax(logits, &mut greedy);
-        for (i, (sample, _)) in samples.iter().enumerate() {
-            if is_greedy(sample) {
+        for (i, place) in places.iter().enumerate() {
+            if is_greedy(place) {
                 tokens[i] = greedy[i];
             }
         }

@@ -14,6 +14,7 @@ use crate::config::EngineConfig;
 use crate::decoder::{Decoder, Weights};
 use crate::draw::Drawn;
 use crate::error::{Error, Result};
+use crate::guess::SpeculationStats;
 use crate::load::load_text;
 use crate::memory::MemoryPlan;
 use crate::model::{GenerationDefaults, ModelConfig, ModelSource};
@@ -67,6 +68,7 @@ pub struct Engine {
     step_tokens: usize,
     /// Samples that ended for logits that were no finite numbers.
     nan_logits: u64,
+    speculation: SpeculationStats,
     /// Only ever set by tests.
     fault: Option<Fault>,
 }
@@ -115,6 +117,7 @@ impl Engine {
             begun: Vec::new(),
             step_tokens: 0,
             nan_logits: 0,
+            speculation: SpeculationStats::default(),
             fault: None,
         })
     }
@@ -162,6 +165,11 @@ impl Engine {
     /// Samples so far that ended with an error because their logits were not finite numbers.
     pub fn nan_logits(&self) -> u64 {
         self.nan_logits
+    }
+
+    /// Guesses so far.
+    pub fn speculation(&self) -> SpeculationStats {
+        self.speculation
     }
 
     /// How the engine was set up.
@@ -296,20 +304,23 @@ impl Engine {
         Ok(!self.slices.is_empty())
     }
 
-    /// Hands a drawn token to its sample and reports it, and the sample's end if it is one.
+    /// Hands a drawn token to its sample, which has taken so many in this step already, and reports it,
+    /// and the sample's end if it is one.
     fn take_token(
         &mut self,
         seq: SeqId,
+        taken: usize,
         drawn: Drawn,
         (sampled, events): (&mut Vec<(SeqId, u32)>, &mut Vec<Event>),
     ) -> Result<()> {
-        let total = self.scheduler.tokens(seq).len() + 1;
+        let total = self.scheduler.tokens(seq).len() + taken + 1;
         let cached_tokens = self.scheduler.cached_tokens(seq);
         let version = self.scheduler.version();
         let sample = self.samples.get_mut(&seq).expect("a planned sequence has a sample");
         let generated = total - sample.prompt_len;
         let max_new = sample.params.max_tokens.unwrap_or(usize::MAX);
         let room = (max_new - generated).min(self.plan.max_model_len - total);
+        sample.guesses.drawn(drawn.token);
         let step = sample.push(drawn.token, generated, room)?;
         sampled.push((seq, drawn.token));
         events.push(Event::Token(Token {

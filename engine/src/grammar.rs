@@ -296,7 +296,8 @@ impl Constraint {
     /// The state of a sample that has no tokens yet.
     pub(crate) fn start(&self) -> GrammarState {
         let account = Arc::clone(&self.account);
-        GrammarState { matcher: Matcher::clone(&self.start), next: None, account }
+        let (guesses, masks) = (Vec::new(), Vec::new());
+        GrammarState { matcher: Matcher::clone(&self.start), guesses, masks, account }
     }
 }
 
@@ -316,8 +317,11 @@ impl PartialEq for Constraint {
 /// Where a sample stands in its grammar.
 pub(crate) struct GrammarState {
     matcher: Matcher,
-    /// The tokens that may come next, once they are known; or why there are none.
-    next: Option<std::result::Result<SimpleVob, String>>,
+    /// Tokens that are guessed to come next.
+    guesses: Vec<u32>,
+    /// The tokens that may come next, and those behind each of the guesses, as far as they are known; or
+    /// why there are none.
+    masks: Vec<std::result::Result<SimpleVob, String>>,
     account: Arc<Account>,
 }
 
@@ -335,6 +339,15 @@ impl Account {
         self.masks.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// The tokens that may come next, if there is time left to find them.
+    fn mask(&self, matcher: &mut Matcher) -> std::result::Result<SimpleVob, String> {
+        self.check()?;
+        let begun = Instant::now();
+        let mask = matcher.compute_mask();
+        self.book(begun.elapsed());
+        mask.map_err(|error| shown(&error.to_string()))
+    }
+
     /// Fails when more is spent than there was.
     fn check(&self) -> std::result::Result<(), String> {
         let (micros, masks) =
@@ -350,21 +363,38 @@ impl Account {
 }
 
 impl GrammarState {
-    /// Finds the tokens that may come next, if that is still to be done.
-    pub(crate) fn prepare(&mut self) {
-        if self.next.is_none() {
-            self.next = Some(self.account.check().and_then(|()| {
-                let begun = Instant::now();
-                let mask = self.matcher.compute_mask();
-                self.account.book(begun.elapsed());
-                mask.map_err(|error| shown(&error.to_string()))
-            }));
+    /// How many of `guesses` may come next.
+    pub(crate) fn count_allowed(&self, guesses: &[u32]) -> usize {
+        if guesses.is_empty() {
+            return 0;
         }
+        // A failure would be the matcher's end, so it is a copy that is asked.
+        Matcher::clone(&self.matcher).validate_tokens(guesses).unwrap_or(0)
     }
 
-    /// The tokens that may come next, a bit each.
-    pub(crate) fn allowed(&self) -> std::result::Result<&[u32], String> {
-        match &self.next {
+    /// Finds the tokens that may come next, and behind each of `guesses`, as far as that is still to be done.
+    pub(crate) fn prepare(&mut self, guesses: &[u32]) {
+        if self.guesses != guesses {
+            self.masks.truncate(1);
+            self.guesses = guesses.to_vec();
+        }
+        if self.masks.is_empty() {
+            self.masks.push(self.account.mask(&mut self.matcher));
+        }
+        if self.masks.len() > guesses.len() {
+            return;
+        }
+        let mut ahead = Matcher::clone(&self.matcher);
+        let behind = guesses.iter().map(|guess| match ahead.consume_token(*guess) {
+            Ok(()) => self.account.mask(&mut ahead),
+            Err(error) => Err(shown(&error.to_string())),
+        });
+        self.masks.extend(behind);
+    }
+
+    /// The tokens that may come next behind the first `guessed` guesses, a bit each.
+    pub(crate) fn allowed(&self, guessed: usize) -> std::result::Result<&[u32], String> {
+        match self.masks.get(guessed) {
             Some(Ok(mask)) => Ok(mask.as_slice()),
             Some(Err(why)) => Err(format!("the grammar allows no token here: {why}")),
             None => Err("the grammar was not asked".to_owned()),
@@ -373,7 +403,8 @@ impl GrammarState {
 
     /// Takes in a drawn token. True when nothing can follow it.
     pub(crate) fn advance(&mut self, token: u32) -> Result<bool> {
-        self.next = None;
+        self.masks.clear();
+        self.guesses.clear();
         self.matcher
             .consume_token(token)
             .map_err(|e| Error::request(format!("the grammar fails: {}", shown(&e.to_string()))))?;

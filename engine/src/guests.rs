@@ -272,6 +272,7 @@ impl Guests {
         status.stats = engine.stats();
         status.version = engine.version();
         status.nan_logits = engine.nan_logits();
+        status.speculation = engine.speculation();
         status.pause = self.gate.mode();
         status.heartbeat = Instant::now();
     }

@@ -39,9 +39,10 @@ pub struct MemoryPlan {
     pub max_model_len: usize,
 }
 
-/// Rows of logits, changed copies included, that sampling for so many sequences holds at once.
-fn logit_rows(sequences: usize) -> usize {
-    LOGIT_ROWS.min(sequences) + CHANGED_ROWS.min(sequences)
+/// Rows of logits, changed copies included, that sampling holds at once.
+fn logit_rows(config: &EngineConfig) -> usize {
+    let drawn = config.max_num_seqs.saturating_mul(1 + config.speculation.max_guesses);
+    LOGIT_ROWS.min(drawn) + CHANGED_ROWS.min(drawn)
 }
 
 impl MemoryPlan {
@@ -120,7 +121,7 @@ impl MemoryPlan {
             kv_blocks,
             block_size: config.block_size,
             activation_bytes: Tape::bytes(model, config.resolved_dtype(), Keep::OneLayer, rows),
-            logits_bytes: 4 * (logit_rows(config.max_num_seqs) * model.vocab_size) as u64,
+            logits_bytes: 4 * (logit_rows(config) * model.vocab_size) as u64,
             max_model_len,
         })
     }

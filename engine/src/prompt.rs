@@ -70,7 +70,7 @@ pub(crate) fn score(
     let mut first_row = 0;
     for slice in slices {
         let row = first_row;
-        first_row += slice.len;
+        first_row += slice.rows();
         let Some(sample) = samples.get(&slice.seq) else { continue };
         let PromptScore::Gathering { top, .. } = sample.prompt else { continue };
         // Each position tells of the token after it; the last has none.

@@ -76,14 +76,15 @@ impl Runner {
         let mut seqs = Vec::with_capacity(slices.len());
         for slice in slices {
             let blocks = scheduler.blocks(slice.seq);
-            let range = slice.start..slice.start + slice.len;
+            let range = slice.start..slice.start + slice.rows();
             seqs.push(AttnSeq {
                 first_row: self.tokens.len(),
-                rows: slice.len,
+                rows: slice.rows(),
                 start: slice.start,
                 blocks,
             });
-            self.tokens.extend_from_slice(&scheduler.tokens(slice.seq)[range.clone()]);
+            let tokens = scheduler.tokens_and_guesses(slice.seq);
+            self.tokens.extend_from_slice(&tokens[range.clone()]);
             for position in range {
                 let block = blocks[position / self.block_size] as usize;
                 self.positions.push(position as u32);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::grammar::GrammarState;
+use crate::guess::Guesses;
 use crate::prompt::PromptScore;
 use crate::request::{
     Continuation, EosRule, FinishReason, Finished, LogprobsMode, Request, RequestId,
@@ -31,6 +32,8 @@ pub(crate) struct Sample {
     /// The log-probabilities of its prompt. Only the first sample of a request gathers them.
     pub(crate) prompt: PromptScore,
     pub(crate) continuation: Continuation,
+    /// What is expected of its next tokens.
+    pub(crate) guesses: Guesses,
     logprobs_mode: LogprobsMode,
 }
 
@@ -85,6 +88,7 @@ impl Sample {
                 None => PromptScore::Unwanted,
             },
             continuation: request.continuation,
+            guesses: Guesses::new(),
             logprobs_mode: request.logprobs_mode,
         })
     }

@@ -17,6 +17,7 @@ use scheduler::WeightsVersion;
 use crate::config::EngineConfig;
 use crate::engine::{Engine, check_replacement};
 use crate::error::{Error, Result};
+use crate::guess::SpeculationStats;
 use crate::guests::{Command, Guests};
 use crate::memory::MemoryPlan;
 use crate::model::{GenerationDefaults, ModelConfig, ModelSource};
@@ -67,6 +68,8 @@ pub struct Status {
     pub pause: Option<PauseMode>,
     /// Samples that ended with an error because their logits were not finite numbers.
     pub nan_logits: u64,
+    /// Guesses of what samples draw next.
+    pub speculation: SpeculationStats,
     /// Whether steps are to be expected.
     pub phase: Phase,
     /// When the last step, or look for work, ended; or when steps began again after the driver was
@@ -144,6 +147,7 @@ impl Service {
             generated_tokens: 0,
             version: engine.version(),
             nan_logits: engine.nan_logits(),
+            speculation: engine.speculation(),
             phase: Phase::Away,
             pause: None,
             heartbeat: Instant::now(),

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use engine::{
     Dtype, Engine, EngineConfig, EosRule, Event, Kernels, KvDtype, Level, ModelSource, PrefixCache,
-    Quantization, Request, SamplingParams,
+    Quantization, Request, RunGuesses, SamplingParams, Speculation,
 };
 use trainer::score_train_path;
 
@@ -33,10 +33,30 @@ fn setups(base: &EngineConfig, small_kv_bytes: u64) -> Vec<Setup> {
         setup("blocks of 32", EngineConfig { block_size: 32, ..base.clone() }),
         setup(
             "little memory",
-            EngineConfig { kv_cache_memory_bytes: Some(small_kv_bytes), ..base.clone() },
+            EngineConfig {
+                kv_cache_memory_bytes: Some(small_kv_bytes),
+                speculation: Speculation::off(),
+                ..base.clone()
+            },
+        ),
+        setup("no guesses", EngineConfig { speculation: Speculation::off(), ..base.clone() }),
+        setup("every guess", EngineConfig { speculation: every_guess(), ..base.clone() }),
+        setup(
+            "every guess in chunks",
+            EngineConfig {
+                speculation: every_guess(),
+                max_num_batched_tokens: 100,
+                max_num_seqs: 9,
+                ..base.clone()
+            },
         ),
         Setup { name: "reversed", config: base.clone(), reversed: true },
     ]
+}
+
+/// Guesses behind every token that has occurred before, most of which are wrong.
+fn every_guess() -> Speculation {
+    Speculation { shortest_match: 1, run: RunGuesses::All, ..Speculation::default() }
 }
 
 /// A sampled sequence: its tokens with the prompt, and the log-probabilities of the sampled ones.
@@ -60,7 +80,8 @@ fn requests(vocab_size: u32, new_tokens: usize) -> Vec<Request> {
                 max_tokens: Some(new_tokens),
                 eos: EosRule::Ignore,
                 seed: Some(1000 + i),
-                temperature: if i % 2 == 0 { 1.0 } else { 0.7 },
+                // The coldest repeat themselves, so that guesses come true.
+                temperature: [1.0, 0.7, 1.0, 0.02][i as usize % 4],
                 ..SamplingParams::default()
             };
             Request::new(prompt, params)
@@ -121,6 +142,11 @@ fn check(source: &ModelSource, base: &EngineConfig, small_kv_bytes: u64, new_tok
         assert!(same, "{}: tokens or log-probabilities differ", setup.name);
         if setup.name == "little memory" {
             assert!(engine.stats().preemptions > 0, "nothing was preempted");
+        }
+        if setup.name.starts_with("every guess") {
+            let guesses = engine.speculation();
+            let both = guesses.accepted > 0 && guesses.accepted < guesses.guessed;
+            assert!(both, "{}: {guesses:?}", setup.name);
         }
         if setup.name == "one thread" {
             assert_train_path_agrees(&engine, &got, &requests);
@@ -227,6 +253,7 @@ fn keys_and_values_of_8_bits_change_little_and_never_with_the_batch() {
     let (want, mut engine) = run(&config, false);
     for changed in [
         EngineConfig { max_num_seqs: 1, ..config.clone() },
+        EngineConfig { speculation: every_guess(), ..config.clone() },
         EngineConfig { max_num_batched_tokens: 7, block_size: 32, ..config },
     ] {
         assert!(run(&changed, true).0 == want, "{changed:?}");

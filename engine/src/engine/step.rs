@@ -1,8 +1,12 @@
 //! One step of the engine, and what becomes of a panic in it.
 //!
 //! ```text
-//! plan -> compute (forward, logits, draw) -> accept (samples take their tokens) -> commit
+//! plan, guess -> compute (forward, logits, draw) -> accept (samples take their tokens) -> commit
 //! ```
+//!
+//! A slice with guesses (`guess.rs`) has several rows that are drawn from. *accept* takes what was drawn
+//! from them one after the other, up to the first token that was guessed wrong; what was drawn behind it
+//! was of a text that does not exist.
 //!
 //! *compute* changes nothing but buffers and the KV slots of its own slices, so it can run again, for
 //! all or for some of the slices. That is how [`Engine::step_contained`] finds who is to blame: it runs
@@ -22,6 +26,7 @@ use super::Engine;
 use crate::draw::{Drawn, SampleRow, Undrawn, draw, on_all_threads};
 use crate::error::{Error, ErrorKind, Result};
 use crate::grammar::GrammarState;
+use crate::guess;
 use crate::memory::LOGIT_ROWS;
 use crate::prompt::{self, Scored};
 use crate::request::{Continuation, Event, FinishReason, SampleError};
@@ -42,8 +47,9 @@ fn failure(error: &Error) -> SampleError {
 
 /// What a batch has computed.
 struct Computed {
-    /// What was drawn for each sampling slice, in their order, or why nothing was.
-    draws: Vec<(SeqId, std::result::Result<Drawn, Undrawn>)>,
+    /// What was drawn for each row of the sampling slices that is drawn from, in their order, or why
+    /// nothing was: for a slice one more than it has guesses.
+    draws: Vec<std::result::Result<Drawn, Undrawn>>,
     /// What is known of prompt tokens, for the slices whose samples want it.
     prompts: Vec<Scored>,
 }
@@ -58,7 +64,7 @@ impl Engine {
     /// Only for a fault of the engine itself.
     pub fn step(&mut self) -> Result<Vec<Event>> {
         let mut events = self.open_step();
-        if self.plan_slices()? {
+        if self.plan_step()? {
             let computed = self.compute(0..self.slices.len());
             self.accept(computed, &mut events)?;
         }
@@ -74,7 +80,7 @@ impl Engine {
     pub fn step_contained(&mut self) -> Result<Vec<Event>> {
         let mut events = self.open_step();
         let mut blameless = false;
-        while self.plan_slices()? {
+        while self.plan_step()? {
             let all = 0..self.slices.len();
             if let Ok(computed) = self.attempt(all.clone()) {
                 self.accept(computed, &mut events)?;
@@ -108,9 +114,39 @@ impl Engine {
         std::mem::take(&mut self.pending)
     }
 
+    /// Plans the next batch, and what is guessed beyond it; false when there is nothing to run.
+    fn plan_step(&mut self) -> Result<bool> {
+        let any = self.plan_slices()?;
+        if self.config.speculation.max_guesses > 0 {
+            self.guess();
+        }
+        Ok(any)
+    }
+
+    /// Lets the planned slices run what their samples are guessed to draw next.
+    fn guess(&mut self) {
+        let speculation = self.config.speculation;
+        let weights = &self.runner.decoder.weights;
+        let balance = guess::balance(self.runner.kernels.level(), weights.quantised());
+        let mut rows: usize = self.slices.iter().map(Slice::rows).sum();
+        for (at, slice) in self.slices.iter_mut().enumerate().filter(|(_, slice)| slice.samples) {
+            let Some(sample) = self.samples.get_mut(&slice.seq) else { continue };
+            sample.guesses.renew(self.scheduler.tokens(slice.seq), &speculation);
+            let guesses = sample.guesses.to_run(speculation.run, rows, balance);
+            let allowed = match &sample.grammar {
+                Some(grammar) => grammar.count_allowed(guesses),
+                None => guesses.len(),
+            };
+            slice.guesses = self.scheduler.guess(at, &guesses[..allowed]);
+            rows += slice.guesses;
+            self.speculation.drafts += u64::from(slice.guesses > 0);
+            self.speculation.guessed += slice.guesses as u64;
+        }
+    }
+
     /// Notes what the planned slices compute.
     fn note_batch(&mut self) {
-        self.step_tokens = self.slices.iter().map(|slice| slice.len).sum();
+        self.step_tokens = self.slices.iter().map(Slice::rows).sum();
         for slice in &self.slices {
             if let Some(sample) = self.samples.get_mut(&slice.seq)
                 && !std::mem::replace(&mut sample.begun, true)
@@ -138,17 +174,21 @@ impl Engine {
         let mut rows = Vec::with_capacity(slices.len());
         let mut end = 0;
         for slice in slices {
-            end += slice.len;
+            end += slice.rows();
             if slice.samples {
-                rows.push(SampleRow { seq: slice.seq, row: end - 1 });
+                let row = |guessed| SampleRow {
+                    seq: slice.seq,
+                    row: end - 1 - slice.guesses + guessed,
+                    guessed,
+                };
+                rows.extend((0..=slice.guesses).map(row));
             }
         }
         let held = (slices, LOGIT_ROWS.min(self.config.max_num_seqs));
         let prompts = prompt::score(&mut self.runner, &self.scheduler, &self.samples, held);
         let mut draws = Vec::with_capacity(rows.len());
         for rows in rows.chunks(LOGIT_ROWS) {
-            let drawn = draw(&mut self.runner, &self.scheduler, &self.samples, rows);
-            draws.extend(rows.iter().map(|row| row.seq).zip(drawn));
+            draws.extend(draw(&mut self.runner, &self.scheduler, &self.samples, rows));
         }
         Computed { draws, prompts }
     }
@@ -164,13 +204,18 @@ impl Engine {
             .filter(has_grammar)
             .map(|slice| slice.seq)
             .collect();
-        let grammars: Vec<&mut GrammarState> = self
+        let guesses = |seq| {
+            let known = self.scheduler.tokens(seq).len();
+            &self.scheduler.tokens_and_guesses(seq)[known..]
+        };
+        let grammars: Vec<(&mut GrammarState, &[u32])> = self
             .samples
             .iter_mut()
             .filter(|(seq, _)| guided.contains(seq))
-            .filter_map(|(_, sample)| sample.grammar.as_mut())
+            .filter_map(|(seq, sample)| Some((sample.grammar.as_mut()?, guesses(*seq))))
             .collect();
-        on_all_threads(&self.runner.kernels, grammars.into_iter(), GrammarState::prepare);
+        let prepare = |(grammar, guesses): (&mut GrammarState, &[u32])| grammar.prepare(guesses);
+        on_all_threads(&self.runner.kernels, grammars.into_iter(), prepare);
     }
 
     /// [`compute`](Self::compute), with a panic as a value.
@@ -210,24 +255,14 @@ impl Engine {
         self.note_batch();
         self.accept_prompts(computed.prompts, events);
         let mut sampled = Vec::with_capacity(computed.draws.len());
-        for (seq, drawn) in computed.draws {
-            if !self.samples.contains_key(&seq) {
-                continue;
-            }
-            let drawn = match drawn {
-                Ok(drawn) => drawn,
-                Err(why) => {
-                    self.fail_undrawn(seq, &why, events);
-                    continue;
-                }
-            };
-            let out = (&mut sampled, &mut *events);
-            // What a panic leaves half done is the sample's own text, and the sample goes.
-            let taken = catch_unwind(AssertUnwindSafe(|| self.take_token(seq, drawn, out)));
-            match taken {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => self.fail(seq, failure(&error), events),
-                Err(_panic) => self.fail(seq, panicked(), events),
+        let mut draws = computed.draws.into_iter();
+        for at in 0..self.slices.len() {
+            let slice = self.slices[at];
+            if slice.samples {
+                let mut rows = draws.by_ref().take(1 + slice.guesses);
+                self.take_tokens(&slice, &mut rows, (&mut sampled, events));
+                // What is left was drawn behind a wrong guess.
+                rows.for_each(drop);
             }
         }
         self.scheduler.commit(&sampled).map_err(|e| Error::internal(e.to_string()))?;
@@ -238,6 +273,36 @@ impl Engine {
         }
         self.end_read_prompts(events);
         Ok(())
+    }
+
+    /// Hands a sample what was drawn from its rows, as far as its guesses came true.
+    fn take_tokens(
+        &mut self,
+        slice: &Slice,
+        rows: &mut dyn Iterator<Item = std::result::Result<Drawn, Undrawn>>,
+        (sampled, events): (&mut Vec<(SeqId, u32)>, &mut Vec<Event>),
+    ) {
+        let (seq, known) = (slice.seq, slice.start + slice.len);
+        for (taken, drawn) in rows.enumerate() {
+            if !self.samples.contains_key(&seq) {
+                return;
+            }
+            let drawn = match drawn {
+                Ok(drawn) => drawn,
+                Err(why) => return self.fail_undrawn(seq, &why, events),
+            };
+            let (token, out) = (drawn.token, (&mut *sampled, &mut *events));
+            // What a panic leaves half done is the sample's own text, and the sample goes.
+            match catch_unwind(AssertUnwindSafe(|| self.take_token(seq, taken, drawn, out))) {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return self.fail(seq, failure(&error), events),
+                Err(_panic) => return self.fail(seq, panicked(), events),
+            }
+            if self.scheduler.tokens_and_guesses(seq).get(known + taken) != Some(&token) {
+                return;
+            }
+            self.speculation.accepted += 1;
+        }
     }
 
     /// Ends a sample whose numbers allow no token.

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 use engine::decoder::ParamMut;
 use engine::{
     Dtype, Engine, Event, FinishReason, Guests, Host, Request, RequestId, SamplingParams, Sent,
-    Service, Sink, Token, WeightsUpdate,
+    Service, Sink, Speculation, Token, WeightsUpdate,
 };
 
 use crate::support::{Answers, Model, answer, collect, greedy, load, prompt, sampled, sink};
@@ -196,7 +196,8 @@ fn lingering_ends_with_the_service_and_submitting_with_the_guests() {
 
 #[test]
 fn the_end_of_a_step_is_told_once_and_after_all_its_events() {
-    let mut engine = load(Model::Llama, |_| {});
+    // A token a sample and step.
+    let mut engine = load(Model::Llama, |c| c.speculation = Speculation::off());
     let (service, mut guests) = Service::attach(&engine);
     let events = [1, 2].map(|n| {
         let request = Request::new(prompt(n as u64, 20), SamplingParams { n, ..sampled(40) });
