@@ -63,7 +63,7 @@ fn gauges(out: &mut String, names: &Names<'_>, sources: &Sources<'_>) {
 
 fn totals(out: &mut String, names: &Names<'_>, sources: &Sources<'_>) {
     let Sources { counts, status, .. } = sources;
-    let stats = &status.stats;
+    let (stats, guesses) = (&status.stats, &status.speculation);
     let totals = [
         ("prompt_tokens_total", "Tokens of prompts taken in.", counts.prompt_tokens),
         ("generation_tokens_total", "Tokens generated for requests.", counts.generated_tokens),
@@ -71,6 +71,13 @@ fn totals(out: &mut String, names: &Names<'_>, sources: &Sources<'_>) {
         ("prefix_cache_queries_total", "Tokens looked up in the prefix cache.", stats.query_tokens),
         ("prefix_cache_hits_total", "Tokens taken from the prefix cache.", stats.hit_tokens),
         ("nan_logits_total", "Samples ended for logits that were not finite.", status.nan_logits),
+        (
+            "spec_decode_num_drafts_total",
+            "Times that guesses of a sample were run.",
+            guesses.drafts,
+        ),
+        ("spec_decode_num_draft_tokens_total", "Guesses that were run.", guesses.guessed),
+        ("spec_decode_num_accepted_tokens_total", "Guesses that came true.", guesses.accepted),
     ];
     for (name, help, value) in totals {
         head(out, (names.prefix, name), "counter", help);
