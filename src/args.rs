@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use engine::Speculation;
 
 use crate::args_api::DoorArgs;
 use crate::args_eval::EvalArgs;
@@ -193,6 +194,11 @@ pub(crate) struct EngineArgs {
     /// where a command only generates and --dtype is auto
     #[arg(long, value_enum, default_value_t = QuantizationArg::Auto)]
     pub(crate) quantization: QuantizationArg,
+    /// What is guessed of coming tokens, as JSON, or off; it changes no token and no number [default:
+    /// {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_min": 2, "prompt_lookup_max": 16};
+    /// off in benchmarks]
+    #[arg(long, value_name = "JSON", value_parser = crate::model::speculation)]
+    pub(crate) speculative_config: Option<Speculation>,
 }
 
 /// `--kv-cache-dtype`.

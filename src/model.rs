@@ -4,7 +4,11 @@ use std::env;
 
 use engine::model::hub::{self, HubSettings, Located};
 
-use engine::{Dtype, Engine, EngineConfig, KvDtype, Level, ModelSource, PrefixCache, Quantization};
+use engine::{
+    Dtype, Engine, EngineConfig, KvDtype, Level, ModelSource, PrefixCache, Quantization,
+    Speculation,
+};
+use serde::Deserialize;
 
 use crate::args::{CommonArgs, DtypeArg, EngineArgs, KvCacheDtype, QuantizationArg};
 use crate::download::download;
@@ -31,6 +35,47 @@ pub(crate) fn count(text: &str) -> Result<u64, String> {
     }
     let value = number.parse::<f64>().map_err(|_| "expected a number".to_owned())? * unit;
     if value < 2f64.powi(63) { Ok(value as u64) } else { Err("too large".to_owned()) }
+}
+
+/// `--speculative-config`, in vLLM's words.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SpeculativeConfig {
+    method: Option<String>,
+    num_speculative_tokens: Option<usize>,
+    prompt_lookup_min: Option<usize>,
+    prompt_lookup_max: Option<usize>,
+}
+
+/// What `--speculative-config` says.
+pub(crate) fn speculation(text: &str) -> Result<Speculation, String> {
+    if text == "off" {
+        return Ok(Speculation::off());
+    }
+    let config: SpeculativeConfig =
+        serde_json::from_str(text).map_err(|error| format!("expected off or JSON: {error}"))?;
+    if let Some(method) = config.method.filter(|method| method != "ngram") {
+        return Err(format!("method is {method}, known is ngram"));
+    }
+    let defaults = Speculation::default();
+    let longest_match = config.prompt_lookup_max.unwrap_or(defaults.longest_match);
+    let speculation = Speculation {
+        max_guesses: config.num_speculative_tokens.unwrap_or(defaults.max_guesses),
+        shortest_match: config
+            .prompt_lookup_min
+            .unwrap_or(defaults.shortest_match.min(longest_match)),
+        longest_match,
+        run: defaults.run,
+    };
+    speculation.validate().map_err(|error| error.to_string())?;
+    Ok(speculation)
+}
+
+/// A benchmark's settings: without guesses where none are asked for, so that rates are of the model's
+/// work alone, whatever it writes.
+pub(crate) fn measured(config: EngineConfig, args: &EngineArgs) -> EngineConfig {
+    let speculation = args.speculative_config.unwrap_or_else(Speculation::off);
+    EngineConfig { speculation, ..config }
 }
 
 /// The settings of the engine that these flags and `ENGINE_CPU` make.
@@ -62,6 +107,7 @@ pub(crate) fn engine_config(common: &CommonArgs, args: &EngineArgs) -> Result<En
             QuantizationArg::Gguf => Quantization::AsStored,
             QuantizationArg::Auto | QuantizationArg::None => Quantization::None,
         },
+        speculation: args.speculative_config.unwrap_or_default(),
         seed: common.seed,
     })
 }
@@ -169,5 +215,23 @@ mod tests {
         for text in ["", "-1", "1.5", "1T", "k", "99999999999G", "1e3"] {
             assert!(count(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn guesses_are_off_or_described_in_vllms_words() {
+        assert_eq!(speculation("off"), Ok(Speculation::off()));
+        assert_eq!(speculation("{}"), Ok(Speculation::default()));
+        let json = r#"{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 1}"#;
+        let Speculation { max_guesses, shortest_match, longest_match, .. } =
+            speculation(json).unwrap();
+        assert_eq!((max_guesses, shortest_match, longest_match), (5, 1, 1));
+        let refused = |json: &str| speculation(json).unwrap_err();
+        assert_eq!(refused(r#"{"method": "eagle"}"#), "method is eagle, known is ngram");
+        let many = r#"{"num_speculative_tokens": 65}"#;
+        assert_eq!(refused(many), "num_speculative_tokens is 65, limit is 0 to 64");
+        let crossed = r#"{"prompt_lookup_min": 5, "prompt_lookup_max": 4}"#;
+        assert_eq!(refused(crossed), "prompt_lookup_min is 5, limit is 1 to 4");
+        assert!(refused(r#"{"model": "x"}"#).contains("unknown field `model`"));
+        assert!(refused("5").starts_with("expected off or JSON"));
     }
 }

@@ -148,6 +148,9 @@ pub(crate) struct ThroughputArgs {
     /// Also report this many alternatives to each token; 0 for the token's own log-probability
     #[arg(long, value_name = "K")]
     pub(crate) logprobs: Option<usize>,
+    /// Temperature of the samples; 0 takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = 1.0)]
+    pub(crate) temperature: f32,
     /// JSON schema that every sample has to follow, with room for all its tokens: what masks cost
     #[arg(long, value_name = "JSON")]
     pub(crate) json_schema: Option<String>,

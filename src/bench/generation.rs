@@ -25,6 +25,7 @@ pub(crate) struct Sampling {
     /// Samples of each prompt.
     pub(crate) n: usize,
     pub(crate) logprobs: Option<usize>,
+    pub(crate) temperature: f32,
     pub(crate) constraint: Option<Constraint>,
     pub(crate) seed: u64,
 }
@@ -77,6 +78,7 @@ impl Bench {
             let params = SamplingParams {
                 n: sampling.n,
                 logprobs: sampling.logprobs,
+                temperature: sampling.temperature,
                 max_tokens: Some(prompt.output),
                 eos: EosRule::Ignore,
                 seed: Some(hash(&[sampling.seed, i as u64])),

@@ -25,6 +25,7 @@ pub(crate) fn run(args: &LatencyArgs, terminal: &Terminal) -> Result<()> {
     ];
     counts.into_iter().try_for_each(|(flag, value)| positive(flag, value))?;
     let config = model::serving_config(&args.common, &args.engine)?;
+    let config = model::measured(config, &args.engine);
     let source = model::open(&args.model, terminal)?;
     let longest = args.input_len + args.output_len;
     let mut bench = Bench::load(&source, &config, (args.batch_size, longest), terminal)?;
@@ -35,7 +36,8 @@ pub(crate) fn run(args: &LatencyArgs, terminal: &Terminal) -> Result<()> {
         vocabulary: source.config().vocab_size,
         seed: args.common.seed,
     };
-    let sampling = Sampling { n: 1, logprobs: None, constraint: None, seed: args.common.seed };
+    let seed = args.common.seed;
+    let sampling = Sampling { n: 1, logprobs: None, temperature: 1.0, constraint: None, seed };
     let mut seconds = Vec::new();
     for run in 0..args.num_iters_warmup + args.num_iters {
         let took = bench.generate(&shape.prompts(run as u64), &sampling)?;

@@ -41,6 +41,7 @@ pub(crate) fn run(args: &RlBenchArgs, terminal: &Terminal) -> Result<()> {
     ];
     counts.into_iter().try_for_each(|(flag, value)| positive(flag, value))?;
     let config = model::training_config(&args.common, &args.engine, "engine bench rl")?;
+    let config = model::measured(config, &args.engine);
     let source = model::open(&args.model, terminal)?;
     let longest = args.prompt_len + args.response_len;
     let sequences = args.prompts.saturating_mul(args.group);

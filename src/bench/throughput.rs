@@ -2,6 +2,7 @@
 //!
 //! Printed as `vllm bench throughput` prints it, then the limit of the job and the share of it.
 
+use engine::SpeculationStats;
 use serde_json::{Value, json};
 
 use crate::bench::args::ThroughputArgs;
@@ -19,12 +20,14 @@ pub(crate) fn run(args: &ThroughputArgs, terminal: &Terminal) -> Result<()> {
     positive("--n", args.n)?;
     positive("--repeats", args.repeats)?;
     let config = model::serving_config(&args.common, &args.engine)?;
+    let config = model::measured(config, &args.engine);
     let seed = args.common.seed;
     let (source, dataset) = open(&args.model, &args.dataset, (args.num_prompts, seed), terminal)?;
     let sequences = args.num_prompts.saturating_mul(args.n);
     let mut bench = Bench::load(&source, &config, (sequences, dataset.longest()), terminal)?;
     let constraint = args.json_schema.as_deref().map(|text| bench.constraint(text)).transpose()?;
-    let sampling = Sampling { n: args.n, logprobs: args.logprobs, constraint, seed };
+    let (logprobs, temperature) = (args.logprobs, args.temperature);
+    let sampling = Sampling { n: args.n, logprobs, temperature, constraint, seed };
     let (mut seconds, mut last) = (Vec::new(), Vec::new());
     for run in 0..args.num_warmups + args.repeats {
         last = dataset.prompts(run as u64);
@@ -64,6 +67,12 @@ fn report(
         bench.peaks.describe(),
         100.0 * limit / median
     ))?;
+    let SpeculationStats { drafts, guessed, accepted } = bench.engine.speculation();
+    if guessed > 0 {
+        output::print(&format!(
+            "Guesses, warm-ups included: {guessed} run, {accepted} came true; the limit is without them"
+        ))?;
+    }
     Ok(json!({
         "elapsed_time": median,
         "num_requests": requests,
@@ -73,7 +82,9 @@ fn report(
         "output_tokens_per_second": rate(made),
         "num_prompts": args.num_prompts, "n": args.n, "total_input_tokens": input,
         "total_output_tokens": made, "logprobs": args.logprobs,
-        "json_schema": args.json_schema,
+        "json_schema": args.json_schema, "temperature": args.temperature,
+        "spec_decode_num_drafts": drafts, "spec_decode_num_draft_tokens": guessed,
+        "spec_decode_num_accepted_tokens": accepted,
         "limit_s": limit, "share_of_limit": limit / median,
         "elapsed": seconds.to_json(),
         "model": args.model,

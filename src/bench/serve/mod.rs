@@ -57,6 +57,7 @@ pub(crate) fn run(args: &ServeBenchArgs, terminal: &Terminal) -> Result<()> {
     let own = match (&address, &named) {
         (None, Some(name)) => {
             let config = model::serving_config(&args.common, &args.engine)?;
+            let config = model::measured(config, &args.engine);
             Some(OwnServer::start(&runtime, model::load(name, &config, terminal)?, name)?)
         }
         _ => None,
