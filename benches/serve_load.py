@@ -110,6 +110,8 @@ class Server:
 
     def __init__(self, args, work):
         self.command = [args.engine, "serve", args.model, "--port", "0", "--dtype", args.dtype, *KV, "--disable-log-stats",
+                        # Generation without a server is measured without guesses too.
+                        "--speculative-config", "off",
                         # Longer than the soak: connections that say nothing are closed after it.
                         "--header-timeout", str(int(args.duration) + 120)]
         self.log_path = work / "server.log"

@@ -72,7 +72,13 @@ pub(crate) fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Parse
         let (flags, tables) = read_file(path)?;
         if !tables.is_empty() && !WITH_TABLES.contains(&name) {
             let table = tables.keys().next().expect("it is not empty");
-            return Err(unknown_key(path, table, sub));
+            return Err(match flag_of(sub, table) {
+                Some(_) => Failure::usage(format!(
+                    "{}: `{table}` is a table, expected text",
+                    path.display()
+                )),
+                None => unknown_key(path, table, sub),
+            });
         }
         let extra = flag_arguments(path, &flags, sub, given)?;
         let text = toml::to_string(&tables).expect("a parsed table can be written");
@@ -195,8 +201,7 @@ fn flag_arguments(
     let mut arguments = Vec::new();
     for (key, value) in flags {
         let id = key.replace('-', "_");
-        let arg = sub.get_arguments().find(|arg| arg.get_id() == id.as_str() && id != "help");
-        let arg = arg.ok_or_else(|| unknown_key(path, key, sub))?;
+        let arg = flag_of(sub, key).ok_or_else(|| unknown_key(path, key, sub))?;
         let source = given.value_source(&id);
         if matches!(source, Some(ValueSource::CommandLine | ValueSource::EnvVariable)) {
             continue;
@@ -243,6 +248,12 @@ fn meaning(arg: &Arg, value: &Value) -> Option<Meaning> {
         (_, Value::Integer(_) | Value::Float(_)) => Some(Meaning::Text(value.to_string())),
         _ => None,
     }
+}
+
+/// The flag of `sub` that a key of a file names.
+fn flag_of<'a>(sub: &'a clap::Command, key: &str) -> Option<&'a Arg> {
+    let id = key.replace('-', "_");
+    sub.get_arguments().find(|arg| arg.get_id() == id.as_str() && id != "help")
 }
 
 fn unknown_key(path: &Path, key: &str, sub: &clap::Command) -> Failure {

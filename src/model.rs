@@ -9,6 +9,7 @@ use engine::{
     Speculation,
 };
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use crate::args::{CommonArgs, DtypeArg, EngineArgs, KvCacheDtype, QuantizationArg};
 use crate::download::download;
@@ -52,21 +53,22 @@ pub(crate) fn speculation(text: &str) -> Result<Speculation, String> {
     if text == "off" {
         return Ok(Speculation::off());
     }
+    let object: Map<String, Value> =
+        serde_json::from_str(text).map_err(|_| "expected off or a JSON object".to_owned())?;
     let config: SpeculativeConfig =
-        serde_json::from_str(text).map_err(|error| format!("expected off or JSON: {error}"))?;
+        serde_json::from_value(Value::Object(object)).map_err(|error| error.to_string())?;
     if let Some(method) = config.method.filter(|method| method != "ngram") {
         return Err(format!("method is {method}, known is ngram"));
     }
     let defaults = Speculation::default();
-    let longest_match = config.prompt_lookup_max.unwrap_or(defaults.longest_match);
-    let speculation = Speculation {
-        max_guesses: config.num_speculative_tokens.unwrap_or(defaults.max_guesses),
-        shortest_match: config
-            .prompt_lookup_min
-            .unwrap_or(defaults.shortest_match.min(longest_match)),
-        longest_match,
-        run: defaults.run,
+    // One bound alone is both, as in vLLM.
+    let (shortest_match, longest_match) = match (config.prompt_lookup_min, config.prompt_lookup_max)
+    {
+        (None, None) => (defaults.shortest_match, defaults.longest_match),
+        (min, max) => (min.or(max).unwrap_or_default(), max.or(min).unwrap_or_default()),
     };
+    let max_guesses = config.num_speculative_tokens.unwrap_or(defaults.max_guesses);
+    let speculation = Speculation { max_guesses, shortest_match, longest_match, ..defaults };
     speculation.validate().map_err(|error| error.to_string())?;
     Ok(speculation)
 }
@@ -221,10 +223,10 @@ mod tests {
     fn guesses_are_off_or_described_in_vllms_words() {
         assert_eq!(speculation("off"), Ok(Speculation::off()));
         assert_eq!(speculation("{}"), Ok(Speculation::default()));
-        let json = r#"{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 1}"#;
+        let json = r#"{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3}"#;
         let Speculation { max_guesses, shortest_match, longest_match, .. } =
             speculation(json).unwrap();
-        assert_eq!((max_guesses, shortest_match, longest_match), (5, 1, 1));
+        assert_eq!((max_guesses, shortest_match, longest_match), (5, 3, 3));
         let refused = |json: &str| speculation(json).unwrap_err();
         assert_eq!(refused(r#"{"method": "eagle"}"#), "method is eagle, known is ngram");
         let many = r#"{"num_speculative_tokens": 65}"#;
@@ -232,6 +234,8 @@ mod tests {
         let crossed = r#"{"prompt_lookup_min": 5, "prompt_lookup_max": 4}"#;
         assert_eq!(refused(crossed), "prompt_lookup_min is 5, limit is 1 to 4");
         assert!(refused(r#"{"model": "x"}"#).contains("unknown field `model`"));
-        assert!(refused("5").starts_with("expected off or JSON"));
+        for other in ["5", "on", r#"["ngram", 4]"#, "null", "{"] {
+            assert_eq!(refused(other), "expected off or a JSON object", "{other}");
+        }
     }
 }

@@ -4,7 +4,6 @@ use kernels::{Dtype, KvDtype, Level};
 use scheduler::PrefixCache;
 
 use crate::error::{Error, Result};
-use crate::guess::Speculation;
 
 /// What becomes of quantised weights of a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -14,6 +13,53 @@ pub enum Quantization {
     None,
     /// They stay as they are stored: less memory and faster decoding, for serving only.
     AsStored,
+}
+
+/// Which guesses are run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RunGuesses {
+    /// Those that are worth their rows.
+    #[default]
+    Paying,
+    /// All that there is room for: to measure, and to test.
+    All,
+}
+
+/// How many tokens are guessed, and on what evidence. The default is the vetted one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Speculation {
+    /// The most guesses of a sample in a step; 0 to 64, 0 for none.
+    pub max_guesses: usize,
+    /// Tokens at the end of a text that must have occurred before; 1 to `longest_match`.
+    pub shortest_match: usize,
+    /// Tokens at the end of a text that are compared with an earlier occurrence; up to 64.
+    pub longest_match: usize,
+    /// Which of the guesses are run.
+    pub run: RunGuesses,
+}
+
+impl Default for Speculation {
+    fn default() -> Self {
+        let run = RunGuesses::Paying;
+        Self { max_guesses: 8, shortest_match: 2, longest_match: 16, run }
+    }
+}
+
+impl Speculation {
+    /// No guesses.
+    pub fn off() -> Self {
+        Self { max_guesses: 0, ..Self::default() }
+    }
+
+    /// Checks every value against its range.
+    ///
+    /// # Errors
+    /// `ErrorKind::Config`, naming the setting in vLLM's words, its value and its limit.
+    pub fn validate(&self) -> Result<()> {
+        limit("num_speculative_tokens", self.max_guesses, 0, 64)?;
+        limit("prompt_lookup_max", self.longest_match, 1, 64)?;
+        limit("prompt_lookup_min", self.shortest_match, 1, self.longest_match)
+    }
 }
 
 /// Settings of an engine. The default is the vetted one.
@@ -114,7 +160,7 @@ impl EngineConfig {
     }
 }
 
-pub(crate) fn limit(name: &str, value: usize, low: usize, high: usize) -> Result<()> {
+fn limit(name: &str, value: usize, low: usize, high: usize) -> Result<()> {
     if (low..=high).contains(&value) {
         return Ok(());
     }

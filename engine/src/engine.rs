@@ -304,8 +304,8 @@ impl Engine {
         Ok(!self.slices.is_empty())
     }
 
-    /// Hands a drawn token to its sample, which has taken so many in this step already, and reports it,
-    /// and the sample's end if it is one.
+    /// Hands a drawn token to its sample, which has `taken` others in this step before, and reports it, and
+    /// the sample's end if it is one.
     fn take_token(
         &mut self,
         seq: SeqId,

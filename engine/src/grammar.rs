@@ -39,8 +39,11 @@ const STACK_BYTES: usize = 256 << 20;
 const MAX_LEXER_STATES: usize = 25_000;
 /// Time that the masks of a constraint may take: this, and this for each of them. Those of an object of 200
 /// fields take 7 us on average and 0.7 ms at most, those of an ambiguous grammar 250 ms (2 cores, 49,152 words).
-const MASKS_TIME: Duration = Duration::from_secs(1);
-const MASK_TIME: Duration = Duration::from_millis(10);
+const MASKS: Allowance =
+    Allowance { first: Duration::from_secs(1), each: Duration::from_millis(10) };
+/// The same for masks behind guesses: a grammar that takes longer is not guessed.
+const GUESSED_MASKS: Allowance =
+    Allowance { first: Duration::from_millis(50), each: Duration::from_micros(500) };
 /// White space that JSON may have between its parts: a blank, or a line break and an indentation.
 const JSON_SPACE: &str = r"\x20|\r?\n[\x20\t]{0,64}";
 /// Longest part of another library's message that is shown, in characters.
@@ -220,7 +223,10 @@ impl GrammarCompiler {
             })
             .map_err(|error| Error::busy(format!("no thread to compile a grammar: {error}")))?;
         match receive.recv_timeout(COMPILE_LIMIT) {
-            Ok(Ok(matcher)) => Ok(Constraint { start: Arc::new(matcher), account: Arc::default() }),
+            Ok(Ok(matcher)) => Ok(Constraint {
+                ahead: Start::new(matcher.deep_clone(), GUESSED_MASKS),
+                start: Start::new(matcher, MASKS),
+            }),
             Ok(Err(why)) => Err(Error::request(format!("grammar cannot be used: {why}"))),
             Err(RecvTimeoutError::Timeout) => {
                 let limit = COMPILE_LIMIT.as_secs();
@@ -288,16 +294,16 @@ fn shown(message: &str) -> String {
 /// A compiled grammar; clones share it.
 #[derive(Clone)]
 pub struct Constraint {
-    start: Arc<Matcher>,
-    account: Arc<Account>,
+    start: Start,
+    /// The same once more, for guesses: what they spend or break of an automaton's limits is not the samples'.
+    ahead: Start,
 }
 
 impl Constraint {
     /// The state of a sample that has no tokens yet.
     pub(crate) fn start(&self) -> GrammarState {
-        let account = Arc::clone(&self.account);
-        let (guesses, masks) = (Vec::new(), Vec::new());
-        GrammarState { matcher: Matcher::clone(&self.start), guesses, masks, account }
+        let (here, ahead) = (self.start.walker(), self.ahead.walker());
+        GrammarState { here, next: None, ahead, behind: Vec::new() }
     }
 }
 
@@ -310,91 +316,132 @@ impl fmt::Debug for Constraint {
 impl PartialEq for Constraint {
     /// Whether both came from one compilation.
     fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.start, &other.start)
+        Arc::ptr_eq(&self.start.matcher, &other.start.matcher)
+    }
+}
+
+/// The beginning of a grammar: walkers that set out from it share its automaton and its account of time.
+#[derive(Clone)]
+struct Start {
+    matcher: Arc<Matcher>,
+    account: Arc<Account>,
+}
+
+impl Start {
+    fn new(matcher: Matcher, allowance: Allowance) -> Self {
+        Self { matcher: Arc::new(matcher), account: Arc::new(Account::new(allowance)) }
+    }
+
+    fn walker(&self) -> Walker {
+        Walker { matcher: Matcher::clone(&self.matcher), account: Arc::clone(&self.account) }
+    }
+}
+
+/// A place in a grammar.
+#[derive(Clone)]
+struct Walker {
+    matcher: Matcher,
+    account: Arc<Account>,
+}
+
+impl Walker {
+    /// The tokens that may come next, if there is time left to find them.
+    fn mask(&mut self) -> std::result::Result<SimpleVob, String> {
+        self.account.check()?;
+        let begun = Instant::now();
+        let mask = self.matcher.compute_mask();
+        self.account.book(begun.elapsed());
+        mask.map_err(|error| shown(&error.to_string()))
     }
 }
 
 /// Where a sample stands in its grammar.
 pub(crate) struct GrammarState {
-    matcher: Matcher,
-    /// Tokens that are guessed to come next.
-    guesses: Vec<u32>,
-    /// The tokens that may come next, and those behind each of the guesses, as far as they are known; or
-    /// why there are none.
-    masks: Vec<std::result::Result<SimpleVob, String>>,
-    account: Arc<Account>,
+    here: Walker,
+    /// The tokens that may come next, once they are known; or why there are none.
+    next: Option<std::result::Result<SimpleVob, String>>,
+    /// The same place for guesses; it has failed once a step of it has.
+    ahead: Walker,
+    /// The tokens that may come behind each of the guesses that are run.
+    behind: Vec<SimpleVob>,
+}
+
+/// How much time the masks of a constraint may take: this, and this for each of them.
+#[derive(Clone, Copy, Debug)]
+struct Allowance {
+    first: Duration,
+    each: Duration,
 }
 
 /// What the masks of a constraint have taken, those of all its samples together.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Account {
+    allowance: Allowance,
     micros: AtomicU64,
     masks: AtomicU64,
 }
 
 impl Account {
+    fn new(allowance: Allowance) -> Self {
+        Self { allowance, micros: AtomicU64::new(0), masks: AtomicU64::new(0) }
+    }
+
     fn book(&self, time: Duration) {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         self.micros.fetch_add(micros, Ordering::Relaxed);
         self.masks.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The tokens that may come next, if there is time left to find them.
-    fn mask(&self, matcher: &mut Matcher) -> std::result::Result<SimpleVob, String> {
-        self.check()?;
-        let begun = Instant::now();
-        let mask = matcher.compute_mask();
-        self.book(begun.elapsed());
-        mask.map_err(|error| shown(&error.to_string()))
-    }
-
     /// Fails when more is spent than there was.
     fn check(&self) -> std::result::Result<(), String> {
         let (micros, masks) =
             (self.micros.load(Ordering::Relaxed), self.masks.load(Ordering::Relaxed));
-        let (spent, each) = (Duration::from_micros(micros), MASK_TIME.as_millis());
-        let limit = MASKS_TIME + Duration::from_micros(masks * MASK_TIME.as_micros() as u64);
-        if spent <= limit {
+        let Allowance { first, each } = self.allowance;
+        let spent = Duration::from_micros(micros);
+        if spent <= first + Duration::from_micros(masks * each.as_micros() as u64) {
             return Ok(());
         }
-        let (spent, first) = (spent.as_secs_f64(), MASKS_TIME.as_secs());
+        let (spent, first) = (spent.as_secs_f64(), first.as_secs());
+        let each = each.as_millis();
         Err(format!("{masks} masks took {spent:.1} s, limit is {first} s and {each} ms each"))
     }
 }
 
 impl GrammarState {
-    /// How many of `guesses` may come next.
-    pub(crate) fn count_allowed(&self, guesses: &[u32]) -> usize {
+    /// Finds the tokens that may come behind the first of `guesses`, as far as those may come themselves.
+    /// Returns how many. A grammar that fails or takes long allows no guesses; its sample goes on.
+    pub(crate) fn look_ahead(&mut self, guesses: &[u32]) -> usize {
+        self.behind.clear();
         if guesses.is_empty() {
             return 0;
         }
-        // A failure would be the matcher's end, so it is a copy that is asked.
-        Matcher::clone(&self.matcher).validate_tokens(guesses).unwrap_or(0)
+        let mut walker = self.ahead.clone();
+        let Ok(mut allowed) = walker.mask() else { return 0 };
+        for guess in guesses {
+            if !allowed.is_allowed(*guess) || walker.matcher.consume_token(*guess).is_err() {
+                break;
+            }
+            let Ok(next) = walker.mask() else { break };
+            self.behind.push(next.clone());
+            allowed = next;
+        }
+        self.behind.len()
     }
 
-    /// Finds the tokens that may come next, and behind each of `guesses`, as far as that is still to be done.
-    pub(crate) fn prepare(&mut self, guesses: &[u32]) {
-        if self.guesses != guesses {
-            self.masks.truncate(1);
-            self.guesses = guesses.to_vec();
+    /// Finds the tokens that may come next, if that is still to be done.
+    pub(crate) fn prepare(&mut self) {
+        if self.next.is_none() {
+            self.next = Some(self.here.mask());
         }
-        if self.masks.is_empty() {
-            self.masks.push(self.account.mask(&mut self.matcher));
-        }
-        if self.masks.len() > guesses.len() {
-            return;
-        }
-        let mut ahead = Matcher::clone(&self.matcher);
-        let behind = guesses.iter().map(|guess| match ahead.consume_token(*guess) {
-            Ok(()) => self.account.mask(&mut ahead),
-            Err(error) => Err(shown(&error.to_string())),
-        });
-        self.masks.extend(behind);
     }
 
-    /// The tokens that may come next behind the first `guessed` guesses, a bit each.
+    /// The tokens that may come next behind so many guesses, a bit each.
     pub(crate) fn allowed(&self, guessed: usize) -> std::result::Result<&[u32], String> {
-        match self.masks.get(guessed) {
+        let mask = match guessed {
+            0 => self.next.as_ref().map(|mask| mask.as_ref().map_err(String::clone)),
+            _ => self.behind.get(guessed - 1).map(Ok),
+        };
+        match mask {
             Some(Ok(mask)) => Ok(mask.as_slice()),
             Some(Err(why)) => Err(format!("the grammar allows no token here: {why}")),
             None => Err("the grammar was not asked".to_owned()),
@@ -403,12 +450,14 @@ impl GrammarState {
 
     /// Takes in a drawn token. True when nothing can follow it.
     pub(crate) fn advance(&mut self, token: u32) -> Result<bool> {
-        self.masks.clear();
-        self.guesses.clear();
-        self.matcher
+        self.next = None;
+        // What fails here allows no guesses any more.
+        let _failed = self.ahead.matcher.consume_token(token);
+        self.here
+            .matcher
             .consume_token(token)
             .map_err(|e| Error::request(format!("the grammar fails: {}", shown(&e.to_string()))))?;
-        Ok(self.matcher.is_stopped())
+        Ok(self.here.matcher.is_stopped())
     }
 }
 
@@ -448,13 +497,59 @@ mod tests {
 
     #[test]
     fn masks_share_an_account_that_usual_ones_never_exhaust() {
-        let account = Account::default();
+        let account = Account::new(MASKS);
         (0..1000).for_each(|_| account.book(Duration::from_millis(9)));
         assert_eq!(account.check(), Ok(()));
-        let account = Account::default();
+        let account = Account::new(MASKS);
         (0..5).for_each(|_| account.book(Duration::from_millis(250)));
         let error = account.check().unwrap_err();
         assert_eq!(error, "5 masks took 1.2 s, limit is 1 s and 10 ms each");
+    }
+
+    /// The state of a sample that is to spell `abc` over and over, and what its guesses may take.
+    fn abc() -> (GrammarState, Arc<Account>) {
+        let json = include_bytes!("../../tests/data/tiny-text/tokenizer.json");
+        let tokenizer = Tokenizer::from_json_bytes(json).expect("a tokenizer");
+        let compiler = GrammarCompiler::new(&tokenizer, 300, &[2]).expect("a compiler");
+        let constraint = compiler.compile(&Grammar::Regex("(abc){5}".into())).expect("a regex");
+        (constraint.start(), Arc::clone(&constraint.ahead.account))
+    }
+
+    /// Tokens of these bytes.
+    fn bytes(text: &str) -> Vec<u32> {
+        text.bytes().map(|byte| u32::from(byte) + 3).collect()
+    }
+
+    #[test]
+    fn guesses_are_followed_as_far_as_a_grammar_allows() {
+        let (mut state, _) = abc();
+        state.prepare();
+        let first = state.allowed(0).expect("a mask").to_vec();
+        assert_eq!(state.look_ahead(&bytes("abcax")), 4);
+        assert!(TokenMask(state.allowed(2).expect("a mask")).allows(bytes("c")[0] as usize));
+        assert_eq!(state.allowed(3), Ok(&first[..]), "as at the beginning");
+        assert!(state.allowed(5).is_err() && state.allowed(0) == Ok(&first[..]));
+        assert_eq!(state.look_ahead(&bytes("b")), 0);
+        // Nothing of that has moved the sample.
+        for token in bytes("abcabcabcabcab") {
+            assert!(!state.advance(token).expect("allowed"));
+        }
+        assert_eq!(state.look_ahead(&bytes("c")), 0, "what ends a text is not followed");
+        assert!(state.advance(bytes("c")[0]).expect("allowed"));
+    }
+
+    #[test]
+    fn a_grammar_that_takes_long_or_fails_is_not_guessed_and_goes_on() {
+        let (mut state, account) = abc();
+        account.book(Duration::from_secs(1));
+        assert_eq!(state.look_ahead(&bytes("abc")), 0);
+        let (mut broken, _) = abc();
+        assert!(broken.ahead.matcher.consume_token(bytes("x")[0]).is_err());
+        assert_eq!(broken.look_ahead(&bytes("abc")), 0);
+        for mut state in [state, broken] {
+            state.prepare();
+            assert!(state.allowed(0).is_ok() && !state.advance(bytes("a")[0]).expect("allowed"));
+        }
     }
 
     #[test]

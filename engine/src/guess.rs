@@ -20,65 +20,19 @@
 //! ```
 //!
 //! `p` is what the sample's own guesses have been worth lately. They are compared with what is drawn
-//! whether they were run or not, so a text that begins to repeat itself is noticed at no cost. Only
-//! speed hangs on `R` and `p`.
+//! whether they were run or not, so a text that begins to repeat itself is noticed for the price of the
+//! look-up: a pass over the text (4,096 tokens: some microseconds), and where its last token
+//! occurred before, over up to `longest_match` tokens there. Only speed hangs on `R` and `p`.
 //!
-//! Leaves out drafts by a second model, by other samples, and by what a grammar forces.
+//! Leaves out drafts by a second model, by other samples, and by what a grammar forces; and that a sample
+//! with guesses does not read a shared beginning together with its neighbours.
 
 use kernels::Level;
 
-use crate::config::limit;
-use crate::error::Result;
+use crate::config::{RunGuesses, Speculation};
 
 /// What the newest guess counts in the share of those that came true.
 const NEWEST: f64 = 0.125;
-
-/// Which guesses are run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum RunGuesses {
-    /// Those that are worth their rows.
-    #[default]
-    Paying,
-    /// All that there is room for: to measure, and to test.
-    All,
-}
-
-/// How many tokens are guessed, and on what evidence. The default is the vetted one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Speculation {
-    /// The most guesses of a sample in a step; 0 to 64, 0 for none.
-    pub max_guesses: usize,
-    /// Tokens at the end of a text that must have occurred before; 1 to `longest_match`.
-    pub shortest_match: usize,
-    /// Tokens at the end of a text that are compared with an earlier occurrence; up to 64.
-    pub longest_match: usize,
-    /// Which of the guesses are run.
-    pub run: RunGuesses,
-}
-
-impl Default for Speculation {
-    fn default() -> Self {
-        let run = RunGuesses::Paying;
-        Self { max_guesses: 8, shortest_match: 2, longest_match: 16, run }
-    }
-}
-
-impl Speculation {
-    /// No guesses.
-    pub fn off() -> Self {
-        Self { max_guesses: 0, ..Self::default() }
-    }
-
-    /// Checks every value against its range.
-    ///
-    /// # Errors
-    /// `ErrorKind::Config`, naming the setting in vLLM's words, its value and its limit.
-    pub fn validate(&self) -> Result<()> {
-        limit("num_speculative_tokens", self.max_guesses, 0, 64)?;
-        limit("prompt_lookup_max", self.longest_match, 1, 64)?;
-        limit("prompt_lookup_min", self.shortest_match, 1, self.longest_match)
-    }
-}
 
 /// Counts since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -30,11 +30,11 @@ pub mod text;
 mod timings;
 mod update;
 
-pub use config::{EngineConfig, Quantization};
+pub use config::{EngineConfig, Quantization, RunGuesses, Speculation};
 pub use engine::{Engine, Score};
 pub use error::{Error, ErrorKind, Result};
 pub use grammar::{Constraint, Grammar, GrammarCompiler, UnknownKeywords, json_schema};
-pub use guess::{RunGuesses, Speculation, SpeculationStats};
+pub use guess::SpeculationStats;
 pub use guests::{Guests, Host};
 pub use histogram::Histogram;
 pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};

@@ -41,7 +41,8 @@ pub struct MemoryPlan {
 
 /// Rows of logits, changed copies included, that sampling holds at once.
 fn logit_rows(config: &EngineConfig) -> usize {
-    let drawn = config.max_num_seqs.saturating_mul(1 + config.speculation.max_guesses);
+    let guesses = config.speculation.max_guesses;
+    let drawn = config.max_num_seqs.saturating_mul(1 + guesses).min(config.max_num_batched_tokens);
     LOGIT_ROWS.min(drawn) + CHANGED_ROWS.min(drawn)
 }
 

@@ -77,6 +77,8 @@ impl Scheduler {
         ensure!(guesses == 0 || end == known, "guesses behind {end} of {known} tokens");
         ensure!(guesses == 0 || tokens < limit, "guesses up to its limit of {limit} tokens");
         let room = table * self.config.block_size;
+        let needed = tokens.div_ceil(self.config.block_size);
+        ensure!(table <= needed, "{table} blocks, its tokens need {needed}");
         let rows = end + guesses;
         ensure!(rows <= room, "is planned to {rows}, its table has room for {room}");
         let offered = sequence.chain.blocks;
@@ -130,8 +132,8 @@ impl Scheduler {
         let planned = planned.count();
         ensure!(planned == with_slice, "{planned} sequences have slices, {with_slice} are in it");
         let in_flight = self.phase == Phase::Planned;
-        let room = if in_flight { budget } else { 0 };
-        ensure!(self.plan.room == room, "room for {} tokens, {room} are left", self.plan.room);
+        let (room, left) = (self.plan.room, if in_flight { budget } else { 0 });
+        ensure!(room == left || room == 0, "room for {room} tokens, {left} are left");
         ensure!(in_flight != self.plan.slices.is_empty(), "phase {:?}", self.phase);
         Ok(())
     }

@@ -70,8 +70,13 @@ pub enum ErrorKind {
     UnknownSequence(SeqId),
     /// A token was given for a sequence that does not sample in this plan.
     NotSampling(SeqId),
-    /// A token was given for a sequence after this one, which was not guessed.
-    NotGuessed(SeqId, u32),
+    /// A sequence was given a token behind one that was not guessed, or behind all its guesses.
+    NotGuessed {
+        /// The sequence.
+        seq: SeqId,
+        /// The token before.
+        after: u32,
+    },
     /// A sequence that samples in this plan was given no token.
     MissingSample(SeqId),
     /// An update was asked for while there is work.
@@ -117,12 +122,8 @@ impl fmt::Display for Error {
             ErrorKind::NotSampling(id) => {
                 write!(f, "sequence {} does not sample in this plan", id.0)
             }
-            ErrorKind::NotGuessed(id, token) => {
-                write!(
-                    f,
-                    "sequence {} was given a token after {token}, which was not guessed",
-                    id.0
-                )
+            ErrorKind::NotGuessed { seq, after } => {
+                write!(f, "sequence {} was given a token after {after}, not guessed there", seq.0)
             }
             ErrorKind::MissingSample(id) => write!(f, "sequence {} was given no token", id.0),
             ErrorKind::Busy { running, waiting } => write!(

@@ -15,6 +15,8 @@
 //! * A **sequence** is a prompt and what was generated behind it. It waits, runs, and ends.
 //! * A **slice** is work: run `tokens[start..start + len]` of one sequence. There is no difference
 //!   between prefill and decode, which is a slice of one token.
+//! * A **guess** is a token that may follow the known ones: a slice that samples can run some, to be
+//!   right or wrong when tokens are sampled.
 //! * A **plan** is a list of slices that are run together, as one step.
 //!
 //! # The loop

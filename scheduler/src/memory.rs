@@ -49,6 +49,15 @@ impl KvMemory {
         }
     }
 
+    /// Gives up the blocks of `sequence` that no known token needs. Nothing was ever entered for them.
+    pub(crate) fn trim(&mut self, sequence: &mut Sequence) {
+        let needed = sequence.tokens.len().div_ceil(self.block_size);
+        while sequence.blocks.len() > needed {
+            let block = sequence.blocks.pop().expect("the table is not empty");
+            self.pool.release(block, Reuse::First);
+        }
+    }
+
     /// Gives `sequence`, which holds no blocks, all blocks for its known tokens: those of its prefix
     /// that the index knows, and new ones behind them. Free blocks must be left: `headroom` of them,
     /// and one more if the sequence may grow. If there are not enough it changes nothing and returns

@@ -19,8 +19,8 @@
 //! * **Decoding never starves.** A sequence is admitted only while budget is left, so whoever is
 //!   still in its prompt is the last one of the running list; those before it take one token each,
 //!   and the budget is at least `max_num_seqs`.
-//! * **Only generated tokens need new blocks**, at most one block per sequence and step, because an
-//!   admission takes all blocks for the known tokens.
+//! * **Only generated tokens need new blocks**, without guesses at most one block per sequence and step,
+//!   because an admission takes all blocks for the known tokens.
 //! * **Preemption is rare.** An admission leaves one free block for every running sequence that may
 //!   still grow; so memory that is just enough is not fought over in every step.
 //! * **Preemption never touches a slice.** The victim is the last of the running list, slices are
@@ -30,8 +30,9 @@
 //!   fits: `add` refused it otherwise. If nobody runs, all blocks are free, and the first waiting
 //!   sequence is admitted for the same reason.
 //!
-//! Guesses of what follows ([`Scheduler::guess`]) come last: they take what is left of the budget, and no
-//! block that a running sequence may need for its next known token.
+//! Guesses of what follows ([`Scheduler::guess`]) come after the plan. They take what is left of its budget, and
+//! new blocks only while nobody waits and one is left for every running sequence; a new block may
+//! have been in the prefix cache, as any may. Blocks that only wrong guesses needed are given back.
 //!
 //! A step costs O(1) per running sequence, and O(known tokens) once per admission; the first waiting
 //! sequence looks up its prefix again, without hashing it again, in each step in which it must wait
@@ -72,7 +73,7 @@ impl Slice {
 pub struct Plan {
     /// At most one slice per sequence, in the order of admission.
     pub slices: Vec<Slice>,
-    /// Tokens that the budget leaves.
+    /// Tokens that the budget leaves for guesses.
     pub room: usize,
     /// Sequences that gave up their blocks and wait again, the one admitted last first.
     pub preempted: Vec<SeqId>,
@@ -182,37 +183,5 @@ impl Scheduler {
         self.plan.slices.push(Slice { seq: sequence.id, start, len, samples, guesses: 0 });
         room.tokens -= len;
         room.headroom += usize::from(sequence.max_blocks > sequence.blocks.len());
-    }
-    /// Lets slice `at` of the plan in flight run `guesses` behind its known tokens: as many of them as the
-    /// budget has room for, the sequence may still become long, and blocks are free that no running
-    /// sequence needs for its next token. Returns how many; 0 if the slice does not sample, has guesses
-    /// already, or its sequence is gone.
-    ///
-    /// A guess costs no correctness: [`commit`](Self::commit) takes the tokens that were sampled, and
-    /// keeps what was computed for guesses as far as they were the same.
-    pub fn guess(&mut self, at: usize, guesses: &[u32]) -> usize {
-        let Some(&Slice { seq, samples: true, guesses: 0, .. }) = self.plan.slices.get(at) else {
-            return 0;
-        };
-        let Some(slot) = self.sequences.slot(seq) else { return 0 };
-        let sequence = &mut self.sequences[slot];
-        // The token drawn after the last guess must fit too.
-        let most = sequence.max_total_tokens - sequence.known() - 1;
-        let wanted = guesses.len().min(self.plan.room).min(most);
-        let end = sequence.known() + wanted;
-        while sequence.blocks.len() * self.config.block_size < end
-            && self.memory.pool.free() > self.running.len()
-        {
-            sequence.blocks.extend(self.memory.allocate());
-        }
-        let given = wanted.min(sequence.blocks.len() * self.config.block_size - sequence.known());
-        sequence.tokens.extend_from_slice(&guesses[..given]);
-        if let Some(planned) = &mut sequence.planned {
-            planned.guesses = given;
-        }
-        self.plan.slices[at].guesses = given;
-        self.plan.room -= given;
-        self.debug_check();
-        given
     }
 }

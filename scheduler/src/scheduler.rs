@@ -9,7 +9,9 @@
 //!          |-- shared --|--- own, entered ---|-- own, pending --|---- own, not entered ----|
 //! ```
 //!
-//! `cached` lies on a block boundary; the other marks may lie anywhere. A block belongs to the region
+//! Guesses lie behind `tokens.len()`, from [`Scheduler::guess`] to the end of the plan, in blocks that are not
+//! entered before a commit has confirmed them. `cached` lies on a block boundary; the other marks may lie
+//! anywhere. A block belongs to the region
 //! in which it becomes full, so block 4, begun earlier and filled by this slice, is pending.
 //!
 //! # Sharing within one step
@@ -53,7 +55,7 @@ use crate::error::{Error, ErrorKind};
 use crate::ids::{SeqId, WeightsVersion};
 use crate::list::IndexList;
 use crate::memory::KvMemory;
-use crate::planner::{Plan, Room};
+use crate::planner::{Plan, Room, Slice};
 use crate::sequence::{Origin, Sequence, Sequences, State, root};
 
 /// What may be called next.
@@ -208,6 +210,39 @@ impl Scheduler {
     /// since are still in it.
     pub fn planned(&self) -> &Plan {
         &self.plan
+    }
+
+    /// Lets slice `at` of the plan in flight run `guesses` behind its known tokens: as many of them as the
+    /// budget has room for, the sequence may still become long, and there are blocks for. Returns how
+    /// many; 0 if the slice does not sample or has guesses already, and once a sequence was removed since
+    /// the plan, whose blocks are given away by the next one only.
+    ///
+    /// A guess costs no correctness: [`commit`](Self::commit) takes the tokens that were sampled, and
+    /// keeps what was computed for guesses as far as they were the same.
+    pub fn guess(&mut self, at: usize, guesses: &[u32]) -> usize {
+        let Some(&Slice { seq, samples: true, guesses: 0, .. }) = self.plan.slices.get(at) else {
+            return 0;
+        };
+        let Some(slot) = self.sequences.slot(seq) else { return 0 };
+        let sequence = &mut self.sequences[slot];
+        let (known, block_size) = (sequence.known(), self.config.block_size);
+        // The token drawn after the last guess must fit too.
+        let most = sequence.max_total_tokens - known - 1;
+        let wanted = guesses.len().min(self.plan.room).min(most);
+        while sequence.blocks.len() * block_size < known + wanted
+            && self.waiting.len() == 0
+            && self.memory.pool.free() > self.running.len()
+        {
+            sequence.blocks.extend(self.memory.allocate());
+        }
+        let given = wanted.min(sequence.blocks.len() * block_size - known);
+        let planned = sequence.planned.as_mut().expect("sequences of the plan have their slice");
+        planned.guesses = given;
+        sequence.tokens.extend_from_slice(&guesses[..given]);
+        self.plan.slices[at].guesses = given;
+        self.plan.room -= given;
+        self.debug_check();
+        given
     }
 
     /// The plan was run: its tokens are computed, its full blocks can be found by others from here
@@ -429,7 +464,9 @@ impl Scheduler {
                     let guess = &sequence.tokens[end + planned.confirmed..];
                     match planned.token.replace(token) {
                         Some(before) if guess.first() == Some(&before) => planned.confirmed += 1,
-                        Some(before) => return Err(ErrorKind::NotGuessed(id, before).into()),
+                        Some(before) => {
+                            return Err(ErrorKind::NotGuessed { seq: id, after: before }.into());
+                        }
                         None => {}
                     }
                 }
@@ -467,6 +504,7 @@ impl Scheduler {
             self.memory.enter_full_blocks(sequence, sequence.computed);
             self.memory.index.confirm_pending();
         }
+        self.memory.trim(sequence);
         if sequence.is_over() {
             self.memory.release(&mut sequence.blocks);
             sequence.state = State::Ended;
@@ -478,6 +516,7 @@ impl Scheduler {
     fn undo(&mut self, slot: u32) {
         let sequence = &mut self.sequences[slot];
         let planned = sequence.close_planned();
+        self.memory.trim(sequence);
         sequence.chain = planned.chain_before;
         if planned.origin == Origin::Admitted {
             if !sequence.has_run {
@@ -497,6 +536,7 @@ impl Scheduler {
     fn remove(&mut self, id: SeqId) -> bool {
         let Some(slot) = self.sequences.slot(id) else { return false };
         let sequence = &mut self.sequences[slot];
+        self.plan.room = 0;
         self.memory.release(&mut sequence.blocks);
         match sequence.state {
             State::Running => self.running.remove(slot),

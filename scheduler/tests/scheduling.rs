@@ -221,7 +221,7 @@ fn a_commit_with_wrong_tokens_is_refused_and_changes_nothing() {
     };
     assert_eq!(refused(&mut s, &[]), ErrorKind::MissingSample(sampling));
     let twice = [(sampling, 1), (sampling, 1)];
-    assert_eq!(refused(&mut s, &twice), ErrorKind::NotGuessed(sampling, 1));
+    assert_eq!(refused(&mut s, &twice), ErrorKind::NotGuessed { seq: sampling, after: 1 });
     for id in [chunked, waiting] {
         assert_eq!(refused(&mut s, &[(sampling, 1), (id, 1)]), ErrorKind::NotSampling(id));
     }
@@ -352,9 +352,9 @@ fn a_token_behind_a_wrong_guess_is_refused() {
     let (mut s, seq) = guessing(&[7, 8]);
     let refused = |error: scheduler::Error| error.to_string();
     let wrong = s.commit(&[(seq, 6), (seq, 8)]).unwrap_err();
-    assert_eq!(refused(wrong), "sequence 0 was given a token after 6, which was not guessed");
+    assert_eq!(refused(wrong), "sequence 0 was given a token after 6, not guessed there");
     let beyond = s.commit(&[(seq, 7), (seq, 8), (seq, 1), (seq, 1)]).unwrap_err();
-    assert_eq!(refused(beyond), "sequence 0 was given a token after 1, which was not guessed");
+    assert_eq!(refused(beyond), "sequence 0 was given a token after 1, not guessed there");
     s.commit(&[(seq, 7), (seq, 8), (seq, 1)]).unwrap();
     assert_eq!(s.tokens(seq)[14..], [7, 8, 1]);
 }
@@ -370,6 +370,35 @@ fn a_rollback_and_an_end_forget_guesses() {
     assert!(s.abort(seq));
     assert_eq!((s.guess(0, &[8]), s.stats().used_blocks), (0, 0));
     s.commit(&[(seq, 8), (seq, 9)]).unwrap();
+}
+
+#[test]
+fn guesses_take_no_block_from_who_waits_and_keep_none() {
+    let mut s = scheduler(Config { max_num_seqs: 1, ..config() });
+    let first = add(&mut s, 0, 14, 40);
+    s.plan().unwrap();
+    assert_eq!((s.guess(0, &[9; 8]), s.blocks(first).len()), (8, 2));
+    s.commit(&[(first, 9)]).unwrap();
+    assert_eq!((s.tokens(first).len(), s.blocks(first).len()), (15, 1), "given back");
+    let waiting = add(&mut s, 100, 10, 20);
+    s.plan().unwrap();
+    assert_eq!(
+        (s.guess(0, &[9; 8]), s.blocks(first).len()),
+        (1, 1),
+        "a place is left in its block"
+    );
+    assert!(s.abort(waiting));
+    s.commit(&[(first, 8)]).unwrap();
+}
+
+#[test]
+fn once_a_sequence_has_left_a_plan_nothing_is_guessed() {
+    let mut s = scheduler(config());
+    let (gone, stays) = (add(&mut s, 0, 20, 30), add(&mut s, 100, 15, 40));
+    s.plan().unwrap();
+    assert!(s.abort(gone));
+    assert_eq!((s.guess(1, &[9; 8]), s.blocks(stays).len()), (0, 1));
+    s.commit(&[(gone, 1), (stays, 1)]).unwrap();
 }
 
 #[test]

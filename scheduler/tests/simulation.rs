@@ -191,6 +191,10 @@ impl Simulation {
         } else {
             assert!(self.scheduler.abort(id) && !self.scheduler.finish(id));
         }
+        // Its blocks are free, and part of the plan in flight.
+        for at in 0..=self.in_flight.len() {
+            assert_eq!(self.scheduler.guess(at, &[0; 20]), 0);
+        }
         let planned = self.in_flight.iter().any(|(slice, ..)| slice.seq == id);
         self.seen.removed_in_flight += usize::from(planned);
         assert!(self.scheduler.tokens(id).is_empty() && self.scheduler.blocks(id).is_empty());
@@ -290,7 +294,7 @@ impl Simulation {
         self.seen.plans += 1;
     }
 
-    /// Lets every third slice guess; the others, and a slice that has guesses, are refused some.
+    /// Lets every third slice guess; one that has guesses is refused more.
     fn guess(&mut self, at: usize) {
         if !self.random.percent(33) {
             return;

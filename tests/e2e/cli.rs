@@ -45,6 +45,9 @@ fn unknown_keys_of_a_file_name_the_nearest() {
     fails(command.args(["doctor", "--config"]).arg(&config), 2, "nearest is `max_model_len`");
     let config = folder.write("d.toml", "[engine]\nthreads = 1\n");
     fails(engine().args(["doctor", "--config"]).arg(&config), 2, "unknown key `engine`");
+    let config = folder.write("g.toml", "[speculative_config]\nmethod = \"ngram\"\n");
+    let table = "`speculative_config` is a table, expected text";
+    fails(engine().args(["doctor", "--config"]).arg(&config), 2, table);
     let config = folder.write("e.toml", "threads = \"two\"\n");
     fails(engine().args(["doctor", "--config"]).arg(&config), 2, "'two' for '--threads <N>'");
     let config = folder.write("f.toml", "threads = 1\nport = [\n");

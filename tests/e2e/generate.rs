@@ -53,6 +53,12 @@ fn results_have_everything_and_do_not_depend_on_the_batch() {
     let single = ["--max-num-seqs", "1", "--max-num-batched-tokens", "16"];
     let alone = run(generate(&model, &input).args(flags).args(single));
     assert_eq!(sorted(&alone.stdout), lines);
+    let guesses = r#"{"num_speculative_tokens": 16, "prompt_lookup_min": 1}"#;
+    for guesses in ["off", guesses] {
+        let same =
+            run(generate(&model, &input).args(flags).args(["--speculative-config", guesses]));
+        assert_eq!(sorted(&same.stdout), lines, "{guesses}");
+    }
     let other =
         run(generate(&model, &input).args(["--max-tokens", "12", "--ignore-eos", "--seed", "8"]));
     assert_ne!(sorted(&other.stdout), lines);

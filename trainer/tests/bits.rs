@@ -39,6 +39,14 @@ fn setups(base: &EngineConfig, small_kv_bytes: u64) -> Vec<Setup> {
                 ..base.clone()
             },
         ),
+        setup(
+            "little memory and every guess",
+            EngineConfig {
+                kv_cache_memory_bytes: Some(small_kv_bytes / 2),
+                speculation: every_guess(),
+                ..base.clone()
+            },
+        ),
         setup("no guesses", EngineConfig { speculation: Speculation::off(), ..base.clone() }),
         setup("every guess", EngineConfig { speculation: every_guess(), ..base.clone() }),
         setup(
@@ -140,10 +148,10 @@ fn check(source: &ModelSource, base: &EngineConfig, small_kv_bytes: u64, new_tok
         let (got, engine) = sample(source, &setup, &requests);
         let same = got == want;
         assert!(same, "{}: tokens or log-probabilities differ", setup.name);
-        if setup.name == "little memory" {
-            assert!(engine.stats().preemptions > 0, "nothing was preempted");
+        if setup.name.starts_with("little memory") {
+            assert!(engine.stats().preemptions > 0, "{}: nothing was preempted", setup.name);
         }
-        if setup.name.starts_with("every guess") {
+        if setup.name.contains("every guess") {
             let guesses = engine.speculation();
             let both = guesses.accepted > 0 && guesses.accepted < guesses.guessed;
             assert!(both, "{}: {guesses:?}", setup.name);

@@ -10,7 +10,7 @@
 //!
 //! *compute* changes nothing but buffers and the KV slots of its own slices, so it can run again, for
 //! all or for some of the slices. That is how [`Engine::step_contained`] finds who is to blame: it runs
-//! halves of a batch that has panicked, and their halves. What such a run writes is never read: whoever
+//! halves of a batch that has panicked, and their halves, all without guesses. What such a run writes is never read: whoever
 //! read blocks of a slice that was left out runs again, as the plan is rolled back afterwards and the
 //! next one computes the same positions anew. A token depends on seed and position only, so those that
 //! go on get the tokens they would have had.
@@ -64,7 +64,8 @@ impl Engine {
     /// Only for a fault of the engine itself.
     pub fn step(&mut self) -> Result<Vec<Event>> {
         let mut events = self.open_step();
-        if self.plan_step()? {
+        if self.plan_slices()? {
+            self.add_guesses();
             let computed = self.compute(0..self.slices.len());
             self.accept(computed, &mut events)?;
         }
@@ -79,20 +80,30 @@ impl Engine {
     /// alone, or each of several requests does so alone. The engine must not be used any more then.
     pub fn step_contained(&mut self) -> Result<Vec<Event>> {
         let mut events = self.open_step();
-        let mut blameless = false;
-        while self.plan_step()? {
+        let (mut guessing, mut blameless) = (self.config.speculation.max_guesses > 0, false);
+        while self.plan_slices()? {
             let all = 0..self.slices.len();
-            if let Ok(computed) = self.attempt(all.clone()) {
+            let guessed = self.attempt(|engine| {
+                if guessing {
+                    engine.add_guesses();
+                }
+            });
+            let computed =
+                guessed.and_then(|()| self.attempt(|engine| engine.compute(all.clone())));
+            if let Ok(computed) = computed {
                 self.accept(computed, &mut events)?;
                 break;
             }
             let mut guilty = Vec::new();
-            self.blame(all.clone(), &mut guilty);
-            if guilty.is_empty() && std::mem::replace(&mut blameless, true) {
-                return Err(Error::internal("a step panicked twice"));
-            }
-            if guilty.len() == all.len() && self.requests_of(&guilty) > 1 {
-                return Err(Error::internal("a step panicked for each of its requests"));
+            // Nobody is to blame for a text that was only guessed: the batch runs again without.
+            if !std::mem::replace(&mut guessing, false) {
+                self.blame(all.clone(), &mut guilty);
+                if guilty.is_empty() && std::mem::replace(&mut blameless, true) {
+                    return Err(Error::internal("a step panicked twice"));
+                }
+                if guilty.len() == all.len() && self.requests_of(&guilty) > 1 {
+                    return Err(Error::internal("a step panicked for each of its requests"));
+                }
             }
             self.scheduler.rollback().map_err(|e| Error::internal(e.to_string()))?;
             for seq in guilty {
@@ -114,33 +125,25 @@ impl Engine {
         std::mem::take(&mut self.pending)
     }
 
-    /// Plans the next batch, and what is guessed beyond it; false when there is nothing to run.
-    fn plan_step(&mut self) -> Result<bool> {
-        let any = self.plan_slices()?;
-        if self.config.speculation.max_guesses > 0 {
-            self.guess();
-        }
-        Ok(any)
-    }
-
-    /// Lets the planned slices run what their samples are guessed to draw next.
-    fn guess(&mut self) {
+    /// Lets the planned slices run what their samples are guessed to draw next. Costs a look through each
+    /// sample's text.
+    fn add_guesses(&mut self) {
         let speculation = self.config.speculation;
+        if speculation.max_guesses == 0 {
+            return;
+        }
         let weights = &self.runner.decoder.weights;
         let balance = guess::balance(self.runner.kernels.level(), weights.quantised());
         let mut rows: usize = self.slices.iter().map(Slice::rows).sum();
         for (at, slice) in self.slices.iter_mut().enumerate().filter(|(_, slice)| slice.samples) {
             let Some(sample) = self.samples.get_mut(&slice.seq) else { continue };
             sample.guesses.renew(self.scheduler.tokens(slice.seq), &speculation);
-            let guesses = sample.guesses.to_run(speculation.run, rows, balance);
-            let allowed = match &sample.grammar {
-                Some(grammar) => grammar.count_allowed(guesses),
-                None => guesses.len(),
-            };
-            slice.guesses = self.scheduler.guess(at, &guesses[..allowed]);
+            let mut guesses = sample.guesses.to_run(speculation.run, rows, balance);
+            if let Some(grammar) = &mut sample.grammar {
+                guesses = &guesses[..grammar.look_ahead(guesses)];
+            }
+            slice.guesses = self.scheduler.guess(at, guesses);
             rows += slice.guesses;
-            self.speculation.drafts += u64::from(slice.guesses > 0);
-            self.speculation.guessed += slice.guesses as u64;
         }
     }
 
@@ -148,6 +151,8 @@ impl Engine {
     fn note_batch(&mut self) {
         self.step_tokens = self.slices.iter().map(Slice::rows).sum();
         for slice in &self.slices {
+            self.speculation.drafts += u64::from(slice.guesses > 0);
+            self.speculation.guessed += slice.guesses as u64;
             if let Some(sample) = self.samples.get_mut(&slice.seq)
                 && !std::mem::replace(&mut sample.begun, true)
             {
@@ -156,7 +161,7 @@ impl Engine {
         }
     }
 
-    /// Has `fault` called before each batch, with the tokens of its sequences; it may panic. For tests
+    /// Has `fault` called before each batch, with the tokens of its sequences, guesses too; it may panic. For tests
     /// of what a panic leaves behind.
     #[doc(hidden)]
     pub fn inject_fault(&mut self, fault: impl FnMut(&[&[u32]]) + Send + 'static) {
@@ -166,7 +171,7 @@ impl Engine {
     /// Runs these of the planned slices, scores their prompts, and draws for those that sample.
     fn compute(&mut self, range: std::ops::Range<usize>) -> Computed {
         if let Some(fault) = &mut self.fault {
-            let tokens = |slice: &Slice| self.scheduler.tokens(slice.seq);
+            let tokens = |slice: &Slice| self.scheduler.tokens_and_guesses(slice.seq);
             fault(&self.slices[range.clone()].iter().map(tokens).collect::<Vec<_>>());
         }
         self.forward(range.clone());
@@ -204,37 +209,32 @@ impl Engine {
             .filter(has_grammar)
             .map(|slice| slice.seq)
             .collect();
-        let guesses = |seq| {
-            let known = self.scheduler.tokens(seq).len();
-            &self.scheduler.tokens_and_guesses(seq)[known..]
-        };
-        let grammars: Vec<(&mut GrammarState, &[u32])> = self
+        let grammars: Vec<&mut GrammarState> = self
             .samples
             .iter_mut()
             .filter(|(seq, _)| guided.contains(seq))
-            .filter_map(|(seq, sample)| Some((sample.grammar.as_mut()?, guesses(*seq))))
+            .filter_map(|(_, sample)| sample.grammar.as_mut())
             .collect();
-        let prepare = |(grammar, guesses): (&mut GrammarState, &[u32])| grammar.prepare(guesses);
-        on_all_threads(&self.runner.kernels, grammars.into_iter(), prepare);
+        on_all_threads(&self.runner.kernels, grammars.into_iter(), GrammarState::prepare);
     }
 
-    /// [`compute`](Self::compute), with a panic as a value.
-    fn attempt(&mut self, range: std::ops::Range<usize>) -> std::thread::Result<Computed> {
-        // Buffers are filled anew by each run, see the head of the file.
-        catch_unwind(AssertUnwindSafe(|| self.compute(range)))
+    /// A part of a step that has not been accepted yet, with a panic as a value.
+    fn attempt<T>(&mut self, part: impl FnOnce(&mut Self) -> T) -> std::thread::Result<T> {
+        // Guesses go with the plan, and buffers are filled anew by each run, see the head of the file.
+        catch_unwind(AssertUnwindSafe(|| part(self)))
     }
 
     /// Appends to `guilty` who of `range`, which has panicked together, does so alone.
     fn blame(&mut self, range: std::ops::Range<usize>, guilty: &mut Vec<SeqId>) {
         if range.len() == 1 {
-            if self.attempt(range.clone()).is_err() {
+            if self.attempt(|engine| engine.compute(range.clone())).is_err() {
                 guilty.push(self.slices[range.start].seq);
             }
             return;
         }
         let middle = range.start + range.len() / 2;
         for half in [range.start..middle, middle..range.end] {
-            if self.attempt(half.clone()).is_err() {
+            if self.attempt(|engine| engine.compute(half.clone())).is_err() {
                 self.blame(half, guilty);
             }
         }

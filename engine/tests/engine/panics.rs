@@ -8,7 +8,7 @@ use engine::{
 };
 
 use crate::support::{
-    Answers, Model, answer, collect, drain, greedy, load, load_with_text, prompt, sampled,
+    Model, answer, collect, drain, drain_contained, greedy, load, load_with_text, prompt, sampled,
 };
 
 /// A token that only prompts which make a step panic begin with.
@@ -23,15 +23,6 @@ fn poisonous(batch: &[&[u32]]) {
 /// `len` tokens that begin with [`POISON`].
 fn poison(seed: u64, len: usize) -> Vec<u32> {
     [&[POISON], &prompt(seed, len - 1)[..]].concat()
-}
-
-/// Runs the engine until nothing is left to do, panics contained.
-fn drain_contained(engine: &mut Engine) -> Answers {
-    let mut events = Vec::new();
-    while engine.has_work() {
-        events.extend(engine.step_contained().unwrap());
-    }
-    collect(events)
 }
 
 /// Good requests, some of which share a prefix, and where poison joins them.

@@ -168,6 +168,15 @@ pub(crate) fn drain(engine: &mut Engine) -> Answers {
     collect(events)
 }
 
+/// Runs the engine until nothing is left to do, by steps that contain panics.
+pub(crate) fn drain_contained(engine: &mut Engine) -> Answers {
+    let mut events = Vec::new();
+    while engine.has_work() {
+        events.extend(engine.step_contained().unwrap());
+    }
+    collect(events)
+}
+
 /// Runs one request of one sample alone.
 pub(crate) fn answer(engine: &mut Engine, prompt: &[u32], params: &SamplingParams) -> Answer {
     let id = engine.add(Request::new(prompt.to_vec(), params.clone())).unwrap();

@@ -94,7 +94,11 @@ fn histograms(out: &mut String, names: &Names<'_>, sources: &Sources<'_>) {
     let Sources { counts, timings, .. } = sources;
     let histograms = [
         ("time_to_first_token_seconds", "Until a sample's first token.", &counts.first_token),
-        ("inter_token_latency_seconds", "Between two tokens of a sample.", &counts.between),
+        (
+            "inter_token_latency_seconds",
+            "Between two tokens of a sample; those of one step come together.",
+            &counts.between,
+        ),
         ("e2e_request_latency_seconds", "Until a sample's end.", &counts.whole),
         ("request_queue_time_seconds", "Until a sample's first step.", &timings.queue),
         (

@@ -53,8 +53,12 @@ async fn requests_are_measured_from_their_queue_to_their_end() {
         assert_eq!(of("request_max_num_generation_tokens_count"), 3.0);
         assert_eq!(of("request_max_num_generation_tokens_sum"), 13.0);
         assert_eq!(of("request_generation_tokens_sum"), 25.0);
-        // All positions but the last of each sample; the samples of a prompt may read it together.
-        let computed = of("iteration_tokens_total_sum");
+        // All positions but the last of each sample, and what was guessed wrong; the samples of a prompt may read
+        // it together.
+        let [guessed, right] = ["draft_tokens", "accepted_tokens"]
+            .map(|what| of(&format!("spec_decode_num_{what}_total")));
+        assert!(right <= guessed, "{right} of {guessed}");
+        let computed = of("iteration_tokens_total_sum") - (guessed - right);
         assert!((5.0 + 1.0 + 20.0..=10.0 + 1.0 + 20.0).contains(&computed), "{computed}");
         assert_eq!(of("nan_logits_total"), 0.0);
         let plan = server.app.service.memory_plan();
