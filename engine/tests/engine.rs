@@ -1,10 +1,11 @@
 //! Behaviour at the engine's doors, on the golden tiny models with random weights.
 //!
 //! Here: the phase lock around the weights, blocks, aborts, failures, scoring. `engine/sampling.rs` has
-//! what parameters do to an answer, `engine/guesses.rs` that guesses change none, `engine/prompts.rs` what is told of a prompt, `engine/service.rs` the
-//! thread, `engine/guests.rs` an engine that serves beside its owner, `engine/panics.rs` panics in a step,
-//! `engine/signs.rs` what a service says of itself. Leaves out that bits do not depend on the batch, which
-//! the trainer's tests compare with training at the same time.
+//! what parameters do to an answer, `engine/guesses.rs` that guesses change none, `engine/prompts.rs`
+//! what is told of a prompt, `engine/service.rs` the thread, `engine/guests.rs` an engine that serves
+//! beside its owner, `engine/panics.rs` panics in a step, `engine/signs.rs` what a service says of
+//! itself. Leaves out that bits do not depend on the batch, which the trainer's tests compare with
+//! training at the same time.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[path = "engine/guesses.rs"]

@@ -10,10 +10,10 @@
 //!
 //! *compute* changes nothing but buffers and the KV slots of its own slices, so it can run again, for
 //! all or for some of the slices. That is how [`Engine::step_contained`] finds who is to blame: it runs
-//! halves of a batch that has panicked, and their halves, all without guesses. What such a run writes is never read: whoever
-//! read blocks of a slice that was left out runs again, as the plan is rolled back afterwards and the
-//! next one computes the same positions anew. A token depends on seed and position only, so those that
-//! go on get the tokens they would have had.
+//! halves of a batch that has panicked, without guesses, and their halves. What such a run writes is
+//! never read: whoever read blocks of a slice that was left out runs again, as the plan is rolled back
+//! afterwards and the next one computes the same positions anew. A token depends on seed and position
+//! only, so those that go on get the tokens they would have had.
 //!
 //! Leaves out panics of the scheduler: its state would be unknown, so they reach the caller.
 
@@ -83,13 +83,12 @@ impl Engine {
         let (mut guessing, mut blameless) = (self.config.speculation.max_guesses > 0, false);
         while self.plan_slices()? {
             let all = 0..self.slices.len();
-            let guessed = self.attempt(|engine| {
+            let computed = self.attempt(|engine| {
                 if guessing {
                     engine.add_guesses();
                 }
+                engine.compute(all.clone())
             });
-            let computed =
-                guessed.and_then(|()| self.attempt(|engine| engine.compute(all.clone())));
             if let Ok(computed) = computed {
                 self.accept(computed, &mut events)?;
                 break;
@@ -161,8 +160,8 @@ impl Engine {
         }
     }
 
-    /// Has `fault` called before each batch, with the tokens of its sequences, guesses too; it may panic. For tests
-    /// of what a panic leaves behind.
+    /// Has `fault` called before each batch, with the tokens of its sequences and its guesses; it may
+    /// panic. For tests of what a panic leaves behind.
     #[doc(hidden)]
     pub fn inject_fault(&mut self, fault: impl FnMut(&[&[u32]]) + Send + 'static) {
         self.fault = Some(Box::new(fault));
