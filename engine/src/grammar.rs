@@ -451,8 +451,10 @@ impl GrammarState {
     /// Takes in a drawn token. True when nothing can follow it.
     pub(crate) fn advance(&mut self, token: u32) -> Result<bool> {
         self.next = None;
-        // What fails here allows no guesses any more.
-        let _failed = self.ahead.matcher.consume_token(token);
+        if self.ahead.account.check().is_ok() {
+            // What fails here, or stays behind, allows no guesses any more.
+            let _failed = self.ahead.matcher.consume_token(token);
+        }
         self.here
             .matcher
             .consume_token(token)

@@ -30,9 +30,10 @@
 //!   fits: `add` refused it otherwise. If nobody runs, all blocks are free, and the first waiting
 //!   sequence is admitted for the same reason.
 //!
-//! Guesses of what follows ([`Scheduler::guess`]) come after the plan. They take what is left of its budget, and
-//! new blocks only while nobody waits and one is left for every running sequence; a new block may
-//! have been in the prefix cache, as any may. Blocks that only wrong guesses needed are given back.
+//! Guesses of what follows ([`Scheduler::guess`]) come after the plan. They take what is left of its
+//! budget, and new blocks only while nobody waits and one is left for every running sequence; a new
+//! block may have been in the prefix cache, as any may. Blocks that only wrong guesses needed are given
+//! back.
 //!
 //! A step costs O(1) per running sequence, and O(known tokens) once per admission; the first waiting
 //! sequence looks up its prefix again, without hashing it again, in each step in which it must wait

@@ -9,10 +9,10 @@
 //!          |-- shared --|--- own, entered ---|-- own, pending --|---- own, not entered ----|
 //! ```
 //!
-//! Guesses lie behind `tokens.len()`, from [`Scheduler::guess`] to the end of the plan, in blocks that are not
-//! entered before a commit has confirmed them. `cached` lies on a block boundary; the other marks may lie
-//! anywhere. A block belongs to the region
-//! in which it becomes full, so block 4, begun earlier and filled by this slice, is pending.
+//! Guesses lie behind `tokens.len()`, from [`Scheduler::guess`] to the end of the plan, in blocks that
+//! are not entered before a commit has confirmed them. `cached` lies on a block boundary; the other
+//! marks may lie anywhere. A block belongs to the region in which it becomes full, so block 4, begun
+//! earlier and filled by this slice, is pending.
 //!
 //! # Sharing within one step
 //!
@@ -247,15 +247,15 @@ impl Scheduler {
 
     /// The plan was run: its tokens are computed, its full blocks can be found by others from here
     /// on, and `sampled` is appended: one token for each slice that [`samples`](crate::Slice::samples), and
-    /// up to as many more as it had guesses, as long as the tokens before them are those that were guessed.
-    /// The tokens of a slice come in their order, slices in any. Tokens of sequences finished or aborted since are ignored. A
-    /// sequence that has thereby reached its `max_total_tokens` gives up its blocks and is neither
-    /// running nor waiting any more; its tokens can be read until it is finished. Committing an
-    /// empty plan does nothing.
+    /// up to as many more as it had guesses, as long as the tokens before them are those that were
+    /// guessed. The tokens of a slice come in their order, slices in any. Tokens of sequences finished or
+    /// aborted since are ignored. A sequence that has thereby reached its `max_total_tokens` gives up its
+    /// blocks and is neither running nor waiting any more; its tokens can be read until it is finished.
+    /// Committing an empty plan does nothing.
     ///
     /// # Errors
-    /// Refuses, and changes nothing, if a token is missing, given though the one before it was not guessed,
-    /// or given for a sequence that does not sample in this plan; and during an update.
+    /// Refuses, and changes nothing, if a token is missing, given behind one that was not guessed, or given
+    /// for a sequence that does not sample in this plan; and during an update.
     pub fn commit(&mut self, sampled: &[(SeqId, u32)]) -> Result<(), Error> {
         if self.phase == Phase::Updating {
             return Err(ErrorKind::Updating.into());
@@ -548,7 +548,7 @@ impl Scheduler {
         true
     }
 
-    pub(crate) fn debug_check(&self) {
+    fn debug_check(&self) {
         if cfg!(debug_assertions)
             && let Err(broken) = self.check()
         {
