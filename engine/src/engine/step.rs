@@ -132,7 +132,8 @@ impl Engine {
             return;
         }
         let weights = &self.runner.decoder.weights;
-        let balance = guess::balance(self.runner.kernels.level(), weights.quantised());
+        let (level, dtype) = (self.runner.kernels.level(), weights.dtype());
+        let balance = guess::balance(level, dtype, weights.quantised());
         let mut rows: usize = self.slices.iter().map(Slice::rows).sum();
         for (at, slice) in self.slices.iter_mut().enumerate().filter(|(_, slice)| slice.samples) {
             let Some(sample) = self.samples.get_mut(&slice.seq) else { continue };
