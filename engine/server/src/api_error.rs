@@ -99,10 +99,13 @@ impl ApiError {
         Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", "deadline_exceeded", message)
     }
 
+    fn try_later(message: String) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full", message)
+    }
+
     /// The queue is full.
     pub(crate) fn queue_full(waiting: usize, limit: usize) -> Self {
-        let message = format!("{waiting} sequences wait, limit is {limit}");
-        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full", message)
+        Self::try_later(format!("{waiting} sequences wait, limit is {limit}"))
     }
 
     pub(crate) fn engine_dead() -> Self {
@@ -117,13 +120,11 @@ impl ApiError {
     }
 
     pub(crate) fn compilers_busy() -> Self {
-        let message = "too many grammars are being compiled".to_owned();
-        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full", message)
+        Self::try_later("too many grammars are being compiled".to_owned())
     }
 
     pub(crate) fn texts_busy() -> Self {
-        let message = "too many long texts are being tokenized".to_owned();
-        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full", message)
+        Self::try_later("too many long texts are being tokenized".to_owned())
     }
 
     /// Our fault; the text says nothing about the inside.
