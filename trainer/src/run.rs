@@ -203,6 +203,11 @@ fn short_step(metrics: &Metrics) -> Option<String> {
     ))
 }
 
+/// Whether what is done every so many steps, 0 for never, is done after `step`.
+pub(crate) fn due(every: u64, step: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}
+
 struct Run {
     trainer: Trainer,
     store: CheckpointStore,
@@ -222,15 +227,10 @@ impl Run {
         tell: &mut dyn FnMut(Progress),
     ) -> Result<Interrupt> {
         let settings = self.trainer.config.trainer.clone();
-        if self.trainer.steps() == 0 && settings.val_before_train {
+        let begun = self.trainer.steps();
+        if (begun == 0 && settings.val_before_train) || self.owes_validation() {
             let mut metrics = Metrics::new();
-            metrics.set(name::GLOBAL_STEP, 0.0);
-            self.validate(&mut metrics, tell)?;
-            self.metrics.write(&metrics)?;
-        }
-        if self.owes_validation() {
-            let mut metrics = Metrics::new();
-            metrics.set(name::GLOBAL_STEP, self.trainer.steps() as f64);
+            metrics.set(name::GLOBAL_STEP, begun as f64);
             self.validate(&mut metrics, tell)?;
             self.metrics.write(&metrics)?;
         }
@@ -240,7 +240,6 @@ impl Run {
                 self.trainer.step().map_err(|error| self.rescue(error, None, tell))?;
             short_step(&metrics).into_iter().for_each(|note| tell(Progress::Note(note)));
             let step = self.trainer.steps();
-            let due = |every: u64| every > 0 && step.is_multiple_of(every);
             let last = step == settings.total_steps;
             write_samples(&self.output, step, &samples)?;
             if self.validates(step)
@@ -249,7 +248,7 @@ impl Run {
                 return Err(self.rescue(error, Some(&mut metrics), tell));
             }
             let stopping = stop() && !last;
-            saved = match due(settings.save_freq) || last || stopping {
+            saved = match due(settings.save_freq, step) || last || stopping {
                 true => Some(self.save(Some(&mut metrics))?),
                 false => None,
             };
@@ -275,8 +274,8 @@ impl Run {
     /// Whether a validation follows the step.
     fn validates(&self, step: u64) -> bool {
         let settings = &self.trainer.config.trainer;
-        let due = || step.is_multiple_of(settings.test_freq) || step == settings.total_steps;
-        settings.test_freq > 0 && due()
+        let every = settings.test_freq;
+        due(every, step) || (every > 0 && step == settings.total_steps)
     }
 
     /// Whether the step that the run goes on from has no validation yet, as that has failed.

@@ -24,7 +24,7 @@ use crate::optimizer::global_norm;
 use crate::packing::pack;
 use crate::random::{Purpose, Stream};
 use crate::rollout::{self, RolloutSettings};
-use crate::run::{Progress, make_way};
+use crate::run::{Progress, due, make_way};
 use crate::save::{ModelFiles, save_model, tensors};
 use crate::tasks::{Arith, Split};
 use crate::update::UpdateState;
@@ -116,15 +116,14 @@ pub fn run_sft(
     for step in 1..=t.total_steps {
         let mut line = sft.step(step)?;
         let last = step == t.total_steps || stop();
-        let due = |every: u64| every > 0 && step.is_multiple_of(every);
-        if !sft.val.is_empty() && (due(t.test_freq) || (last && t.test_freq > 0)) {
+        if !sft.val.is_empty() && (due(t.test_freq, step) || (last && t.test_freq > 0)) {
             let validation = sft.validate()?;
             line.set(name::VAL_ACCURACY, validation.accuracy);
             tell(Progress::Validated(step, validation));
         }
         metrics.write(&line)?;
         tell(Progress::Step(line));
-        if due(t.save_freq) || last {
+        if due(t.save_freq, step) || last {
             let writer = store.begin(step)?;
             let optimizer = &sft.state.optimizer;
             save_model(&files, writer.path(), optimizer.specs(), optimizer.masters())
