@@ -224,8 +224,8 @@ impl GrammarCompiler {
             .map_err(|error| Error::busy(format!("no thread to compile a grammar: {error}")))?;
         match receive.recv_timeout(COMPILE_LIMIT) {
             Ok(Ok(matcher)) => Ok(Constraint {
-                ahead: Start::new(matcher.deep_clone(), GUESSED_MASKS),
-                start: Start::new(matcher, MASKS),
+                ahead: Arc::new(Walker::new(matcher.deep_clone(), GUESSED_MASKS)),
+                start: Arc::new(Walker::new(matcher, MASKS)),
             }),
             Ok(Err(why)) => Err(Error::request(format!("grammar cannot be used: {why}"))),
             Err(RecvTimeoutError::Timeout) => {
@@ -294,15 +294,15 @@ fn shown(message: &str) -> String {
 /// A compiled grammar; clones share it.
 #[derive(Clone)]
 pub struct Constraint {
-    start: Start,
+    start: Arc<Walker>,
     /// The same once more, for guesses: what they spend or break of an automaton's limits is not the samples'.
-    ahead: Start,
+    ahead: Arc<Walker>,
 }
 
 impl Constraint {
     /// The state of a sample that has no tokens yet.
     pub(crate) fn start(&self) -> GrammarState {
-        let (here, ahead) = (self.start.walker(), self.ahead.walker());
+        let (here, ahead) = (Walker::clone(&self.start), Walker::clone(&self.ahead));
         GrammarState { here, next: None, ahead, behind: Vec::new() }
     }
 }
@@ -316,28 +316,11 @@ impl fmt::Debug for Constraint {
 impl PartialEq for Constraint {
     /// Whether both came from one compilation.
     fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.start.matcher, &other.start.matcher)
+        Arc::ptr_eq(&self.start, &other.start)
     }
 }
 
-/// The beginning of a grammar: walkers that set out from it share its automaton and its account of time.
-#[derive(Clone)]
-struct Start {
-    matcher: Arc<Matcher>,
-    account: Arc<Account>,
-}
-
-impl Start {
-    fn new(matcher: Matcher, allowance: Allowance) -> Self {
-        Self { matcher: Arc::new(matcher), account: Arc::new(Account::new(allowance)) }
-    }
-
-    fn walker(&self) -> Walker {
-        Walker { matcher: Matcher::clone(&self.matcher), account: Arc::clone(&self.account) }
-    }
-}
-
-/// A place in a grammar.
+/// A place in a grammar. Clones share its automaton and its account of time.
 #[derive(Clone)]
 struct Walker {
     matcher: Matcher,
@@ -345,6 +328,10 @@ struct Walker {
 }
 
 impl Walker {
+    fn new(matcher: Matcher, allowance: Allowance) -> Self {
+        Self { matcher, account: Arc::new(Account::new(allowance)) }
+    }
+
     /// The tokens that may come next, if there is time left to find them.
     fn mask(&mut self) -> std::result::Result<SimpleVob, String> {
         self.account.check()?;
@@ -412,18 +399,20 @@ impl GrammarState {
     /// Returns how many. A grammar that fails or takes long allows no guesses; its sample goes on.
     pub(crate) fn look_ahead(&mut self, guesses: &[u32]) -> usize {
         self.behind.clear();
-        if guesses.is_empty() {
+        if guesses.is_empty() || self.ahead.account.check().is_err() {
             return 0;
         }
+        // The sample needs this one anyway.
+        self.prepare();
+        let Some(Ok(next)) = &self.next else { return 0 };
         let mut walker = self.ahead.clone();
-        let Ok(mut allowed) = walker.mask() else { return 0 };
         for guess in guesses {
+            let allowed = self.behind.last().unwrap_or(next);
             if !allowed.is_allowed(*guess) || walker.matcher.consume_token(*guess).is_err() {
                 break;
             }
-            let Ok(next) = walker.mask() else { break };
-            self.behind.push(next.clone());
-            allowed = next;
+            let Ok(mask) = walker.mask() else { break };
+            self.behind.push(mask);
         }
         self.behind.len()
     }

@@ -21,8 +21,8 @@
 //!
 //! `p` is what the sample's own guesses have been worth lately. They are compared with what is drawn
 //! whether they were run or not, so a text that begins to repeat itself is noticed for the price of the
-//! look-up: a pass over the text (4,096 tokens: some microseconds), and where its last token
-//! occurred before, over up to `longest_match` tokens there. Only speed hangs on `R` and `p`.
+//! look-up: a pass over the text, and where its last token occurred before, over up to `longest_match`
+//! tokens there. Only speed hangs on `R` and `p`.
 //!
 //! Leaves out drafts by a second model, by other samples, and by what a grammar forces; and that a sample
 //! with guesses does not read a shared beginning together with its neighbours.

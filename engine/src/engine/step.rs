@@ -218,8 +218,11 @@ impl Engine {
         on_all_threads(&self.runner.kernels, grammars.into_iter(), GrammarState::prepare);
     }
 
-    /// A part of a step that has not been accepted yet, with a panic as a value.
-    fn attempt<T>(&mut self, part: impl FnOnce(&mut Self) -> T) -> std::thread::Result<T> {
+    /// What `part` of a step computes, with a panic as a value.
+    fn attempt(
+        &mut self,
+        part: impl FnOnce(&mut Self) -> Computed,
+    ) -> std::thread::Result<Computed> {
         // Guesses go with the plan, and buffers are filled anew by each run, see the head of the file.
         catch_unwind(AssertUnwindSafe(|| part(self)))
     }
