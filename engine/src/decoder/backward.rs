@@ -286,7 +286,6 @@ impl Decoder {
             q: &layer.q,
             k: &layer.k,
             v: &layer.v,
-            out: &layer.attn,
             dout: &b.d_attn,
             families,
             heads: self.config.heads,

@@ -79,8 +79,8 @@ fn backward(ctx: &mut Ctx<'_>, shape: &Shape, count: usize, len: usize) {
     let families: Vec<AttnFamily<'_>> =
         (0..count).map(|s| AttnFamily { prompt: s * len..(s + 1) * len, branches: &[] }).collect();
     let mut scratch = AttnScratch::new();
-    // Queries, outputs and their gradients; keys, values and theirs.
-    let bytes = 4 * (4 * q.len() + 4 * k.len());
+    // Queries, their gradients and those of outputs; keys, values and theirs.
+    let bytes = 4 * (3 * q.len() + 4 * k.len());
     let pairs = pairs(Job { count, context: len, rows: len });
     let work = Work { bytes, flop: 10 * pairs * shape.q_width() };
     ctx.time((BACKWARD, shape, format!("{count} x {len} rows")), work, || {
@@ -89,7 +89,6 @@ fn backward(ctx: &mut Ctx<'_>, shape: &Shape, count: usize, len: usize) {
             q: &q,
             k: &k,
             v: &k,
-            out: &q,
             dout: &q,
             families: &families,
             heads: shape.heads,

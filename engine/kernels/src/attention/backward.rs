@@ -1,10 +1,13 @@
 //! The backward pass over packed sequences, those of a family with their common beginning only once.
 //!
-//! With P = softmax(scale Q K^T), recomputed, and D_r = dout_r . out_r:
+//! With P = softmax(scale Q K^T), recomputed, and D_r = sum over j of P_rj dP_rj:
 //!
 //! ```text
 //! dV = P^T dOut     dP = dOut V^T     dS = scale * P * (dP - D)     dQ = dS K     dK = dS^T Q
 //! ```
+//!
+//! D_r is dout_r . out_r too, which needs no second look at a row's dP (FlashAttention, arXiv 2205.14135). But outputs are
+//! mixed of rounded weights, and then the dS of a row no longer sum to zero, of which gradients of keys are made.
 //!
 //! One task is one (family, kv head): it owns its gradients, adds up its rows in ascending order
 //! and keeps P and dS of a few products' rows at a time. 10 d FLOP per (row, position).
@@ -71,8 +74,6 @@ pub struct AttnBackward<'a> {
     pub k: &'a [f32],
     /// Values as given to the cache, `[rows, kv_heads * head_dim]`.
     pub v: &'a [f32],
-    /// The output of the forward pass, shaped as `q`.
-    pub out: &'a [f32],
     /// The gradient of the output, shaped as `q`.
     pub dout: &'a [f32],
     /// The rows of all sequences, ascending, without overlap.
@@ -101,7 +102,7 @@ impl AttnBackward<'_> {
         let (len, width) = (self.q.len(), heads * head_dim);
         assert!(len.is_multiple_of(width), "{len} elements of q are no rows of {width}");
         let kv_len = len / heads * kv_heads;
-        for (name, x) in [("out", self.out), ("dout", self.dout), ("dq", &*self.dq)] {
+        for (name, x) in [("dout", self.dout), ("dq", &*self.dq)] {
             assert!(x.len() == len, "{} elements of {name}, q has {len}", x.len());
         }
         for (name, x) in [("k", self.k), ("v", self.v), ("dk", &*self.dk), ("dv", &*self.dv)] {
@@ -148,7 +149,6 @@ struct Backward<'a, P> {
     q: &'a [f32],
     k: &'a [f32],
     v: &'a [f32],
-    out: &'a [f32],
     dout: &'a [f32],
     heads: usize,
     kv_heads: usize,
@@ -162,8 +162,8 @@ pub(super) fn run<P: Products>(
     task: AttnBackward<'_>,
     scratch: &mut AttnScratch,
 ) {
-    let AttnBackward { dtype, q, k, v, out, dout, heads, kv_heads, head_dim: d, scale, .. } = task;
-    let pass = Backward { kernels, products, dtype, q, k, v, out, dout, heads, kv_heads, d, scale };
+    let AttnBackward { dtype, q, k, v, dout, heads, kv_heads, head_dim: d, scale, .. } = task;
+    let pass = Backward { kernels, products, dtype, q, k, v, dout, heads, kv_heads, d, scale };
     let gradients = Gradients {
         dq: Disjoint::new(task.dq),
         dk: Disjoint::new(task.dk),
@@ -260,7 +260,7 @@ impl<P: Products> Backward<'_, P> {
         let tokens = tokens.start..tokens.end.min(piece.rows.len());
         for token in tokens.map(|token| piece.rows.start + token) {
             let place = token * self.kv_heads * width + piece.kv_head * width;
-            for x in [self.q, self.dout, self.out] {
+            for x in [self.q, self.dout] {
                 ask_for_lines(&x[place..][..width]);
             }
         }
@@ -317,7 +317,6 @@ impl<P: Products> Backward<'_, P> {
             let place = self.place(chunk, row);
             let (x, out) = (&self.q[place..][..d], &mut q[row * d..][..d]);
             isa.vectorize(RoundRow { dtype: self.dtype, x, out });
-            // Rounded before D too, so that dP - D is as exact as it is for the rounded gradient.
             let (x, out) = (&self.dout[place..][..d], &mut dout[row * d..][..d]);
             isa.vectorize(RoundRow { dtype: self.dtype, x, out });
         }
@@ -386,8 +385,6 @@ impl<P: Products> Backward<'_, P> {
             isa.vectorize(RowGradient {
                 p: &mut p[tiles.clone()],
                 ds: &mut ds[tiles],
-                out: &self.out[place..][..d],
-                dout: &dout[row * d..][..d],
                 sum: sums[row],
                 scale: self.scale,
             });
@@ -500,13 +497,11 @@ impl Job for RoundRow<'_> {
     }
 }
 
-/// Divides `p` by its sum and turns `ds` from dP into scale * p * (dP - dout . out). Both are whole
+/// Divides `p` by its sum and turns `ds` from dP into scale * p * (dP - sum of p dP). Both are whole
 /// tiles; where `p` is 0 so is `ds`.
 struct RowGradient<'a> {
     p: &'a mut [f32],
     ds: &'a mut [f32],
-    out: &'a [f32],
-    dout: &'a [f32],
     sum: f32,
     scale: f32,
 }
@@ -516,13 +511,13 @@ impl Job for RowGradient<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let mut delta = s.splat(0.0);
-        let (out, dout) = (self.out.as_chunks::<LANES>().0, self.dout.as_chunks::<LANES>().0);
-        for (a, b) in out.iter().zip(dout) {
-            delta = s.mul_add(s.load(a), s.load(b), delta);
-        }
-        let delta = s.splat(s.sum(delta));
         let (factor, scale) = (s.splat(1.0 / self.sum), s.splat(self.scale));
+        let mut delta = s.splat(0.0);
+        let chunks = self.p.as_chunks::<LANES>().0.iter();
+        for (p, ds) in chunks.zip(self.ds.as_chunks::<LANES>().0) {
+            delta = s.add(delta, s.weigh(s.load(p), s.load(ds)));
+        }
+        let delta = s.splat(s.sum(delta) / self.sum);
         let chunks = self.p.as_chunks_mut::<LANES>().0.iter_mut();
         for (p, ds) in chunks.zip(self.ds.as_chunks_mut::<LANES>().0) {
             let weight = s.mul(s.load(p), factor);

@@ -71,12 +71,12 @@ pub(super) fn backward(task: AttnBackward<'_>) {
             let at = (row * heads + head) * d;
             let q = rounded(dtype, &task.q[at..at + d]);
             let dout = rounded(Dtype::F32, &task.dout[at..at + d]);
-            let out = rounded(Dtype::F32, &task.out[at..at + d]);
-            let delta = dot(&dout, &out);
-            let mut dq = vec![0.0; d];
+            let dp: Vec<f64> = values.iter().map(|value| dot(&dout, value)).collect();
             let p = probabilities(&q, &keys, task.scale);
+            let delta = dot(&p, &dp);
+            let mut dq = vec![0.0; d];
             for (j, (p, place)) in p.into_iter().zip(&places).enumerate() {
-                let ds = p * (dot(&dout, &values[j]) - delta) * f64::from(task.scale);
+                let ds = p * (dp[j] - delta) * f64::from(task.scale);
                 for i in 0..d {
                     dq[i] += ds * keys[j][i];
                     dk[place + i] += ds * q[i];

@@ -15,7 +15,7 @@ const FAMILIES: [(usize, &[usize]); 9] = [
     (48, &[60]),
 ];
 
-/// A batch of families, and what the forward pass over it returned.
+/// A batch of families.
 struct Families {
     packed: Packed,
     families: Vec<(Range<usize>, Vec<Range<usize>>)>,
@@ -37,10 +37,7 @@ impl Families {
         let mut random = Random::new(seed);
         let tokens = Tokens::random(&mut random, shape, end);
         let dout = random.normal(tokens.q.len());
-        let packed = Packed { shape, dtype, tokens, seqs: vec![], out: vec![], dout };
-        let mut all = Self { packed, families };
-        all.packed.out = all.forward(&all.packed.tokens);
-        all
+        Self { packed: Packed { shape, dtype, tokens, seqs: vec![], dout }, families }
     }
 
     /// The rows of each whole sequence; a family without branches is one.
@@ -75,17 +72,13 @@ impl Families {
                 dout.fill(0.0);
             }
         }
-        let out = match self.packed.out.is_empty() {
-            true => vec![],
-            false => gather(&self.packed.out, heads * d),
-        };
         let tokens = Tokens {
             len: end,
             q: gather(&tokens.q, heads * d),
             k: gather(&tokens.k, kv_heads * d),
             v: gather(&tokens.v, kv_heads * d),
         };
-        (Packed { tokens, seqs, out, dout, ..self.packed }, rows)
+        (Packed { tokens, seqs, dout, ..self.packed }, rows)
     }
 
     /// What attention returns for each row, by the definition and with nothing shared.
