@@ -188,6 +188,8 @@ impl Amx {
             let avx512 = Avx512::new()?;
             let bf16 = avx512.bf16()?;
             let there = amx::in_hardware() && amx::enabled() && amx::permitted();
+            #[cfg(feature = "emulated-tiles")]
+            let there = there || crate::emulated_tiles::install();
             there.then_some(Self { avx512, bf16 })
         }
         #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]

@@ -12,6 +12,8 @@ mod cpu;
 mod disjoint;
 mod dtype;
 mod embedding;
+#[cfg(all(feature = "emulated-tiles", target_os = "linux", target_arch = "x86_64"))]
+mod emulated_tiles;
 mod gemm;
 mod head;
 mod huge;
