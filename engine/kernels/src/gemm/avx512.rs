@@ -288,25 +288,36 @@ mod x86 {
                         }
                     }
                 }
-                // The sums are not handed on by reference, or they would not be in registers above.
+                // The sums are not handed on by reference, and every loop over them is small: else they would lie in
+                // memory.
                 if (at.block + C) * WORDS <= p.outputs {
-                    for r in 0..R {
-                        let place = p.place(at.row + r, at.block, C);
-                        // SAFETY: no other task has outputs of this row and these blocks.
-                        let to = unsafe { out.part(place.start, place.end) }.as_mut_ptr();
+                    let of_row = |r| p.place(at.row + r, at.block, C);
+                    // No other task has outputs of these rows and blocks.
+                    let to = out.pointer(of_row(0).start, of_row(R - 1).end);
+                    let to = |r: usize, c: usize| to.wrapping_add(r * p.outputs + c * WORDS);
+                    if let Some(bias) = p.bias {
+                        let bias = bias[at.block * WORDS..][..C * WORDS].as_ptr();
                         for c in 0..C {
-                            let (to, mut sum) = (to.wrapping_add(c * WORDS), sums[r][c]);
-                            if let Some(bias) = p.bias {
-                                let bias = bias[(at.block + c) * WORDS..][..WORDS].as_ptr();
-                                // SAFETY: sixteen elements are there.
-                                sum = _mm512_add_ps(sum, unsafe { _mm512_loadu_ps(bias) });
+                            // SAFETY: there is a bias of C blocks.
+                            let bias = unsafe { _mm512_loadu_ps(bias.wrapping_add(c * WORDS)) };
+                            for r in 0..R {
+                                sums[r][c] = _mm512_add_ps(sums[r][c], bias);
                             }
-                            if p.write == Write::Add {
-                                // SAFETY: the row has outputs of C blocks.
-                                sum = _mm512_add_ps(unsafe { _mm512_loadu_ps(to) }, sum);
+                        }
+                    }
+                    if p.write == Write::Add {
+                        for r in 0..R {
+                            for c in 0..C {
+                                // SAFETY: the rows have outputs of C blocks.
+                                let earlier = unsafe { _mm512_loadu_ps(to(r, c)) };
+                                sums[r][c] = _mm512_add_ps(earlier, sums[r][c]);
                             }
+                        }
+                    }
+                    for r in 0..R {
+                        for c in 0..C {
                             // SAFETY: as above.
-                            unsafe { _mm512_storeu_ps(to, sum) };
+                            unsafe { _mm512_storeu_ps(to(r, c), sums[r][c]) };
                         }
                     }
                     return;
