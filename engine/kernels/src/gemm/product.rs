@@ -376,8 +376,12 @@ pub(super) fn transposed(
         false => (ROW_CHUNK, TRANSPOSED_TASKS.1),
     };
     let fit = TRANSPOSED_BYTES / (w.block_lines() * size_of::<u32>()).max(1);
-    let tasks = rows.div_ceil(fit.max(1)).next_multiple_of(threads).max(threads * per_thread);
-    let chunk = rows.div_ceil(tasks).next_multiple_of(unit);
+    let least = rows.div_ceil(fit.max(1)).next_multiple_of(threads).max(threads * per_thread);
+    let chunk_of = |tasks: usize| rows.div_ceil(tasks).next_multiple_of(unit);
+    // What the thread with most of them does: tasks are of whole units.
+    let longest = |chunk: usize| rows.div_ceil(chunk).div_ceil(threads) * chunk;
+    let chunk =
+        (least..2 * least).map(chunk_of).min_by_key(|&chunk| longest(chunk)).unwrap_or(unit);
     let tasks = rows.div_ceil(chunk);
     if lanes.len() < threads {
         lanes.resize_with(threads, || Operand::new(y.dtype()));
