@@ -31,6 +31,7 @@ pub(super) fn rectangle(
 mod x86 {
     use std::arch::x86_64::*;
 
+    use crate::Write;
     use crate::cpu::Avx512Vnni;
     use crate::disjoint::Disjoint;
     use crate::gemm::buffer::WORDS;
@@ -155,11 +156,30 @@ mod x86 {
             }
             record = record.wrapping_add(record_bytes);
         }
-        for (r, &sum) in sums.iter().enumerate() {
-            let mut lanes = [0.0f32; WORDS];
-            // SAFETY: sixteen elements are there.
-            unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sum) };
-            p.store(at.row + r, at.block, &lanes, out);
+        let bias = p.bias.and_then(|bias| bias[at.block * WORDS..].first_chunk::<WORDS>());
+        let whole = (at.block + 1) * WORDS <= p.outputs;
+        for r in 0..R {
+            if !whole {
+                let mut lanes = [0.0f32; WORDS];
+                // SAFETY: sixteen elements are there.
+                unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sums[r]) };
+                p.store(at.row + r, at.block, &lanes, out);
+                continue;
+            }
+            let place = (at.row + r) * p.outputs + at.block * WORDS;
+            // No other task has outputs of this row and this block.
+            let to = out.pointer(place, place + WORDS);
+            let mut sum = sums[r];
+            if let Some(bias) = bias {
+                // SAFETY: sixteen elements are there.
+                sum = _mm512_add_ps(sum, unsafe { _mm512_loadu_ps(bias.as_ptr()) });
+            }
+            if p.write == Write::Add {
+                // SAFETY: as above.
+                sum = _mm512_add_ps(unsafe { _mm512_loadu_ps(to) }, sum);
+            }
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(to, sum) };
         }
     }
 
