@@ -23,7 +23,7 @@ use crate::disjoint::Disjoint;
 use crate::gemm::buffer::Line;
 use crate::gemm::convert::{element, pack_line, pair, per_word, round_bf16};
 use crate::gemm::pack::transpose;
-use crate::simd::{Job, Simd};
+use crate::simd::{Job, Simd, magnitude};
 use crate::{Dtype, Kernels, KvDtype, huge, prefetch};
 
 /// Positions in one tile of keys: the lanes of a 512-bit register.
@@ -509,10 +509,11 @@ pub(crate) fn integer(word: u32, i: usize) -> f32 {
 
 /// Rounds a head's key or value to 8-bit integers, ties to even; returns the scale. An element that is
 /// not finite makes the scale not a number.
+#[inline(always)]
 fn quantize(elements: &[f32], bytes: &mut [u8; MAX_HEAD_DIM]) -> f32 {
     const LARGEST: f32 = 127.0;
-    let largest = elements.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m });
-    if elements.iter().any(|x| !x.is_finite()) {
+    let (largest, faults) = magnitude(elements);
+    if faults != 0.0 {
         return f32::NAN;
     }
     // Below this the inverse overflows; nothing so small changes a score.

@@ -26,6 +26,22 @@ const LN2_LOW: f32 = -2.121_944_4e-4;
 /// Coefficients of r^6 down to r^2; those of r and 1 are 1.
 const EXP_POLY: [f32; 5] = [0.001_381_432, 0.008_368_851, 0.041_668_4, 0.166_665_2, 0.499_999_93];
 
+/// The largest magnitude of whole groups of sixteen numbers, and a zero, or not a number where one of them
+/// is not finite.
+///
+/// Lane by lane, which hangs on no order and which the compiler makes vectors of.
+#[inline(always)]
+pub(crate) fn magnitude(x: &[f32]) -> (f32, f32) {
+    let (mut largest, mut faults) = ([0.0f32; LANES], [0.0f32; LANES]);
+    for x in x.as_chunks::<LANES>().0 {
+        for ((largest, fault), x) in largest.iter_mut().zip(&mut faults).zip(x) {
+            *largest = if x.abs() > *largest { x.abs() } else { *largest };
+            *fault += x * 0.0;
+        }
+    }
+    (largest.into_iter().fold(0.0, f32::max), faults.into_iter().sum())
+}
+
 /// Sixteen-lane arithmetic; the implementing value proves that it may be used here.
 pub(crate) trait Simd: Copy + Send + Sync {
     /// Sixteen f32.

@@ -3,6 +3,7 @@
 use super::{FINE_GROUP, X_GROUP};
 use crate::gemm::buffer::{Buffer, Line, WORDS};
 use crate::gemm::pack::widened;
+use crate::simd::magnitude;
 use crate::{Kernels, cpu::Isa, disjoint::Disjoint};
 
 /// Largest magnitude of an integer.
@@ -115,17 +116,7 @@ fn quantize_row_body(_isa: Isa, row: &[f32], to: Target<'_>) {
     let groups = row.as_chunks::<X_GROUP>().0.iter();
     let targets = to.lines.iter_mut().zip(to.scales).zip(to.sums.as_chunks_mut::<2>().0);
     for (group, ((line, scale), sums)) in groups.zip(targets) {
-        // Lane by lane, so that lanes are vectors: neither hangs on the order.
-        let (mut largest, mut faults) = ([0.0f32; WORDS], [0.0f32; WORDS]);
-        for half in group.as_chunks::<WORDS>().0 {
-            for ((largest, fault), x) in largest.iter_mut().zip(&mut faults).zip(half) {
-                *largest = if x.abs() > *largest { x.abs() } else { *largest };
-                *fault += x * 0.0;
-            }
-        }
-        let largest = largest.into_iter().fold(0.0f32, |m, x| if x > m { x } else { m });
-        // Any value that is not finite makes this one.
-        let faults: f32 = faults.into_iter().sum();
+        let (largest, faults) = magnitude(group);
         // Below this the inverse overflows; nothing so small changes a sum.
         let small = largest < LARGEST * f32::MIN_POSITIVE;
         let inverse = if small || faults != 0.0 { 0.0 } else { LARGEST / largest };
