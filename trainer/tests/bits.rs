@@ -273,6 +273,6 @@ fn keys_and_values_of_8_bits_change_little_and_never_with_the_batch() {
     let errors: Vec<f64> = pairs.map(|(a, b)| f64::from((a - b).abs())).collect();
     let mean = errors.iter().sum::<f64>() / errors.len() as f64;
     println!("{} tokens, mean absolute difference {mean:.4}", errors.len());
-    // 0.045 with AVX2 kernels, 0.051 with AVX-512, which sample other tokens.
+    // 0.058 with AVX2 kernels, 0.052 with AVX-512, which sample other tokens.
     assert!(errors.len() > 200 && mean > 0.0 && mean < 0.07, "mean difference is {mean}");
 }

@@ -58,7 +58,7 @@ impl KvDtype {
         }
     }
 
-    /// What queries are rounded to, and keys and values are expanded to.
+    /// What queries are rounded to, and keys and values are expanded to, by the definition.
     pub(crate) const fn multiplied(self) -> Dtype {
         match self {
             Self::Plain(dtype) => dtype,

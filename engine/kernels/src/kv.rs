@@ -217,9 +217,10 @@ impl KvCache {
         self.shape.head_words()
     }
 
-    /// The scales of keys and values of the 16 positions whose tile of keys begins at word `tile`, in a
-    /// block whose keys begin at `keys`; for caches of integers.
-    pub(crate) fn tile_scales(&self, keys: usize, tile: usize) -> [&[u32]; 2] {
+    /// The scales of keys and values of the 16 positions whose tile of keys begins at word `tile`; for
+    /// caches of integers.
+    pub(crate) fn tile_scales(&self, tile: usize) -> [&[u32]; 2] {
+        let keys = tile - tile % self.shape.region();
         let first = keys + 2 * self.values_after() + (tile - keys) / self.head_words();
         [first, first + self.block_size()].map(|at| &self.words()[at..at + TILE])
     }
@@ -400,7 +401,8 @@ impl WriteHead<'_> {
                 }
                 KvDtype::Int8 => {
                     let mut key = [0; MAX_HEAD_DIM];
-                    let scale = quantize(self.of(self.k, row), &mut key);
+                    // They may be expanded to bf16.
+                    let scale = quantize(self.key(Dtype::Bf16, row), &mut key);
                     let words = key.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
                     write_key(words, lane, tile);
                     self.scale(shape.scale_of_key(layer, slot, self.head), scale);
@@ -445,7 +447,10 @@ impl WriteHead<'_> {
                 KvDtype::Plain(dtype) => write_value(dtype, source, lane, target),
                 KvDtype::Int8 => {
                     let mut bytes = [0; MAX_HEAD_DIM];
-                    let scale = quantize(source, &mut bytes);
+                    let scale = match finite(Dtype::Bf16, source) {
+                        true => quantize(source, &mut bytes),
+                        false => 0.0,
+                    };
                     let each = target.iter_mut().zip(bytes);
                     each.for_each(|(to, byte)| put(to, lane, bits, byte.into()));
                     let place = shape.scale_of_key(layer, slot, self.head) + shape.block_size;
@@ -647,7 +652,9 @@ mod tests {
 
     #[test]
     fn a_value_that_is_not_finite_is_told_by_its_key() {
-        for (dtype, broken) in [(Dtype::F32, f32::INFINITY), (Dtype::Bf16, 3.4e38)] {
+        let formats = [(Dtype::F32, f32::INFINITY), (Dtype::Bf16, 3.4e38)];
+        let formats = formats.map(|(dtype, broken)| (KvDtype::Plain(dtype), broken));
+        for (dtype, broken) in formats.into_iter().chain([(KvDtype::Int8, 3.4e38)]) {
             for level in Level::ALL.into_iter().filter(|level| level.isa().is_some()) {
                 let kernels = Kernels::new(level, 1).unwrap();
                 let mut kv = KvCache::new(dtype, 1, 2, 16, 1, 32);

@@ -7,6 +7,7 @@ use super::tiles::{
 use super::{Attention, AttnScratch, AttnSeq, Lane};
 use crate::disjoint::Disjoint;
 use crate::gemm::Write;
+use crate::gemm::convert::{pair, per_word};
 use crate::kv::{KvCache, TILE, integer};
 use crate::simd::{Job, Simd};
 use crate::{Dtype, Kernels, KvDtype};
@@ -17,6 +18,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 struct Forward<'a, P> {
     kernels: &'a Kernels,
     products: P,
+    /// What they multiply.
+    dtype: Dtype,
     kv: &'a KvCache,
     task: Attention<'a>,
     /// Query heads that share a kv head.
@@ -25,6 +28,8 @@ struct Forward<'a, P> {
 
 /// Tiles that sequences share for one product to read them for all.
 const FEWEST_SHARED: usize = 2;
+/// Tiles of integers that are asked for ahead of their expansion.
+const TILES_AHEAD: usize = 2;
 /// Items of a thread that a bunch has to leave.
 const ITEMS_PER_THREAD: usize = 4;
 
@@ -61,12 +66,12 @@ struct Part {
 /// then sequences, so that neighbours find keys and values in the cache.
 pub(super) fn run<P: Products>(
     kernels: &Kernels,
-    products: P,
+    (products, dtype): (P, Dtype),
     (kv, task): (&KvCache, Attention<'_>),
     out: &mut [f32],
     scratch: &mut AttnScratch,
 ) {
-    let pass = Forward { kernels, products, kv, task, group: task.heads / kv.kv_heads() };
+    let pass = Forward { kernels, products, dtype, kv, task, group: task.heads / kv.kv_heads() };
     let mut bunches = std::mem::take(&mut scratch.bunches);
     let items = pass.bunch(&mut bunches);
     let threads = kernels.pool().threads().min(items);
@@ -77,6 +82,8 @@ pub(super) fn run<P: Products>(
         // SAFETY: each thread number has its own lane.
         let lane = unsafe { lanes.part(thread, thread + 1) };
         let lane = &mut lane[0];
+        // Other keys and values than in an earlier call.
+        lane.expanded.of = None;
         let mut next_tiles = std::mem::take(&mut lane.next_tiles);
         let find = |number: usize, tiles: &mut Vec<usize>| {
             let bunch = bunches.partition_point(|bunch| bunch.first_item <= number) - 1;
@@ -107,10 +114,7 @@ impl<'a, P: Products> Forward<'a, P> {
     fn bunch(&self, bunches: &mut Vec<Bunch>) -> usize {
         let kv_heads = self.kv.kv_heads();
         let threads = self.kernels.pool().threads();
-        let most = match self.kv.dtype() {
-            KvDtype::Plain(_) => self.task.seqs.len() * kv_heads / (ITEMS_PER_THREAD * threads),
-            KvDtype::Int8 => 1,
-        };
+        let most = self.task.seqs.len() * kv_heads / (ITEMS_PER_THREAD * threads);
         let most = most.min(P::ROWS / self.group);
         bunches.clear();
         let mut items = 0;
@@ -205,11 +209,12 @@ impl<'a, P: Products> Forward<'a, P> {
             *len = seq.start + row / self.group + 1;
         }
         let lens = &*lens;
-        let Lane { tiles, expanded, expanded_tiles, .. } = lane;
+        let Lane { tiles, expanded, .. } = lane;
+        let dtype = self.dtype;
         let mut meanwhile = [Fetch::nothing(), Fetch::nothing()];
         let (keys, values) = match self.kv.dtype() {
-            KvDtype::Int8 => self.expand(item, tiles, (expanded, expanded_tiles)),
-            KvDtype::Plain(dtype) => {
+            KvDtype::Int8 => self.expand(item, tiles, expanded),
+            KvDtype::Plain(_) => {
                 let (head_words, shift) = (self.kv.head_words(), self.kv.values_after());
                 let words = self.kv.words();
                 let fetch = |tiles, shift| Fetch::new(words, tiles, shift, head_words);
@@ -277,33 +282,47 @@ impl<'a, P: Products> Forward<'a, P> {
         }
     }
 
-    /// Keys and values of a cache of integers, as tiles of f32.
+    /// Keys and values of a cache of integers, expanded. Later items of a head find what earlier ones of this
+    /// thread have left.
     fn expand<'l>(
         &self,
         item: &Item<'_>,
         tiles: &[usize],
-        (expanded, starts): (&'l mut Grow<u32>, &'l mut Vec<usize>),
+        Expanded { words, starts, of }: &'l mut Expanded,
     ) -> (Panel<'l>, Panel<'l>) {
-        let (d, words) = (self.kv.head_dim(), self.kv.head_words());
-        let (per_block, len) = (self.kv.block_size() / TILE, tiles.len() * TILE * d);
-        let all = expanded.slice(2 * len);
-        let (keys, values) = all.split_at_mut(len);
-        let targets = keys.chunks_exact_mut(TILE * d).zip(values.chunks_exact_mut(TILE * d));
-        for (i, (&tile, (keys, values))) in tiles.iter().zip(targets).enumerate() {
-            let block = item.seqs[0].blocks[i / per_block] as usize;
-            let start = self.kv.keys_start(self.task.layer, block, item.kv_head);
-            let [key_scales, value_scales] = self.kv.tile_scales(start, tile);
-            let packed = &self.kv.words()[tile..][..TILE * words];
-            let to = ExpandTo { scales: key_scales, to: keys };
-            self.kernels.isa.vectorize(ExpandKeys { packed, to });
-            let packed = &self.kv.words()[tile + self.kv.values_after()..][..TILE * words];
-            let to = ExpandTo { scales: value_scales, to: values };
-            self.kernels.isa.vectorize(ExpandValues { packed, to });
+        let words_of = |per_word| TILE * self.kv.head_dim() / per_word;
+        let (packed, len) = (words_of(4), words_of(per_word(self.dtype)));
+        let (most, whose) = match item.seqs {
+            [seq] => {
+                let tiles = (seq.start + seq.rows).div_ceil(TILE);
+                (tiles, Some((seq.first_row, item.kv_head)))
+            }
+            _ => (tiles.len(), None),
+        };
+        let words = words.slice(2 * len * most);
+        if whose.is_none() || *of != whose {
+            starts.clear();
+            *of = whose;
         }
-        starts.clear();
-        starts.extend((0..tiles.len()).map(|i| i * TILE * d));
-        let (words, dtype) = (&*all, Dtype::F32);
-        let keys = Panel { dtype, words, tiles: starts, shift: 0, head_words: d };
+        let (dtype, after) = (self.dtype, self.kv.values_after());
+        let isa = self.kernels.isa;
+        let cache = self.kv.words();
+        for i in starts.len()..tiles.len() {
+            if let Some(&ahead) = tiles.get(i + TILES_AHEAD) {
+                ask_for(cache[ahead..].as_ptr().cast(), packed);
+                ask_for(cache[ahead + after..].as_ptr().cast(), packed);
+            }
+            let (keys, values) = words[2 * len * i..][..2 * len].split_at_mut(len);
+            let [key_scales, value_scales] = self.kv.tile_scales(tiles[i]);
+            let packed = |start: usize| &cache[start..][..packed];
+            let (scales, to) = (key_scales, keys);
+            isa.vectorize(ExpandKeys { dtype, packed: packed(tiles[i]), scales, to });
+            let (scales, to) = (value_scales, values);
+            isa.vectorize(ExpandValues { dtype, packed: packed(tiles[i] + after), scales, to });
+            starts.push(2 * len * i);
+        }
+        let (tiles, head_words) = (&starts[..tiles.len()], len / TILE);
+        let keys = Panel { dtype, words, tiles, shift: 0, head_words };
         (keys, Panel { shift: len, ..keys })
     }
 
@@ -335,16 +354,23 @@ impl<'a, P: Products> Forward<'a, P> {
     }
 }
 
-/// Where a tile of integers goes as f32 bits, and the scales of its positions.
-struct ExpandTo<'a> {
-    scales: &'a [u32],
-    to: &'a mut [u32],
+/// Tiles of a cache of integers as they are multiplied.
+#[derive(Default)]
+pub(super) struct Expanded {
+    /// Keys and values of one tile after the other.
+    words: Grow<u32>,
+    /// Where these begin.
+    starts: Vec<usize>,
+    /// Whose they are, if there may be more to come: the sequence's first row and the kv head.
+    of: Option<(usize, usize)>,
 }
 
-/// `[w / 4][16 positions]` words of four integers become `[w][16]`.
+/// `[w / 4][16 positions]` words of four integers become `[w][16]` f32 or `[w / 2][16]` pairs of bf16.
 struct ExpandKeys<'a> {
+    dtype: Dtype,
     packed: &'a [u32],
-    to: ExpandTo<'a>,
+    scales: &'a [u32],
+    to: &'a mut [u32],
 }
 
 impl Job for ExpandKeys<'_> {
@@ -352,22 +378,39 @@ impl Job for ExpandKeys<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _s: S) {
-        let Some(scales) = self.to.scales.first_chunk::<TILE>() else { return };
+        let Some(scales) = self.scales.first_chunk::<TILE>() else { return };
         let lines = self.packed.as_chunks::<TILE>().0;
-        for (line, to) in lines.iter().zip(self.to.to.as_chunks_mut::<{ 4 * TILE }>().0) {
-            for (i, to) in to.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
-                for ((to, &word), &scale) in to.iter_mut().zip(line).zip(scales) {
-                    *to = (f32::from_bits(scale) * integer(word, i)).to_bits();
+        let number = |word, i, scale| f32::from_bits(scale) * integer(word, i);
+        // The rows that a line becomes are a number that the compiler knows.
+        match self.dtype {
+            Dtype::F32 => {
+                for (line, to) in lines.iter().zip(self.to.as_chunks_mut::<{ 4 * TILE }>().0) {
+                    for (i, to) in to.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+                        for ((to, &word), &scale) in to.iter_mut().zip(line).zip(scales) {
+                            *to = number(word, i, scale).to_bits();
+                        }
+                    }
+                }
+            }
+            Dtype::Bf16 => {
+                for (line, to) in lines.iter().zip(self.to.as_chunks_mut::<{ 2 * TILE }>().0) {
+                    for (i, to) in to.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+                        for ((to, &word), &scale) in to.iter_mut().zip(line).zip(scales) {
+                            *to = pair(number(word, 2 * i, scale), number(word, 2 * i + 1, scale));
+                        }
+                    }
                 }
             }
         }
     }
 }
 
-/// `[16 positions / 4][d]` words of four integers become `[16][d]`.
+/// `[16 positions / 4][d]` words of four integers become `[16][d]` f32 or `[16 / 2][d]` pairs of bf16.
 struct ExpandValues<'a> {
+    dtype: Dtype,
     packed: &'a [u32],
-    to: ExpandTo<'a>,
+    scales: &'a [u32],
+    to: &'a mut [u32],
 }
 
 impl Job for ExpandValues<'_> {
@@ -375,11 +418,17 @@ impl Job for ExpandValues<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _s: S) {
-        let d = self.to.to.len() / TILE;
-        for (i, (to, &scale)) in self.to.to.chunks_exact_mut(d).zip(self.to.scales).enumerate() {
-            let words = &self.packed[i / 4 * d..][..d];
-            for (to, &word) in to.iter_mut().zip(words) {
-                *to = (f32::from_bits(scale) * integer(word, i % 4)).to_bits();
+        let Some(scales) = self.scales.first_chunk::<TILE>() else { return };
+        let d = self.packed.len() * 4 / TILE;
+        let number =
+            |word, position: usize| f32::from_bits(scales[position]) * integer(word, position % 4);
+        for (row, to) in self.to.chunks_exact_mut(d).enumerate() {
+            let position = row * per_word(self.dtype);
+            for (to, &word) in to.iter_mut().zip(&self.packed[position / 4 * d..][..d]) {
+                *to = match self.dtype {
+                    Dtype::F32 => number(word, position).to_bits(),
+                    Dtype::Bf16 => pair(number(word, position), number(word, position + 1)),
+                };
             }
         }
     }

@@ -83,9 +83,7 @@ struct Lane {
     packed: Grow<u32>,
     scores: Grow<f32>,
     mixed: Grow<f32>,
-    /// Keys, then values of a cache of integers, as tiles of f32; and where these begin.
-    expanded: Grow<u32>,
-    expanded_tiles: Vec<usize>,
+    expanded: forward::Expanded,
     products: tiles::Buffers,
     backward: backward::Buffers,
 }
@@ -154,13 +152,15 @@ impl Kernels {
         if self.level() == Level::Reference {
             return reference::forward(kv, &task, out);
         }
-        // Integers of the cache become f32 before they are multiplied.
+        // Integers of the cache are expanded before they are multiplied: to bf16 where that is faster.
+        let dots = self.isa.avx512().is_some_and(|token| token.bf16().is_some());
         let dtype = match kv.dtype() {
             KvDtype::Plain(dtype) => dtype,
+            KvDtype::Int8 if dots => Dtype::Bf16,
             KvDtype::Int8 => Dtype::F32,
         };
         with_products!((self.isa, dtype, kv.head_dim()), |products| {
-            forward::run(self, products, (kv, task), out, scratch)
+            forward::run(self, (products, dtype), (kv, task), out, scratch)
         })
     }
 
