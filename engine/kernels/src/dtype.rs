@@ -37,7 +37,7 @@ pub enum KvDtype {
     /// Keys and values rounded to a [`Dtype`].
     Plain(Dtype),
     /// 8-bit integers with one f32 scale for each key and each value of a head: x = scale q, the scale
-    /// being the largest magnitude over 127. Attention multiplies in f32.
+    /// being the largest magnitude over 127. Attention multiplies in bf16 where that is fast, else in f32.
     Int8,
 }
 

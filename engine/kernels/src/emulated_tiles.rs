@@ -194,14 +194,18 @@ unsafe fn configured(from: *const [u8; 64]) -> Result<[Tile; TILES], &'static st
     // SAFETY: promised.
     let bytes = unsafe { from.read() };
     let mut tiles = [Tile::NONE; TILES];
-    if bytes[0] > 1 || bytes[1..16].iter().any(|&byte| byte != 0) {
-        return Err("a palette above 1, or a start row");
+    let rest = [&bytes[1..16], &bytes[32..48], &bytes[56..]];
+    if bytes[0] > 1 || rest.iter().any(|rest| rest.iter().any(|&byte| byte != 0)) {
+        return Err("a palette above 1, a start row, or a ninth tile");
+    }
+    if bytes[0] == 0 {
+        return Ok(tiles);
     }
     for (i, tile) in tiles.iter_mut().enumerate() {
         let row_bytes = usize::from(u16::from_le_bytes([bytes[16 + 2 * i], bytes[17 + 2 * i]]));
         let rows = usize::from(bytes[48 + i]);
-        if rows > ROWS || row_bytes > ROW || (rows == 0) != (row_bytes == 0) {
-            return Err("a shape beyond 16 rows of 64 bytes");
+        if rows > ROWS || row_bytes > ROW || row_bytes % 4 != 0 || (rows == 0) != (row_bytes == 0) {
+            return Err("a shape beyond 16 rows of 64 bytes, or of part of a word");
         }
         *tile = Tile { rows, row_bytes, ..Tile::NONE };
     }
@@ -217,14 +221,24 @@ unsafe fn configured(from: *const [u8; 64]) -> Result<[Tile; TILES], &'static st
 fn add_products(sums: &mut Tile, left: &Tile, right: &Tile) {
     /// Rounds to nearest, raises nothing, and takes denormals for zeros on both sides.
     const FLUSH: u32 = 0x9fc0;
-    let mut data = &raw mut sums.data;
+    let (mut sums, mut left, mut right): (*mut Tile, *const Tile, *const Tile) =
+        (sums, left, right);
     // SAFETY: sets how this thread's floating point rounds until its handler returns, when the system puts back what was.
-    // Sums pass through, so that nothing is added before.
-    unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &FLUSH, inout("rax") data, options(nostack)) };
+    // Tiles pass through, so that nothing is multiplied before.
+    unsafe {
+        std::arch::asm!(
+            "ldmxcsr [{}]", in(reg) &FLUSH, inout("rax") sums, inout("rcx") left, inout("rdx") right,
+            options(nostack),
+        );
+    }
     // SAFETY: it is where it was.
-    let data = unsafe { &mut *data };
+    let sums = unsafe { &mut *sums };
+    // SAFETY: as above.
+    let left = unsafe { &*left };
+    // SAFETY: as above.
+    let right = unsafe { &*right };
     let halves = |word: u32| [word << 16, word & 0xffff_0000].map(f32::from_bits);
-    for (sums, left) in data[..sums.rows].iter_mut().zip(&left.data) {
+    for (sums, left) in sums.data[..sums.rows].iter_mut().zip(&left.data) {
         let mut parts = [[0f32; WORDS]; 2];
         for (word, right) in left.iter().zip(&right.data[..right.rows]) {
             let left = halves(*word);

@@ -396,13 +396,12 @@ impl WriteHead<'_> {
                 KvDtype::Plain(dtype) if whole => self.tile_of_keys(row, dtype, tile),
                 KvDtype::Plain(dtype) => {
                     let mut key = [0; MAX_HEAD_DIM];
-                    round_words(dtype, self.key(dtype, row), &mut key[..words]);
+                    round_words(dtype, self.key(row), &mut key[..words]);
                     write_key(key[..words].iter().copied(), lane, tile);
                 }
                 KvDtype::Int8 => {
                     let mut key = [0; MAX_HEAD_DIM];
-                    // They may be expanded to bf16.
-                    let scale = quantize(self.key(Dtype::Bf16, row), &mut key);
+                    let scale = quantize(self.key(row), &mut key);
                     let words = key.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
                     write_key(words, lane, tile);
                     self.scale(shape.scale_of_key(layer, slot, self.head), scale);
@@ -414,9 +413,9 @@ impl WriteHead<'_> {
 
     /// The key of a row, or what stands for it where the value is not finite.
     #[inline(always)]
-    fn key(&self, dtype: Dtype, row: usize) -> &[f32] {
+    fn key(&self, row: usize) -> &[f32] {
         const BROKEN: [f32; MAX_HEAD_DIM] = [f32::NAN; MAX_HEAD_DIM];
-        match finite(dtype, self.of(self.v, row)) {
+        match finite(self.write.shape.dtype, self.of(self.v, row)) {
             true => self.of(self.k, row),
             false => &BROKEN[..self.write.shape.head_dim],
         }
@@ -427,7 +426,7 @@ impl WriteHead<'_> {
     fn tile_of_keys(&self, row: usize, dtype: Dtype, tile: &mut [u32]) {
         // Not by `from_fn`, which the compiler keeps apart and then compiles for any processor.
         let mut keys = [&[][..]; TILE];
-        keys.iter_mut().enumerate().for_each(|(i, key)| *key = self.key(dtype, row + i));
+        keys.iter_mut().enumerate().for_each(|(i, key)| *key = self.key(row + i));
         write_keys(self.write.isa, dtype, keys, tile);
     }
 
@@ -447,7 +446,7 @@ impl WriteHead<'_> {
                 KvDtype::Plain(dtype) => write_value(dtype, source, lane, target),
                 KvDtype::Int8 => {
                     let mut bytes = [0; MAX_HEAD_DIM];
-                    let scale = match finite(Dtype::Bf16, source) {
+                    let scale = match finite(KvDtype::Int8, source) {
                         true => quantize(source, &mut bytes),
                         false => 0.0,
                     };
@@ -474,13 +473,16 @@ impl WriteHead<'_> {
     }
 }
 
-/// Whether elements are finite once they are rounded.
+/// Whether elements are finite once they are rounded, or are what integers stand for.
 #[inline(always)]
-fn finite(dtype: Dtype, elements: &[f32]) -> bool {
+fn finite(dtype: KvDtype, elements: &[f32]) -> bool {
+    /// From here on bf16 rounds to infinity.
+    const BF16_LIMIT: u32 = 0x7f7f_8000;
     let limit = match dtype {
-        Dtype::F32 => f32::INFINITY.to_bits(),
-        // From here on bf16 rounds to infinity.
-        Dtype::Bf16 => 0x7f7f_8000,
+        KvDtype::Plain(Dtype::F32) => f32::INFINITY.to_bits(),
+        KvDtype::Plain(Dtype::Bf16) => BF16_LIMIT,
+        // They may be multiplied as bf16; 127 times the scale can be a unit more than what it was made of.
+        KvDtype::Int8 => BF16_LIMIT - 1,
     };
     elements.iter().fold(0, |most, x| (x.to_bits() & 0x7fff_ffff).max(most)) < limit
 }
@@ -490,7 +492,7 @@ fn finite(dtype: Dtype, elements: &[f32]) -> bool {
 pub(crate) fn write_value(dtype: Dtype, elements: &[f32], position: usize, tiles: &mut [u32]) {
     let (d, per_word) = (elements.len(), per_word(dtype));
     let words = &mut tiles[position / per_word * d..][..d];
-    let keep = if finite(dtype, elements) { u32::MAX } else { 0 };
+    let keep = if finite(KvDtype::Plain(dtype), elements) { u32::MAX } else { 0 };
     for (to, &x) in words.iter_mut().zip(elements) {
         match dtype {
             Dtype::F32 => *to = x.to_bits() & keep,
@@ -654,7 +656,9 @@ mod tests {
     fn a_value_that_is_not_finite_is_told_by_its_key() {
         let formats = [(Dtype::F32, f32::INFINITY), (Dtype::Bf16, 3.4e38)];
         let formats = formats.map(|(dtype, broken)| (KvDtype::Plain(dtype), broken));
-        for (dtype, broken) in formats.into_iter().chain([(KvDtype::Int8, 3.4e38)]) {
+        for (dtype, broken) in
+            formats.into_iter().chain([(KvDtype::Int8, f32::from_bits(0x7f7f_7fff))])
+        {
             for level in Level::ALL.into_iter().filter(|level| level.isa().is_some()) {
                 let kernels = Kernels::new(level, 1).unwrap();
                 let mut kv = KvCache::new(dtype, 1, 2, 16, 1, 32);

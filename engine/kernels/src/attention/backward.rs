@@ -6,8 +6,8 @@
 //! dV = P^T dOut     dP = dOut V^T     dS = scale * P * (dP - D)     dQ = dS K     dK = dS^T Q
 //! ```
 //!
-//! D_r is dout_r . out_r too, which needs no second look at a row's dP (FlashAttention, arXiv 2205.14135). But outputs are
-//! mixed of rounded weights, and then the dS of a row no longer sum to zero, of which gradients of keys are made.
+//! D_r is dout_r . out_r too, which needs no second look at a row's dP (FlashAttention, arXiv 2205.14135). But where outputs
+//! are mixed of rounded weights, the dS of a row would then not sum to zero, and their error reaches the gradients of keys.
 //!
 //! One task is one (family, kv head): it owns its gradients, adds up its rows in ascending order
 //! and keeps P and dS of a few products' rows at a time. 10 d FLOP per (row, position).

@@ -114,7 +114,11 @@ impl<'a, P: Products> Forward<'a, P> {
     fn bunch(&self, bunches: &mut Vec<Bunch>) -> usize {
         let kv_heads = self.kv.kv_heads();
         let threads = self.kernels.pool().threads();
-        let most = self.task.seqs.len() * kv_heads / (ITEMS_PER_THREAD * threads);
+        let most = match self.kv.dtype() {
+            KvDtype::Plain(_) => self.task.seqs.len() * kv_heads / (ITEMS_PER_THREAD * threads),
+            // What is expanded of one sequence at a time is memory enough.
+            KvDtype::Int8 => 1,
+        };
         let most = most.min(P::ROWS / self.group);
         bunches.clear();
         let mut items = 0;
@@ -292,15 +296,11 @@ impl<'a, P: Products> Forward<'a, P> {
     ) -> (Panel<'l>, Panel<'l>) {
         let words_of = |per_word| TILE * self.kv.head_dim() / per_word;
         let (packed, len) = (words_of(4), words_of(per_word(self.dtype)));
-        let (most, whose) = match item.seqs {
-            [seq] => {
-                let tiles = (seq.start + seq.rows).div_ceil(TILE);
-                (tiles, Some((seq.first_row, item.kv_head)))
-            }
-            _ => (tiles.len(), None),
-        };
-        let words = words.slice(2 * len * most);
-        if whose.is_none() || *of != whose {
+        let seq = &item.seqs[0];
+        // Room for all that the head's items see, which so stays where it is.
+        let words = words.slice(2 * len * (seq.start + seq.rows).div_ceil(TILE));
+        let whose = Some((seq.first_row, item.kv_head));
+        if *of != whose {
             starts.clear();
             *of = whose;
         }
@@ -361,7 +361,7 @@ pub(super) struct Expanded {
     words: Grow<u32>,
     /// Where these begin.
     starts: Vec<usize>,
-    /// Whose they are, if there may be more to come: the sequence's first row and the kv head.
+    /// Whose they are: the sequence's first row and the kv head.
     of: Option<(usize, usize)>,
 }
 

@@ -2,7 +2,7 @@
 //! sequences.
 //!
 //! For a query at position t: s_j = scale * (q . k_j) and p_j = exp(s_j - max s) for j <= t, and
-//! out = sum_j p_j v_j / sum_j p_j. q is rounded to the format of the cache; sums are f32.
+//! out = sum_j p_j v_j / sum_j p_j. q is rounded to the format that is multiplied; sums are f32.
 //!
 //! **Row invariance.** Each number of a row's result is one chain of operations in the order of the
 //! elements (scores) or positions (maximum, sum in 16 lanes by tiles of 16, output) that ends at the
@@ -15,7 +15,7 @@
 //! take at once; so keys and values are loaded once for all of them. Neighbours with one row each whose
 //! first blocks are the same are one item: what they share is multiplied with the rows of all, what each has
 //! for itself with its own, which goes on where the shared chain ends. Integers of the cache are expanded
-//! to f32 once for an item, into a buffer of its thread. Costs 4 d FLOP per (row, position) and reads
+//! to bf16 or f32 once for a thread's items of a sequence and kv head, into a buffer of the thread. Costs 4 d FLOP per (row, position) and reads
 //! each key and value once per item. Leaves out sliding windows, soft caps and sinks.
 
 #[cfg(target_arch = "x86_64")]
@@ -155,9 +155,8 @@ impl Kernels {
         // Integers of the cache are expanded before they are multiplied: to bf16 where that is faster.
         let dots = self.isa.avx512().is_some_and(|token| token.bf16().is_some());
         let dtype = match kv.dtype() {
-            KvDtype::Plain(dtype) => dtype,
             KvDtype::Int8 if dots => Dtype::Bf16,
-            KvDtype::Int8 => Dtype::F32,
+            dtype => dtype.multiplied(),
         };
         with_products!((self.isa, dtype, kv.head_dim()), |products| {
             forward::run(self, (products, dtype), (kv, task), out, scratch)

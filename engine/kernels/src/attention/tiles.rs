@@ -212,7 +212,7 @@ pub(super) fn stride(positions: usize) -> usize {
 pub(super) struct Grow<T>(Vec<T>);
 
 impl<T: Copy + Default> Grow<T> {
-    /// `len` elements with anything in them.
+    /// `len` elements with anything in them: what was in them, if there have been as many before.
     pub(super) fn slice(&mut self, len: usize) -> &mut [T] {
         if self.0.len() < len + TILE {
             self.0 = Vec::new();

@@ -156,31 +156,48 @@ mod x86 {
             }
             record = record.wrapping_add(record_bytes);
         }
-        let bias = p.bias.and_then(|bias| bias[at.block * WORDS..].first_chunk::<WORDS>());
-        let whole = (at.block + 1) * WORDS <= p.outputs;
-        for r in 0..R {
-            if !whole {
-                let mut lanes = [0.0f32; WORDS];
-                // SAFETY: sixteen elements are there.
-                unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sums[r]) };
-                p.store(at.row + r, at.block, &lanes, out);
-                continue;
-            }
-            let place = (at.row + r) * p.outputs + at.block * WORDS;
-            // No other task has outputs of this row and this block.
-            let to = out.pointer(place, place + WORDS);
-            let mut sum = sums[r];
-            if let Some(bias) = bias {
-                // SAFETY: sixteen elements are there.
-                sum = _mm512_add_ps(sum, unsafe { _mm512_loadu_ps(bias.as_ptr()) });
-            }
-            if p.write == Write::Add {
-                // SAFETY: as above.
-                sum = _mm512_add_ps(unsafe { _mm512_loadu_ps(to) }, sum);
-            }
-            // SAFETY: as above.
-            unsafe { _mm512_storeu_ps(to, sum) };
+        for (r, &sum) in sums.iter().enumerate() {
+            store(p, at.row + r, at.block, sum, out);
         }
+    }
+
+    /// Adds bias and earlier values as asked and writes the outputs of a block.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn store(p: &Product<'_>, row: usize, block: usize, sum: __m512, out: &Disjoint<'_, f32>) {
+        let (from, to) = (block * WORDS, (block + 1) * WORDS);
+        if to > p.outputs {
+            let mut lanes = [0.0f32; WORDS];
+            // SAFETY: sixteen elements are there.
+            unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sum) };
+            return store_part(p, row, block, &lanes, out);
+        }
+        let mut sum = sum;
+        if let Some(bias) = p.bias {
+            // SAFETY: sixteen elements are there.
+            sum = _mm512_add_ps(sum, unsafe { _mm512_loadu_ps(bias[from..to].as_ptr()) });
+        }
+        // No other task has outputs of this row and this block.
+        let to = out.pointer(row * p.outputs + from, row * p.outputs + to);
+        if p.write == Write::Add {
+            // SAFETY: sixteen elements are there.
+            sum = _mm512_add_ps(unsafe { _mm512_loadu_ps(to) }, sum);
+        }
+        // SAFETY: as above.
+        unsafe { _mm512_storeu_ps(to, sum) };
+    }
+
+    /// The last block, of which only a part are outputs.
+    #[cold]
+    #[inline(never)]
+    fn store_part(
+        p: &Product<'_>,
+        row: usize,
+        block: usize,
+        lanes: &[f32; WORDS],
+        out: &Disjoint<'_, f32>,
+    ) {
+        p.store(row, block, lanes, out);
     }
 
     /// Adds the products of two integers in each word of `w` with those at `pair`.

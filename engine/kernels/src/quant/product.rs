@@ -163,6 +163,7 @@ impl Product<'_> {
     }
 
     /// Adds bias and earlier values as asked and writes the outputs of a block.
+    #[inline(always)]
     pub(super) fn store(&self, row: usize, block: usize, sums: &[f32], out: &Disjoint<'_, f32>) {
         let start = row * self.outputs;
         let (from, to) = (block * WORDS, self.outputs.min((block + 1) * WORDS));
