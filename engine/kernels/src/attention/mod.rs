@@ -15,8 +15,9 @@
 //! take at once; so keys and values are loaded once for all of them. Neighbours with one row each whose
 //! first blocks are the same are one item: what they share is multiplied with the rows of all, what each has
 //! for itself with its own, which goes on where the shared chain ends. Integers of the cache are expanded
-//! to bf16 or f32 once for a thread's items of a sequence and kv head, into a buffer of the thread. Costs 4 d FLOP per (row, position) and reads
-//! each key and value once per item. Leaves out sliding windows, soft caps and sinks.
+//! to bf16 or f32 once for a thread's items of a sequence and kv head, into a buffer of the thread. Costs
+//! 4 d FLOP per (row, position) and reads each key and value once per item. Leaves out sliding windows,
+//! soft caps and sinks.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
