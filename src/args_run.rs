@@ -30,6 +30,8 @@ pub(crate) const SFT_EXAMPLES: &str = concat!(
     "Examples:\n",
     "  engine sft --model smollm2-135m.gguf --train-files answers.jsonl --output runs/sft\n",
     "  engine sft --config-json tiny.json --train-files answers.jsonl\n",
+    "\n",
+    "The same command again goes on from the newest checkpoint; --resume never begins anew.\n",
 );
 
 /// `engine rl`.
@@ -43,9 +45,6 @@ pub(crate) struct RlArgs {
     /// What judges: auto (by data source), a rule such as prime_math, command:./score.py or http://...
     #[arg(long, value_name = "FUNCTION")]
     pub(crate) reward: Option<String>,
-    /// Where to begin: at the newest checkpoint if there is one, anew, or at a checkpoint
-    #[arg(long, value_name = "auto|never|DIR", default_value = "auto")]
-    pub(crate) resume: String,
     /// What computes: this project's kernels (cpu), or slowly candle (candle-cpu, cuda:N) where the
     /// program has it
     #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = crate::device::parse)]
@@ -90,6 +89,9 @@ pub(crate) struct RunArgs {
     /// Folder for everything the run writes
     #[arg(long, value_name = "DIR")]
     pub(crate) output: Option<PathBuf>,
+    /// Where to begin: at the newest checkpoint if there is one, anew, or at a checkpoint
+    #[arg(long, value_name = "auto|never|DIR", default_value = "auto")]
+    pub(crate) resume: String,
     /// Value for a key of the configuration, e.g. optimizer.lr=1e-6; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,

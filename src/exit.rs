@@ -66,8 +66,10 @@ impl Failure {
         Self::new(Cause::Reward, message)
     }
 
-    /// A signal ended it, and a checkpoint is there to go on from.
-    pub(crate) fn resumable(message: impl Into<String>) -> Self {
+    /// A signal ended it, and a run goes on from this checkpoint.
+    pub(crate) fn resumable(checkpoint: &Path) -> Self {
+        let place = checkpoint.display();
+        let message = format!("interrupted, {place} goes on from here with --resume auto");
         Self::new(Cause::Resumable, message)
     }
 

@@ -66,11 +66,7 @@ pub(crate) fn run(
     (file, origins): (Option<RunConfig>, &Origins),
     terminal: &Terminal,
 ) -> Result<()> {
-    let resume = match args.resume.as_str() {
-        "auto" => Resume::Auto,
-        "never" => Resume::Never,
-        dir => Resume::From(dir.into()),
-    };
+    let resume = resume(&args.run);
     let engine = model::training_config(&args.common, &args.engine, "engine rl")?;
     let mut request = request(&args.run, args.common.seed, (file, origins), engine)?;
     if let Some(reward) = &args.reward {
@@ -125,6 +121,15 @@ fn sized(engine: &engine::EngineConfig, config: &RlConfig, serves: bool) -> engi
         max_num_seqs: engine.max_num_seqs.min(sequences.saturating_add(guests)),
         useful_model_len: Some(useful),
         ..engine.clone()
+    }
+}
+
+/// Where a training command is to begin.
+pub(crate) fn resume(args: &RunArgs) -> Resume {
+    match args.resume.as_str() {
+        "auto" => Resume::Auto,
+        "never" => Resume::Never,
+        dir => Resume::From(dir.into()),
     }
 }
 
@@ -220,10 +225,7 @@ fn train(
             output::print(&format!("checkpoint {}", checkpoint.display()))?;
             output::print(&format!("report {}", report.display()))
         }
-        Interrupt::Resumable(checkpoint) => Err(Failure::resumable(format!(
-            "interrupted, {} goes on from here with --resume auto",
-            checkpoint.display()
-        ))),
+        Interrupt::Resumable(checkpoint) => Err(Failure::resumable(&checkpoint)),
     }
 }
 

@@ -3,14 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use engine::{Engine, ModelConfig, ModelSource, Tokenizer};
+use engine::{Engine, EngineConfig, ModelConfig, ModelSource, Tokenizer};
 use trainer::memory::Demand;
-use trainer::{Progress, SftConfig, initial_weights, run_sft};
+use trainer::{Progress, Resume, SftConfig, SftEnd, initial_weights, run_sft};
 
 use crate::args_run::SftArgs;
 use crate::exit::{Failure, Result};
 use crate::layers::{Origins, RunConfig};
-use crate::rl::{Mode, RunRequest, budgeted, dry_run, in_file, quoted, request, tell};
+use crate::rl::{Mode, RunRequest, budgeted, dry_run, in_file, quoted, request, resume, tell};
 use crate::signals::Signals;
 use crate::terminal::Terminal;
 use crate::{model, output};
@@ -27,11 +27,11 @@ pub(crate) fn run(
         let path = quoted(&path.to_string_lossy());
         request.set(origins.of("config_json"), "model.config_json", path);
     }
-    train(&request, terminal)
+    train(&request, &resume(&args.run), terminal)
 }
 
 /// Resolves the configuration and runs the trainer.
-fn train(request: &RunRequest, terminal: &Terminal) -> Result<()> {
+fn train(request: &RunRequest, resume: &Resume, terminal: &Terminal) -> Result<()> {
     let file = request.file.as_ref();
     let config = SftConfig::resolve(file.map(|file| file.text.as_str()), &request.overrides())
         .map_err(|error| in_file(error, file))?;
@@ -45,23 +45,22 @@ fn train(request: &RunRequest, terminal: &Terminal) -> Result<()> {
         return dry_run(&config.to_toml(), start.shape(), (engine, &demand));
     }
     let signals = Signals::listen()?;
-    let start = Start::of(&config, terminal)?;
-    let open = || {
-        let engine = |source: &ModelSource| {
-            Engine::load(source, &request.engine).map_err(trainer::Error::engine)
+    let open = |checkpoint: Option<&Path>, dtype| {
+        let source = match checkpoint {
+            Some(path) => ModelSource::open(path)?,
+            None => match Start::of(&config, terminal)? {
+                Start::Model(source) => source,
+                Start::Shape(shape, json) => fresh(&shape, &json, &config)?,
+            },
         };
-        match &start {
-            Start::Model(source) => engine(source),
-            Start::Shape(shape, json) => engine(&fresh(shape, json, &config)?),
-        }
+        let dtype = request.engine.dtype.or(dtype);
+        Ok(Engine::load(&source, &EngineConfig { dtype, ..request.engine.clone() })?)
     };
     let mut tell = |progress: Progress| tell(terminal, config.trainer.total_steps, &progress);
-    let checkpoint = run_sft(open, &config, &|| signals.asked(), &mut tell)?;
-    output::print(&format!("checkpoint {}", checkpoint.display()))?;
-    if signals.asked() {
-        return Err(Failure::interrupted("interrupted, the checkpoint holds what was learnt"));
+    match run_sft::<Failure>(&config, resume, open, &|| signals.asked(), &mut tell)? {
+        SftEnd::Done(checkpoint) => output::print(&format!("checkpoint {}", checkpoint.display())),
+        SftEnd::Resumable(checkpoint) => Err(Failure::resumable(&checkpoint)),
     }
-    Ok(())
 }
 
 /// What a run begins with.

@@ -100,6 +100,17 @@ pub(super) fn set(command: &mut Command, settings: &[&str]) {
     }
 }
 
+/// The lines of `metrics.jsonl` of a run, without what depends on time.
+pub(super) fn metrics(run: &Path) -> Vec<Value> {
+    let mut lines = json_lines(&fs::read_to_string(run.join("metrics.jsonl")).unwrap());
+    for line in &mut lines {
+        let line = line.as_object_mut().unwrap();
+        line.retain(|name, _| !name.starts_with("timing_s/"));
+        line.retain(|name, _| !["perf/time_per_step", "perf/throughput"].contains(&&**name));
+    }
+    lines
+}
+
 /// What a run has left behind that does not depend on time.
 #[derive(PartialEq)]
 struct Left {
@@ -111,12 +122,7 @@ struct Left {
 
 impl Left {
     fn read(run: &Path) -> Self {
-        let mut metrics = json_lines(&fs::read_to_string(run.join("metrics.jsonl")).unwrap());
-        for line in &mut metrics {
-            let line = line.as_object_mut().unwrap();
-            line.retain(|name, _| !name.starts_with("timing_s/"));
-            line.retain(|name, _| !["perf/time_per_step", "perf/throughput"].contains(&&**name));
-        }
+        let metrics = metrics(run);
         let weights = fs::read(latest(run).join("model.safetensors")).unwrap();
         let samples = (1..metrics.len())
             .map(|step| fs::read_to_string(run.join(format!("samples/step_{step}.jsonl"))).unwrap())

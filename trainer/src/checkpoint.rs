@@ -23,7 +23,6 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::RlConfig;
 use crate::data::Cursor;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -258,12 +257,12 @@ impl CheckpointWriter<'_> {
         run().map_err(|e| self.named(Error::io(&path, e)))
     }
 
-    /// Writes [`STATE`] and [`CONFIG`].
+    /// Writes [`STATE`] and [`CONFIG`], which gets the text `config`.
     ///
     /// # Errors
     /// If they cannot be written.
-    pub fn state(&self, state: &TrainState, config: &RlConfig) -> Result<()> {
-        self.file(CONFIG, |out| out.write_all(config.to_toml().as_bytes()))?;
+    pub fn state(&self, state: &TrainState, config: &str) -> Result<()> {
+        self.file(CONFIG, |out| out.write_all(config.as_bytes()))?;
         self.file(STATE, |out| {
             serde_json::to_writer_pretty(&mut *out, state)?;
             out.write_all(b"\n")

@@ -179,7 +179,7 @@ pub enum OnError {
 pub struct TrainerConfig {
     /// Steps of the run; default 50.
     pub total_steps: u64,
-    /// Steps between checkpoints; 0 (default): only after the last.
+    /// Steps between checkpoints, from which a run that is killed goes on; 0: only after the last; default 10.
     pub save_freq: u64,
     /// Steps between validations; 0: none after the start; default 10.
     pub test_freq: u64,

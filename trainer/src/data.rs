@@ -20,6 +20,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
+use serde::Serialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
@@ -63,7 +64,7 @@ pub fn load_sft(files: &[impl AsRef<Path>]) -> Result<Vec<SftRow>> {
 }
 
 /// SHA-256 of the rows in their order, in hex: a resumed run must see the same data.
-pub fn digest(rows: &[Row]) -> String {
+pub fn digest(rows: &[impl Serialize]) -> String {
     let mut hash = Sha256::new();
     for row in rows {
         let line = serde_json::to_vec(row).expect("a row is plain data with text keys");

@@ -68,7 +68,7 @@ pub use parts::Parts;
 pub use run::{Interrupt, Open, Progress, Resume, RunHooks, run_rl, run_rl_serving};
 pub use save::{ModelFiles, save_model};
 pub use score::score_train_path;
-pub use sft::{initial_weights, run_sft};
+pub use sft::{SftEnd, initial_weights, run_sft};
 pub use source::{Rows, eval_rows, train_rows, val_rows};
 pub use trainer::Trainer;
 pub use validation::Validation;

@@ -5,14 +5,18 @@
 
 use std::path::{Path, PathBuf};
 
-use engine::Dtype;
+use engine::{Dtype, Engine};
+use serde::Serialize;
 use toml::{Table, Value};
 
 use crate::checkpoint::{CONFIG, Checkpoint, CheckpointStore, STATE, TrainState, verify};
 use crate::config::RlConfig;
+use crate::data::Cursor;
 use crate::error::{Error, Result};
+use crate::optimizer::Optimizer;
 use crate::run::{Progress, Resume};
 use crate::save::load_optimizer;
+use crate::source::Rows;
 use crate::surplus;
 use crate::trainer::Trainer;
 
@@ -20,6 +24,60 @@ use crate::trainer::Trainer;
 /// saves and validates.
 const FREE: [&str; 4] =
     ["trainer.output", "trainer.total_steps", "trainer.save_freq", "trainer.test_freq"];
+
+/// What a run learns from; a checkpoint of one kind is none for the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Learning {
+    /// Rewards: `engine rl`.
+    Rewards,
+    /// Completions: `engine sft`.
+    Completions,
+}
+
+impl Learning {
+    fn command(self) -> &'static str {
+        match self {
+            Self::Rewards => "engine rl",
+            Self::Completions => "engine sft",
+        }
+    }
+}
+
+/// What has to be as it was for a run to be the one that it goes on with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Identity<'a> {
+    /// Digest of the training rows.
+    pub(crate) data_hash: &'a str,
+    /// `trainer.seed`.
+    pub(crate) seed: u64,
+    /// `data.seed`.
+    pub(crate) data_seed: u64,
+}
+
+impl Identity<'_> {
+    /// What a checkpoint says about the run after `step`, where the data set stands at `cursor`.
+    pub(crate) fn state(
+        &self,
+        (step, cursor): (u64, Cursor),
+        (engine, optimizer): (&Engine, &Optimizer),
+        config_hash: String,
+    ) -> TrainState {
+        TrainState {
+            format: 1,
+            step,
+            optimizer_step: optimizer.step,
+            seed: self.seed,
+            data_seed: self.data_seed,
+            cursor,
+            data_hash: self.data_hash.to_owned(),
+            config_hash,
+            weights_version: engine.version().0,
+            kl_coef: None,
+            dtype: Some(engine.dtype().name().to_owned()),
+            program_version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+}
 
 /// A checkpoint to go on from.
 pub(crate) struct Earlier {
@@ -34,17 +92,18 @@ impl Earlier {
     /// The checkpoint to go on from; `None`: the run begins anew.
     ///
     /// # Errors
-    /// When the checkpoint asked for is not whole, or cannot be read.
+    /// When the checkpoint asked for is not whole, cannot be read, or is of another kind of learning.
     pub(crate) fn find(
         resume: &Resume,
         store: &CheckpointStore,
+        learning: Learning,
         tell: &mut dyn FnMut(Progress),
     ) -> Result<Option<Self>> {
         match resume {
             Resume::Never => Ok(None),
             Resume::From(path) => {
                 verify(path)?;
-                Self::read(path.clone()).map(Some)
+                Self::read(path.clone(), learning).map(Some)
             }
             Resume::Auto => {
                 let found = store.find_latest()?;
@@ -52,12 +111,21 @@ impl Earlier {
                 let Some(Checkpoint { path, step }) = found.checkpoint else { return Ok(None) };
                 let place = path.display();
                 tell(Progress::Note(format!("going on after step {step}, from {place}")));
-                Self::read(path).map(Some)
+                Self::read(path, learning).map(Some)
             }
         }
     }
 
-    fn read(path: PathBuf) -> Result<Self> {
+    fn read(path: PathBuf, learning: Learning) -> Result<Self> {
+        let refused = |what: &str| {
+            let (place, own) = (path.display(), learning.command());
+            Err(Error::config(format!(
+                "{place} {what}, {own} cannot go on from it: begin anew with --resume never or another --output"
+            )))
+        };
+        if !path.join(STATE).exists() {
+            return refused(&format!("has no {STATE}"));
+        }
         let state = TrainState::read(&path)?;
         let file = path.join(CONFIG);
         let config = match file.exists() {
@@ -70,20 +138,29 @@ impl Earlier {
             }
             false => None,
         };
+        if let Some(config) = &config {
+            let then = match config.contains_key("algorithm") {
+                true => Learning::Rewards,
+                false => Learning::Completions,
+            };
+            if then != learning {
+                return refused(&format!("was written by {}", then.command()));
+            }
+        }
         Ok(Self { path, state, config })
     }
 
-    fn value(&self, section: &str, key: &str) -> Option<&Value> {
+    /// The value of a key under which the checkpoint was written.
+    pub(crate) fn value(&self, section: &str, key: &str) -> Option<&Value> {
         self.config.as_ref()?.get(section)?.get(key)
     }
 
-    /// Fails unless the model of `config` is the one that the checkpoint was trained from.
+    /// Fails unless `now`, the `model.path` of a run, is the model that the checkpoint was trained from.
     ///
     /// # Errors
     /// `ErrorKind::Config`, naming both.
-    pub(crate) fn check_model(&self, config: &RlConfig) -> Result<()> {
+    pub(crate) fn check_model(&self, now: &str) -> Result<()> {
         let Some(then) = self.value("model", "path").and_then(Value::as_str) else { return Ok(()) };
-        let now = &*config.model.path;
         let place = |path: &str| Path::new(path).canonicalize().ok();
         if then == now || place(then).is_some_and(|then| place(now) == Some(then)) {
             return Ok(());
@@ -140,8 +217,8 @@ impl Earlier {
         config.map_or(0, |config| config.trainer.max_tokens_per_microbatch)
     }
 
-    /// One line for each key that has another value under `config`.
-    pub(crate) fn changes(&self, config: &RlConfig) -> Vec<String> {
+    /// One line for each key that has another value under `config`, the sections of a run.
+    pub(crate) fn changes(&self, config: &impl Serialize) -> Vec<String> {
         let now = Table::try_from(config).expect("the sections hold only what TOML can say");
         let mut changed = Vec::new();
         if let Some(then) = &self.config {
@@ -150,6 +227,41 @@ impl Earlier {
         let step = self.state.step;
         let line = |(key, then, now)| format!("{key} was {then} up to step {step}, is {now}");
         changed.into_iter().map(line).collect()
+    }
+
+    /// Puts optimizer and weights' version, of an engine that was loaded from the checkpoint, where they were
+    /// when it was written. Returns what else it says.
+    ///
+    /// # Errors
+    /// When it was written with other data or seeds, or does not fit the model.
+    pub(crate) fn restore(
+        &self,
+        own: Identity<'_>,
+        (engine, optimizer): (&mut Engine, &mut Optimizer),
+    ) -> Result<&TrainState> {
+        let state = &self.state;
+        let differs = |what: &str, then: &str, now: &str| {
+            Error::checkpoint(format!(
+                "{what} was {then} when the checkpoint was written, is {now}"
+            ))
+        };
+        if state.data_hash != own.data_hash {
+            return Err(differs("the training data's digest", &state.data_hash, own.data_hash));
+        }
+        for (what, then, now) in
+            [("trainer.seed", state.seed, own.seed), ("data.seed", state.data_seed, own.data_seed)]
+        {
+            if then != now {
+                return Err(differs(what, &then.to_string(), &now.to_string()));
+            }
+        }
+        load_optimizer(&self.path, optimizer)?;
+        optimizer.step = state.optimizer_step;
+        // The version goes on counting from where it was.
+        while engine.version().0 < state.weights_version {
+            drop(engine.begin_update().map_err(Error::engine)?);
+        }
+        Ok(state)
     }
 }
 
@@ -175,23 +287,19 @@ fn compare<'a>(
     }
 }
 
+/// What makes a run with these rows and settings the same as an earlier one.
+fn identity<'a>(rows: &'a Rows, config: &RlConfig) -> Identity<'a> {
+    Identity { data_hash: &rows.hash, seed: config.trainer.seed, data_seed: config.data.seed }
+}
+
 impl Trainer {
     /// What a checkpoint says about the run.
     pub(crate) fn train_state(&self) -> TrainState {
-        TrainState {
-            format: 1,
-            step: self.steps,
-            optimizer_step: self.state.optimizer.step,
-            seed: self.config.trainer.seed,
-            data_seed: self.config.data.seed,
-            cursor: self.sampler.cursor(),
-            data_hash: self.rows.hash.clone(),
-            config_hash: self.config.hash(),
-            weights_version: self.engine.version().0,
-            kl_coef: Some(self.kl_coef),
-            dtype: Some(self.engine.dtype().name().to_owned()),
-            program_version: env!("CARGO_PKG_VERSION").to_owned(),
-        }
+        let place = (self.steps, self.sampler.cursor());
+        let learnt = (&self.engine, &self.state.optimizer);
+        let own = identity(&self.rows, &self.config);
+        let state = own.state(place, learnt, self.config.hash());
+        TrainState { kl_coef: Some(self.kl_coef), ..state }
     }
 
     /// Goes on where the checkpoint `earlier`, from which the engine was loaded, was written.
@@ -199,31 +307,11 @@ impl Trainer {
     /// # Errors
     /// When it was written with other data or seeds, or does not fit the model.
     pub(crate) fn restore(&mut self, earlier: &Earlier) -> Result<()> {
-        let Earlier { path, state, .. } = earlier;
-        let differs = |what: &str, then: &str, now: &str| {
-            Error::checkpoint(format!(
-                "{what} was {then} when the checkpoint was written, is {now}"
-            ))
-        };
-        if state.data_hash != self.rows.hash {
-            return Err(differs("the training data's digest", &state.data_hash, &self.rows.hash));
-        }
-        let (seed, data_seed) = (self.config.trainer.seed, self.config.data.seed);
-        if state.seed != seed {
-            return Err(differs("trainer.seed", &state.seed.to_string(), &seed.to_string()));
-        }
-        if state.data_seed != data_seed {
-            return Err(differs("data.seed", &state.data_seed.to_string(), &data_seed.to_string()));
-        }
-        load_optimizer(path, &mut self.state.optimizer)?;
-        self.state.optimizer.step = state.optimizer_step;
+        let own = identity(&self.rows, &self.config);
+        let state = earlier.restore(own, (&mut self.engine, &mut self.state.optimizer))?;
         self.steps = state.step;
         self.kl_coef = state.kl_coef.unwrap_or(self.kl_coef);
-        self.surplus = surplus::load(path, self.rows.rows.len())?;
-        // The version goes on counting from where it was.
-        while self.engine.version().0 < state.weights_version {
-            drop(self.engine.begin_update().map_err(Error::engine)?);
-        }
+        self.surplus = surplus::load(&earlier.path, self.rows.rows.len())?;
         self.sampler = self.rows.sampler(&self.config.data, state.cursor)?;
         Ok(())
     }

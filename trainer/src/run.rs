@@ -18,7 +18,7 @@ use crate::lock::RunLock;
 use crate::metrics::{Metrics, name};
 use crate::parts::Parts;
 use crate::report::write_report;
-use crate::resume::Earlier;
+use crate::resume::{Earlier, Learning};
 use crate::samples::write_samples;
 use crate::save::{ModelFiles, save_model, save_optimizer};
 use crate::source::{train_rows, val_rows};
@@ -116,12 +116,12 @@ pub fn run_rl_serving(
     let lock = RunLock::take(&output)?;
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
     config.warnings().into_iter().for_each(|warning| tell(Progress::Note(warning)));
-    let from = Earlier::find(resume, &store, tell)?;
+    let from = Earlier::find(resume, &store, Learning::Rewards, tell)?;
     let checkpoint = from.as_ref().map(|from| &*from.path);
     let mut dtype = None;
     match &from {
         Some(from) => {
-            from.check_model(config)?;
+            from.check_model(&config.model.path)?;
             dtype = from.dtype()?;
         }
         None => store.check_start(&config.model.path)?,
@@ -154,6 +154,7 @@ pub fn run_rl_serving(
         trainer.restore(from)?;
         from.changes(&trainer.config).into_iter().for_each(|line| tell(Progress::Note(line)));
     }
+    over(trainer.steps(), config.trainer.total_steps, tell);
     make_way(&store, checkpoint, tell)?;
     let path = output.join("config.toml");
     std::fs::write(&path, trainer.config.to_toml()).map_err(|e| Error::io(&path, e))?;
@@ -188,6 +189,16 @@ pub(crate) fn make_way(
         tell(Progress::Note(format!("{what} is now in {}", aside.display())));
     }
     Ok(())
+}
+
+/// Says so where a run that begins after `step` has no step of its `total` left.
+pub(crate) fn over(step: u64, total: u64, tell: &mut dyn FnMut(Progress)) {
+    if step >= total {
+        tell(Progress::Note(format!(
+            "nothing is left to do: trainer.total_steps is {total}; make it larger, or begin anew with --resume \
+             never or another --output"
+        )));
+    }
 }
 
 /// What to say of a step that dynamic sampling found too few groups for.
@@ -342,7 +353,7 @@ impl Run {
             .and_then(|()| save_optimizer(writer.path(), optimizer))
             .map_err(|e| writer.named(e))?;
         surplus::save(&writer, &self.trainer.surplus)?;
-        writer.state(&self.trainer.train_state(), &self.trainer.config)?;
+        writer.state(&self.trainer.train_state(), &self.trainer.config.to_toml())?;
         if let Some(metrics) = metrics {
             metrics.set(name::TIME_SAVE_CHECKPOINT, begin.elapsed().as_secs_f64());
             self.metrics.write(metrics)?;

@@ -1,7 +1,8 @@
 //! Supervised training: cross-entropy of completions given prompts, by the same forward and backward.
 //!
-//! The loss of a step is the mean over its completion tokens, the end of text included. Leaves out
-//! learning from prompts, and packing several conversations into one sequence.
+//! The loss of a step is the mean over its completion tokens, the end of text included. A run goes on from
+//! its checkpoints to the same bits, as one of reinforcement learning does. Leaves out learning from
+//! prompts, and packing several conversations into one sequence.
 
 use std::path::{Path, PathBuf};
 
@@ -10,8 +11,8 @@ use engine::model::param_specs;
 use engine::model::safetensors::Writer;
 use engine::{Dtype, Engine, EngineConfig, EosRule, WeightsUpdate};
 
-use crate::checkpoint::CheckpointStore;
-use crate::config::{SftConfig, kept_for_backward};
+use crate::checkpoint::{Checkpoint, CheckpointStore, TrainState};
+use crate::config::{SftConfig, SftDataConfig, kept_for_backward};
 use crate::data::{self, Cursor, Sampler, SftRow, Visit};
 use crate::encode::PromptEncoder;
 use crate::error::{Error, Result};
@@ -23,9 +24,10 @@ use crate::metrics::{Metrics, MetricsWriter, name};
 use crate::optimizer::global_norm;
 use crate::packing::pack;
 use crate::random::{Purpose, Stream};
+use crate::resume::{Earlier, Identity, Learning};
 use crate::rollout::{self, RolloutSettings};
-use crate::run::{Progress, due, make_way};
-use crate::save::{ModelFiles, save_model, tensors};
+use crate::run::{Progress, Resume, due, make_way, over};
+use crate::save::{ModelFiles, save_model, save_optimizer, tensors};
 use crate::tasks::{Arith, Split};
 use crate::update::UpdateState;
 use crate::validation::Validation;
@@ -44,8 +46,8 @@ struct Pair {
     prompt_len: usize,
 }
 
-/// Writes a model with random weights of the shape `config` into `dir`; the tokenizer's files are
-/// copied from `tokenizer_dir`. Matrices are normal with standard deviation 0.02 (those that write to
+/// Writes a model with random weights of the shape `config` into `dir`; the files of tokenizer and chat template
+/// are copied from `tokenizer_dir`. Matrices are normal with standard deviation 0.02 (those that write to
 /// the residual stream divided by the square root of twice the layers), norms 1, biases 0.
 ///
 /// # Errors
@@ -60,7 +62,10 @@ pub fn initial_weights(
     let path = dir.join("config.json");
     let json = config.to_hf_json(Dtype::F32).map_err(Error::engine)?;
     std::fs::write(&path, json).map_err(|e| Error::io(&path, e))?;
-    for file in ["tokenizer.json", "tokenizer_config.json"] {
+    let template = "chat_template.jinja";
+    let has_template = tokenizer_dir.join(template).exists();
+    let files = ["tokenizer.json", "tokenizer_config.json"].into_iter();
+    for file in files.chain(has_template.then_some(template)) {
         let from = tokenizer_dir.join(file);
         std::fs::copy(&from, dir.join(file)).map_err(|e| Error::io(&from, e))?;
     }
@@ -84,65 +89,148 @@ pub fn initial_weights(
     writer.finish().map_err(Error::engine)
 }
 
-/// Trains the engine that `open` loads as `config` says, or until `stop` says so, and returns the last
-/// checkpoint. What an older run left in the output folder is moved aside before the first step.
+/// How a supervised run ended, with its last checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SftEnd {
+    /// All steps are done.
+    Done(PathBuf),
+    /// It was asked to stop; the checkpoint goes on from there.
+    Resumable(PathBuf),
+}
+
+/// Trains as `config` says from where `resume` says, to the end or until `stop` says so after a step. `open` loads
+/// the engine: from the checkpoint given to it, or else what the configuration begins with; in the format given to
+/// it where the caller has no choice of its own. What an older run left in the output folder, or this one at later
+/// steps, is moved aside before the first step.
 ///
 /// # Errors
 /// When another run writes to the folder, a row is bad or too long, numbers are not finite, or files cannot be
-/// written.
-pub fn run_sft(
-    open: impl FnOnce() -> Result<Engine>,
+/// written; what was published stays whole. Errors of `open` are its own.
+pub fn run_sft<E: From<Error>>(
     config: &SftConfig,
+    resume: &Resume,
+    open: impl FnOnce(Option<&Path>, Option<Dtype>) -> Result<Engine, E>,
     stop: &dyn Fn() -> bool,
     tell: &mut dyn FnMut(Progress),
-) -> Result<PathBuf> {
+) -> Result<SftEnd, E> {
     let output = PathBuf::from(&config.trainer.output);
     let _lock = RunLock::take(&output)?;
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
-    store.check_start(&config.model.path)?;
-    let engine = open()?;
-    let files = ModelFiles::new(&engine)?;
+    let from = Earlier::find(resume, &store, Learning::Completions, tell)?;
+    let checkpoint = from.as_ref().map(|from| &*from.path);
+    let mut dtype = None;
+    match &from {
+        Some(from) => {
+            from.check_model(&config.model.path)?;
+            check_shape(from, &config.model.config_json)?;
+            dtype = from.dtype()?;
+        }
+        None => store.check_start(&config.model.path)?,
+    }
+    let engine = open(checkpoint, dtype)?;
     let mut config = config.clone();
+    if let Some(from) = &from {
+        from.check_dtype(engine.dtype())?;
+        if config.trainer.max_tokens_per_microbatch == 0 {
+            config.trainer.max_tokens_per_microbatch = from.budget();
+        }
+    }
     if config.trainer.max_tokens_per_microbatch == 0 {
         let demand = Demand::sft(&config, &EngineConfig::default());
         config.trainer.max_tokens_per_microbatch = planned_tokens_beside(&engine, &demand);
     }
+    let files = ModelFiles::new(&engine)?;
     let mut sft = Sft::new(engine, &config)?;
-    make_way(&store, None, tell)?;
+    if let Some(from) = &from {
+        sft.restore(from)?;
+        from.changes(&config).into_iter().for_each(|line| tell(Progress::Note(line)));
+    }
+    over(sft.steps, config.trainer.total_steps, tell);
+    make_way(&store, checkpoint, tell)?;
     let path = output.join("config.toml");
     std::fs::write(&path, config.to_toml()).map_err(|e| Error::io(&path, e))?;
-    let mut metrics = MetricsWriter::create(&output.join("metrics.jsonl"))?;
-    let t = &config.trainer;
-    for step in 1..=t.total_steps {
-        let mut line = sft.step(step)?;
-        let last = step == t.total_steps || stop();
-        if !sft.val.is_empty() && (due(t.test_freq, step) || (last && t.test_freq > 0)) {
-            let validation = sft.validate()?;
-            line.set(name::VAL_ACCURACY, validation.accuracy);
-            tell(Progress::Validated(step, validation));
-        }
-        metrics.write(&line)?;
-        tell(Progress::Step(line));
-        if due(t.save_freq, step) || last {
-            let writer = store.begin(step)?;
-            let optimizer = &sft.state.optimizer;
-            save_model(&files, writer.path(), optimizer.specs(), optimizer.masters())
-                .map_err(|e| writer.named(e))?;
-            let path = writer.publish()?.path;
-            tell(Progress::Saved(path.clone()));
-            if last {
-                return Ok(path);
+    let path = output.join("metrics.jsonl");
+    let metrics = match &from {
+        Some(_) => MetricsWriter::resume(&path, sft.steps)?,
+        None => MetricsWriter::create(&path)?,
+    };
+    let saved = from.map(|from| from.path);
+    Ok(Run { sft, store, files, metrics, saved }.steps(stop, tell)?)
+}
+
+/// Fails unless a run that begins with random weights has the shape of the one that it goes on with.
+fn check_shape(from: &Earlier, now: &str) -> Result<()> {
+    let then = from.value("model", "config_json").and_then(toml::Value::as_str).unwrap_or(now);
+    if then == now {
+        return Ok(());
+    }
+    Err(Error::config(format!(
+        "model.config_json is {now:?}, was {then:?} when {} was written: go on with that, or begin anew with \
+         --resume never or another --output",
+        from.path.display()
+    )))
+}
+
+/// A run, and the files it leaves.
+struct Run<'a> {
+    sft: Sft<'a>,
+    store: CheckpointStore,
+    files: ModelFiles,
+    metrics: MetricsWriter,
+    /// The last checkpoint, which may be the one gone on from.
+    saved: Option<PathBuf>,
+}
+
+impl Run<'_> {
+    fn steps(mut self, stop: &dyn Fn() -> bool, tell: &mut dyn FnMut(Progress)) -> Result<SftEnd> {
+        let t = &self.sft.config.trainer;
+        while self.sft.steps < t.total_steps {
+            let mut line = self.sft.step()?;
+            let step = self.sft.steps;
+            let stopping = stop() && step < t.total_steps;
+            let last = stopping || step == t.total_steps;
+            if !self.sft.val.is_empty() && (due(t.test_freq, step) || (last && t.test_freq > 0)) {
+                let validation = self.sft.validate()?;
+                line.set(name::VAL_ACCURACY, validation.accuracy);
+                tell(Progress::Validated(step, validation));
+            }
+            // Before the checkpoint appears: whoever goes on from it finds the lines of all its steps.
+            self.metrics.write(&line)?;
+            tell(Progress::Step(line));
+            if due(t.save_freq, step) || last {
+                let path = self.save()?;
+                tell(Progress::Saved(path.clone()));
+                if stopping {
+                    return Ok(SftEnd::Resumable(path));
+                }
+                self.saved = Some(path);
             }
         }
+        Ok(SftEnd::Done(self.saved.expect("a run is saved after its last step")))
     }
-    unreachable!("the last step returns, and there is at least one")
+
+    fn save(&self) -> Result<PathBuf> {
+        let Sft { state, config, steps, .. } = &self.sft;
+        let writer = self.store.begin(*steps)?;
+        let optimizer = &state.optimizer;
+        save_model(&self.files, writer.path(), optimizer.specs(), optimizer.masters())
+            .and_then(|()| save_optimizer(writer.path(), optimizer))
+            .map_err(|e| writer.named(e))?;
+        writer.state(&self.sft.train_state(), &config.to_toml())?;
+        let Checkpoint { path, .. } = writer.publish()?;
+        Ok(path)
+    }
 }
 
 struct Sft<'a> {
     engine: Engine,
     config: &'a SftConfig,
     state: UpdateState,
+    /// Steps completed.
+    steps: u64,
     rows: Vec<SftRow>,
+    /// Digest of the rows.
+    hash: String,
     val: Vec<SftRow>,
     sampler: Sampler,
     pairs: Pairs,
@@ -210,17 +298,34 @@ impl<'a> Sft<'a> {
             0 => Ok(None),
             _ => pairs.prompt_fault(row),
         })?;
-        let visit = if d.shuffle { Visit::Shuffled(d.seed) } else { Visit::InOrder };
-        let sampler = Sampler::new(rows.len(), visit, Cursor::default());
+        let sampler = sampler(&rows, d, Cursor::default());
         let mut update = engine.begin_update().map_err(Error::engine)?;
         let state =
             UpdateState::new(update.decoder().0, kept_for_backward(config.trainer.recompute));
         drop(update);
-        Ok(Self { engine, config, state, rows, val, sampler, pairs })
+        let hash = data::digest(&rows);
+        Ok(Self { engine, config, state, steps: 0, rows, hash, val, sampler, pairs })
     }
 
-    fn step(&mut self, step: u64) -> Result<Metrics> {
+    /// What a checkpoint says about the run.
+    fn train_state(&self) -> TrainState {
+        let place = (self.steps, self.sampler.cursor());
+        let learnt = (&self.engine, &self.state.optimizer);
+        identity(&self.hash, self.config).state(place, learnt, self.config.hash())
+    }
+
+    /// Goes on where the checkpoint `from`, from which the engine was loaded, was written.
+    fn restore(&mut self, from: &Earlier) -> Result<()> {
+        let own = identity(&self.hash, self.config);
+        let state = from.restore(own, (&mut self.engine, &mut self.state.optimizer))?;
+        self.steps = state.step;
+        self.sampler = sampler(&self.rows, &self.config.data, state.cursor);
+        Ok(())
+    }
+
+    fn step(&mut self) -> Result<Metrics> {
         let begin = std::time::Instant::now();
+        let step = self.steps + 1;
         let batch = self.sampler.next_batch(self.config.data.train_batch_size);
         let pairs =
             batch.iter().map(|i| self.pairs.pair(&self.rows[*i])).collect::<Result<Vec<_>>>()?;
@@ -232,6 +337,7 @@ impl<'a> Sft<'a> {
         let mut update = self.engine.begin_update().map_err(Error::engine)?;
         let (loss, norm) = learn(&mut self.state, &mut update, self.config, &packed, lr)?;
         drop(update);
+        self.steps = step;
         let tokens: usize = pairs.iter().map(|pair| pair.tokens.len()).sum();
         let seconds = begin.elapsed().as_secs_f64();
         let mut metrics = Metrics::new();
@@ -268,6 +374,17 @@ impl<'a> Sft<'a> {
         let (failed, evaluation) = (Counts::default(), Evaluation::default());
         Ok(Validation { reward: accuracy, accuracy, rows: self.val.len(), failed, evaluation })
     }
+}
+
+/// What makes a run on rows of this digest the same as an earlier one.
+fn identity<'a>(data_hash: &'a str, config: &SftConfig) -> Identity<'a> {
+    Identity { data_hash, seed: config.trainer.seed, data_seed: config.data.seed }
+}
+
+/// Hands out `rows` as `data` says, from `cursor` on.
+fn sampler(rows: &[SftRow], data: &SftDataConfig, cursor: Cursor) -> Sampler {
+    let visit = if data.shuffle { Visit::Shuffled(data.seed) } else { Visit::InOrder };
+    Sampler::new(rows.len(), visit, cursor)
 }
 
 /// One update on `packed`; returns its loss in nats a token, and the norm of its gradient.

@@ -253,7 +253,7 @@ impl RlConfig {
             validation: ValidationConfig::default(),
             trainer: TrainerConfig {
                 total_steps: 50,
-                save_freq: 0,
+                save_freq: 10,
                 test_freq: 10,
                 val_before_train: true,
                 max_tokens_per_microbatch: 0,

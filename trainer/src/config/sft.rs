@@ -59,7 +59,7 @@ pub struct SftDataConfig {
 pub struct SftTrainerConfig {
     /// Steps of the run; default 1000.
     pub total_steps: u64,
-    /// Steps between checkpoints; 0 (default): only after the last.
+    /// Steps between checkpoints, from which a run that is killed goes on; 0: only after the last; default 100.
     pub save_freq: u64,
     /// Steps between validations; 0: none; default 100.
     pub test_freq: u64,
@@ -94,7 +94,7 @@ impl Default for SftConfig {
             optimizer: OptimizerConfig { lr: 1e-3, ..OptimizerConfig::default() },
             trainer: SftTrainerConfig {
                 total_steps: 1000,
-                save_freq: 0,
+                save_freq: 100,
                 test_freq: 100,
                 max_tokens_per_microbatch: 0,
                 recompute: false,
