@@ -1,5 +1,6 @@
-//! Draws the next tokens of a batch: the row-wise kernels where they do, also under a grammar's mask, and
-//! the sampler, one row at a time, where parameters change the distribution.
+//! Draws the next tokens of a batch by row-wise kernels: from the model's logits, also under a grammar's mask,
+//! or from copies where parameters change them; what top-k, top-p and min-p leave of a row the sampler
+//! draws from.
 //!
 //! Reports for each token the log-probability under the distribution it was drawn from and under the
 //! model's own. A row's draw depends on that row, its parameters and its random stream alone.
@@ -7,7 +8,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use kernels::{Kernels, SoftmaxSums, TokenMask, TokenStats};
+use kernels::{Kernels, SoftmaxSums, SoftmaxTotal, TokenMask, TokenStats};
 use parking_lot::Mutex;
 use scheduler::{Scheduler, SeqId};
 
@@ -208,18 +209,11 @@ impl<'a> ChangedRow<'a> {
         Self { place, logits, allowed: place.allowed() }
     }
 
-    /// Logits of which those that the grammar does not allow are negative infinity.
+    /// The logits as the grammar and the parameters change them.
     fn copy_to(&self, copy: &mut [f32]) {
         copy.copy_from_slice(self.logits);
         if let Some(Ok(allowed)) = self.allowed {
             grammar::apply(allowed, copy);
-        }
-    }
-
-    /// A draw by the sampler, which changes the copy further.
-    fn sampled(&self, copy: &mut [f32]) -> Result<Draw, String> {
-        if let Some(Err(why)) = &self.allowed {
-            return Err(why.clone());
         }
         let Place { sample, text, .. } = self.place;
         let context = RowContext {
@@ -227,27 +221,56 @@ impl<'a> ChangedRow<'a> {
             tokens: text,
             prompt_len: sample.prompt_len,
             banned: sample.banned(self.place.generated()),
-            uniform: self.place.uniform(),
-            top: sample.processed_top().unwrap_or(0),
         };
-        sampler::draw(copy, &context).ok_or_else(|| "no token may be drawn here".to_owned())
+        sampler::change(copy, &context);
+    }
+
+    /// What is drawn from the changed logits: the token that the kernels drew, or one that the cuts leave.
+    fn drawn(
+        &self,
+        logits: &[f32],
+        (token, stats, total): (u32, &TokenStats, SoftmaxTotal),
+    ) -> Result<Draw, String> {
+        if let Some(Err(why)) = &self.allowed {
+            return Err(why.clone());
+        }
+        if !stats.log_prob.is_finite() {
+            return Err("no token may be drawn here".to_owned());
+        }
+        let sample = self.place.sample;
+        let (params, top) = (&*sample.params, sample.processed_top().unwrap_or(0));
+        let inv_temperature = inv_temperature(params);
+        if params.temperature > 0.0 && sampler::cuts(params) {
+            let scaled = (inv_temperature, total);
+            return Ok(sampler::draw_cut(logits, scaled, params, self.place.uniform(), top));
+        }
+        let (at, chosen) = ((stats.log_sum_exp, inv_temperature), (token, stats.log_prob));
+        let mut top = sampler::top_logprobs(logits, at, chosen, top);
+        top.retain(|(_, logprob)| *logprob > f32::NEG_INFINITY);
+        Ok(Draw { token, logprob: stats.log_prob, top })
     }
 }
 
-/// Draws from copies of these rows' logits, one on a thread.
+/// Draws from changed copies of these rows' logits.
 fn draw_changed(
     kernels: &Kernels,
     rows: &[ChangedRow<'_>],
     copies: &mut Vec<f32>,
 ) -> Vec<Result<Draw, String>> {
-    let vocab = rows.first().map_or(0, |row| row.logits.len());
+    let Some(vocab) = rows.first().map(|row| row.logits.len()) else { return Vec::new() };
     if copies.len() < rows.len() * vocab {
         copies.resize(rows.len() * vocab, 0.0);
     }
-    let row_copies = rows.iter().zip(copies.chunks_exact_mut(vocab.max(1)));
-    on_all_threads(kernels, row_copies, |(row, copy)| {
-        row.copy_to(copy);
-        row.sampled(copy)
+    let logits = &mut copies[..rows.len() * vocab];
+    let copying = rows.iter().zip(logits.chunks_exact_mut(vocab));
+    on_all_threads(kernels, copying, |(row, copy)| row.copy_to(copy));
+    let places: Vec<Place<'_>> = rows.iter().map(|row| row.place).collect();
+    let plain = draw_plain(kernels, logits, &places, &[]);
+    let stats = plain.stats(kernels, logits, true);
+    let totals = kernels.totals_of(logits, &plain.sums);
+    let drawn = rows.iter().zip(logits.chunks_exact(vocab)).enumerate();
+    on_all_threads(kernels, drawn, |(i, (row, logits))| {
+        row.drawn(logits, (plain.tokens[i], &stats[i], totals[i]))
     })
 }
 

@@ -1,13 +1,20 @@
-//! From a row of logits to a token: penalties, truncation, and one draw from the request's stream.
+//! From a row of logits to a token where parameters change the distribution: bias, bans and penalties, which
+//! change a copy of the row, and the cuts of min-p, top-k and top-p.
 //!
-//! The common case (no truncation, no penalty) is drawn from the logits by a kernel and does not come
-//! here. Order of operations as in vLLM: bias and bans, penalties, temperature, min-p, top-k, top-p.
+//! What is changed but not cut is drawn by the kernels that draw the common case. Order of operations as in
+//! vLLM: bias and bans, penalties, temperature, min-p, top-k, top-p.
 
 use std::collections::HashMap;
 
+use kernels::SoftmaxTotal;
+
 use crate::request::SamplingParams;
 
-/// What a row is judged by besides its logits.
+/// How far below the largest, times the inverse temperature, logits are looked at first: e^-16 of its
+/// probability. Where a cut keeps more than these, all are looked at.
+const NEAR: f32 = 16.0;
+
+/// What changes the logits of a row.
 pub(crate) struct RowContext<'a> {
     pub(crate) params: &'a SamplingParams,
     /// Prompt and generated tokens.
@@ -16,10 +23,6 @@ pub(crate) struct RowContext<'a> {
     pub(crate) prompt_len: usize,
     /// Tokens that may not be drawn at this position.
     pub(crate) banned: &'a [u32],
-    /// Uniform number in [0, 1).
-    pub(crate) uniform: f64,
-    /// Alternatives to report.
-    pub(crate) top: usize,
 }
 
 /// A drawn token and its log-probability under the distribution it was drawn from, with the most likely
@@ -30,23 +33,27 @@ pub(crate) struct Draw {
     pub(crate) top: Vec<(u32, f32)>,
 }
 
-/// Draws from `logits`, which are changed on the way. `None` when no token has a finite logit.
-pub(crate) fn draw(logits: &mut [f32], row: &RowContext<'_>) -> Option<Draw> {
+/// Whether some tokens are cut off, where tokens are drawn at random.
+pub(crate) fn cuts(params: &SamplingParams) -> bool {
+    params.top_k.is_some_and(|k| k > 0) || params.top_p < 1.0 || params.min_p > 0.0
+}
+
+/// Applies bias, bans and penalties to the logits of a row.
+pub(crate) fn change(logits: &mut [f32], row: &RowContext<'_>) {
     apply_bias(logits, row);
     apply_penalties(logits, row);
-    let params = row.params;
-    if params.temperature == 0.0 {
-        let (token, max) = argmax(logits)?;
-        let sum: f64 = logits.iter().map(|z| f64::from(z - max).exp()).sum();
-        let (logprob, log_sum_exp) = (-sum.ln() as f32, (f64::from(max) + sum.ln()) as f32);
-        let mut top = top_logprobs(logits, (log_sum_exp, 1.0), (token, logprob), row.top);
-        top.retain(|(_, logprob)| *logprob > f32::NEG_INFINITY);
-        return Some(Draw { token, logprob, top });
-    }
-    let inv_temperature = 1.0 / params.temperature;
-    logits.iter_mut().for_each(|z| *z *= inv_temperature);
-    let candidates = truncate(logits, params)?;
-    Some(pick(&candidates, row.uniform, row.top))
+}
+
+/// Draws by a uniform number in [0, 1) from what the cuts of `params` leave of `logits` times an inverse
+/// temperature, of which `total` is known; reports the `top` most likely tokens.
+pub(crate) fn draw_cut(
+    logits: &[f32],
+    (inv_temperature, total): (f32, SoftmaxTotal),
+    params: &SamplingParams,
+    uniform: f64,
+    top: usize,
+) -> Draw {
+    pick(&cut(logits, (inv_temperature, total), params), uniform, top)
 }
 
 fn apply_bias(logits: &mut [f32], row: &RowContext<'_>) {
@@ -84,47 +91,78 @@ fn apply_penalties(logits: &mut [f32], row: &RowContext<'_>) {
     }
 }
 
-fn argmax(logits: &[f32]) -> Option<(u32, f32)> {
-    let mut best = None;
-    for (token, z) in logits.iter().enumerate() {
-        if *z > best.map_or(f32::NEG_INFINITY, |(_, max)| max) {
-            best = Some((token as u32, *z));
-        }
+/// Tokens that survive min-p, top-k and top-p with their logits times the inverse temperature, most likely
+/// first (ties: lowest id).
+fn cut(
+    logits: &[f32],
+    (inv_temperature, total): (f32, SoftmaxTotal),
+    params: &SamplingParams,
+) -> Vec<(u32, f32)> {
+    let (near, lowest) = match params.min_p > 0.0 {
+        true => (total.max + params.min_p.ln(), total.max + params.min_p.ln()),
+        false => (total.max - NEAR, f32::MIN),
+    };
+    let mut candidates = above(logits, inv_temperature, near);
+    if !keep(&mut candidates, near == lowest, total, params) {
+        candidates = above(logits, inv_temperature, lowest);
+        keep(&mut candidates, true, total, params);
     }
-    best
+    candidates
 }
 
-/// Tokens that survive min-p, top-k and top-p with their logits, most likely first (ties: lowest id).
-fn truncate(logits: &[f32], params: &SamplingParams) -> Option<Vec<(u32, f32)>> {
-    let (_, max) = argmax(logits)?;
-    let floor = if params.min_p > 0.0 { max + params.min_p.ln() } else { f32::MIN };
-    let mut candidates: Vec<(u32, f32)> = logits
-        .iter()
-        .enumerate()
-        .filter(|(_, z)| **z >= floor)
-        .map(|(token, z)| (token as u32, *z))
-        .collect();
+/// The logits that, times the inverse temperature, are not below `floor`.
+fn above(logits: &[f32], inv_temperature: f32, floor: f32) -> Vec<(u32, f32)> {
+    const AT_ONCE: usize = 64;
+    let mut found = Vec::new();
+    for (part, logits) in logits.chunks(AT_ONCE).enumerate() {
+        // Nearly all parts have none: counted without branches first.
+        let count: u32 = logits.iter().map(|z| u32::from(z * inv_temperature >= floor)).sum();
+        if count == 0 {
+            continue;
+        }
+        let scaled = logits.iter().map(|z| z * inv_temperature);
+        let numbered = scaled.enumerate().map(|(i, z)| ((part * AT_ONCE + i) as u32, z));
+        found.extend(numbered.filter(|(_, z)| *z >= floor));
+    }
+    found
+}
+
+/// Sorts candidates, the most likely tokens of a row or `all` that may be drawn, and leaves those that top-k
+/// and top-p keep. False if that takes more than these.
+fn keep(
+    candidates: &mut Vec<(u32, f32)>,
+    all: bool,
+    total: SoftmaxTotal,
+    params: &SamplingParams,
+) -> bool {
     let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    if let Some(k) = params.top_k.filter(|k| *k > 0 && *k < candidates.len()) {
+    let k = params.top_k.filter(|k| *k > 0);
+    if !all && k.map_or(params.top_p >= 1.0, |k| k > candidates.len()) {
+        return false;
+    }
+    if let Some(k) = k.filter(|k| *k < candidates.len()) {
         candidates.select_nth_unstable_by(k - 1, order);
         candidates.truncate(k);
     }
-    if params.top_p < 1.0 {
-        let total: f64 = candidates.iter().map(|(_, z)| f64::from(z - max).exp()).sum();
-        keep_top_p(&mut candidates, (max, total * f64::from(params.top_p)), order);
-    } else {
+    if params.top_p >= 1.0 {
         candidates.sort_unstable_by(order);
+        return true;
     }
-    Some(candidates)
+    let weight = |(_, z): &(u32, f32)| f64::from(z - total.max).exp();
+    let sum = match k.is_some() || params.min_p > 0.0 {
+        true => candidates.iter().map(weight).sum(),
+        false => total.sum,
+    };
+    keep_top_p(candidates, (total.max, sum * f64::from(params.top_p)), order) || all
 }
 
-/// Keeps the shortest prefix, in `order`, whose mass `exp(z - max)` reaches `mass`; sorts only as much
-/// of the vocabulary as that takes.
+/// Keeps the shortest prefix, in `order`, whose mass `exp(z - max)` reaches `mass`, if there is one; sorts
+/// only as much of the candidates as that takes.
 fn keep_top_p(
     candidates: &mut Vec<(u32, f32)>,
     (max, mass): (f32, f64),
     order: impl Fn(&(u32, f32), &(u32, f32)) -> std::cmp::Ordering + Copy,
-) {
+) -> bool {
     let mut sorted = 0;
     let mut reached = 0.0;
     let mut step = 256;
@@ -139,12 +177,13 @@ fn keep_top_p(
             reached += f64::from(candidates[i].1 - max).exp();
             if reached >= mass {
                 candidates.truncate(i + 1);
-                return;
+                return true;
             }
         }
         sorted += step_now;
         step *= 8;
     }
+    false
 }
 
 /// Inverse of the cumulative distribution at `uniform`, over candidates in their order; `top` of them are
@@ -197,19 +236,63 @@ pub(crate) fn top_logprobs(
 mod tests {
     use super::*;
 
-    fn context(params: &SamplingParams, uniform: f64) -> RowContext<'_> {
-        RowContext { params, tokens: &[0, 1, 1], prompt_len: 1, banned: &[], uniform, top: 2 }
+    fn changed(logits: &[f32], params: &SamplingParams, banned: &[u32]) -> Vec<f32> {
+        let mut logits = logits.to_vec();
+        change(&mut logits, &RowContext { params, tokens: &[0, 1, 1], prompt_len: 1, banned });
+        logits
     }
 
     fn drawn(logits: &[f32], params: &SamplingParams, uniform: f64) -> Draw {
-        draw(&mut logits.to_vec(), &context(params, uniform)).expect("a finite logit")
+        let inv = 1.0 / params.temperature;
+        let max = logits.iter().fold(f32::MIN, |max, z| max.max(z * inv));
+        let sum = logits.iter().map(|z| f64::from(z * inv - max).exp()).sum();
+        draw_cut(logits, (inv, SoftmaxTotal { max, sum }), params, uniform, 2)
     }
 
     #[test]
     fn a_banned_token_without_a_row_changes_nothing() {
-        let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
-        let row = RowContext { banned: &[1, 999_999], ..context(&greedy, 0.0) };
-        assert_eq!(draw(&mut [0.0, 2.0, 1.0], &row).expect("a finite logit").token, 2);
+        let params = SamplingParams::default();
+        let changed = changed(&[0.0, 2.0, 1.0], &params, &[1, 999_999]);
+        assert_eq!(changed, [0.0, f32::NEG_INFINITY, 1.0]);
+    }
+
+    /// Whatever lies near the largest, a cut is that of the whole row in order.
+    #[test]
+    fn cuts_are_those_of_the_sorted_row() {
+        let row = |spread: f32| -> Vec<f32> {
+            (0..5000).map(|i| spread * (crate::random::uniform(&[7, i]) as f32)).collect()
+        };
+        let params =
+            |top_k, top_p, min_p| SamplingParams { top_k, top_p, min_p, ..Default::default() };
+        for (spread, params) in [
+            (40.0, params(Some(50), 1.0, 0.0)),
+            (400.0, params(Some(500), 0.95, 0.0)),
+            (400.0, params(Some(6000), 0.999, 0.0)),
+            (400.0, params(Some(6000), 1.0, 0.0)),
+            (0.5, params(None, 0.9, 0.0)),
+            (4000.0, params(None, 1.0 - f32::EPSILON, 0.0)),
+            (40.0, params(Some(30), 0.5, 0.1)),
+            (60.0, params(None, 1.0, 1e-12)),
+        ] {
+            let logits = row(spread);
+            let mut sorted: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+            sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            let weight = |(_, z): &(u32, f32)| f64::from(z - sorted[0].1).exp();
+            let total = SoftmaxTotal { max: sorted[0].1, sum: sorted.iter().map(weight).sum() };
+            let mut want = sorted.clone();
+            if params.min_p > 0.0 {
+                want.retain(|(_, z)| *z >= sorted[0].1 + params.min_p.ln());
+            }
+            want.truncate(params.top_k.unwrap_or(usize::MAX));
+            let mass = f64::from(params.top_p) * want.iter().map(weight).sum::<f64>();
+            let mut reached = 0.0;
+            let len = want.iter().position(|z| {
+                reached += weight(z);
+                reached >= mass
+            });
+            want.truncate(len.filter(|_| params.top_p < 1.0).map_or(want.len(), |at| at + 1));
+            assert_eq!(cut(&logits, (1.0, total), &params), want, "{spread} {params:?}");
+        }
     }
 
     #[test]
@@ -249,21 +332,18 @@ mod tests {
 
     #[test]
     fn penalties_act_on_the_tokens_they_name() {
-        let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let none = SamplingParams::default();
         let logits = [1.0, 1.5, 0.9];
-        let plain = drawn(&logits, &greedy, 0.0);
-        assert_eq!((plain.token, plain.top.len()), (1, 2));
-        assert_eq!(plain.top[0], (1, plain.logprob));
-        let frequency = SamplingParams { frequency_penalty: 0.3, ..greedy.clone() };
-        assert_eq!(drawn(&logits, &frequency, 0.0).token, 0, "token 1 was generated twice");
-        let repetition = SamplingParams { repetition_penalty: 2.0, ..greedy.clone() };
-        assert_eq!(
-            drawn(&logits, &repetition, 0.0).token,
-            2,
-            "0 is in the prompt, 1 in the output"
-        );
-        let bias = SamplingParams { logit_bias: vec![(2, 5.0)], ..greedy };
-        assert_eq!(drawn(&logits, &bias, 0.0).token, 2);
+        assert_eq!(changed(&logits, &none, &[]), logits);
+        let frequency = SamplingParams { frequency_penalty: 0.5, ..none.clone() };
+        assert_eq!(changed(&logits, &frequency, &[]), [1.0, 0.5, 0.9], "1 was generated twice");
+        let presence = SamplingParams { presence_penalty: 0.5, ..none.clone() };
+        assert_eq!(changed(&logits, &presence, &[]), [1.0, 1.0, 0.9]);
+        let repetition = SamplingParams { repetition_penalty: 2.0, ..none.clone() };
+        let seen = [0.5, -3.0, 0.9];
+        assert_eq!(changed(&[1.0, -1.5, 0.9], &repetition, &[]), seen, "0 is in the prompt");
+        let bias = SamplingParams { logit_bias: vec![(2, 5.0)], ..none };
+        assert_eq!(changed(&logits, &bias, &[]), [1.0, 1.5, 5.9]);
     }
 
     #[test]
@@ -282,12 +362,6 @@ mod tests {
             assert!((share - weights[token] / total).abs() < 0.015, "{token}: {share}");
         }
         assert_eq!(counts[3], 0);
-    }
-
-    #[test]
-    fn nothing_finite_draws_nothing() {
-        let params = SamplingParams::default();
-        assert!(draw(&mut [f32::NEG_INFINITY; 3], &context(&params, 0.5)).is_none());
     }
 
     #[test]

@@ -48,7 +48,7 @@ pub use norm::RmsNormBackward;
 pub use pool::ThreadPool;
 pub use quant::{QuantFormat, QuantMatrix, QuantOperand, QuantRow, ScaleOutOfRange};
 pub use rope::RopeTable;
-pub use softmax::{SoftmaxSums, TokenMask, TokenStats, VOCAB_CHUNK};
+pub use softmax::{SoftmaxSums, SoftmaxTotal, TokenMask, TokenStats, VOCAB_CHUNK};
 
 /// The chosen kernels and the threads that run them.
 pub struct Kernels {

@@ -32,6 +32,15 @@ pub struct TokenStats {
     pub log_sum_exp: f32,
 }
 
+/// What makes a distribution of a row's logits: softmax is e^(z - max) / sum.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SoftmaxTotal {
+    /// The largest z, a logit times the inverse temperature; negative infinity where none is finite.
+    pub max: f32,
+    /// The sum of e^(z - max).
+    pub sum: f64,
+}
+
 /// The sums over one chunk of a row, relative to its largest z.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Part {
@@ -147,6 +156,15 @@ impl SoftmaxSums<'_> {
         let chunks = cols.div_ceil(VOCAB_CHUNK);
         &self.parts[row * chunks..][..chunks]
     }
+
+    /// The parts of a row joined: of the tokens that count, or of `all`.
+    fn total(&self, row: usize, cols: usize, all: bool) -> Total {
+        let mut total = Total::EMPTY;
+        for parts in self.parts(row, cols) {
+            total.join(if all { parts.all } else { parts.counted });
+        }
+        total
+    }
 }
 
 impl Kernels {
@@ -230,13 +248,31 @@ impl Kernels {
             return;
         }
         for (row, out) in out.iter_mut().enumerate() {
-            let mut total = Total::EMPTY;
-            for parts in sums.parts(row, cols) {
-                total.join(if all { parts.all } else { parts.counted });
-            }
+            let total = sums.total(row, cols, all);
             let z = target(row).map(|t| logits[row * cols + t] * inv_temperature[row]);
             *out = total.stats(z);
         }
+    }
+}
+
+impl Kernels {
+    /// The totals of logits whose sums are these, of all tokens, whatever the masks.
+    ///
+    /// # Panics
+    /// As [`Kernels::softmax_sums`].
+    pub fn totals_of(&self, logits: &[f32], sums: &SoftmaxSums<'_>) -> Vec<SoftmaxTotal> {
+        let rows = sums.inv_temperature().len();
+        let cols = vocabulary(logits, rows);
+        let total = |row| match self.isa {
+            Isa::Reference => {
+                reference_total(&logits[row * cols..][..cols], sums.inv_temperature()[row])
+            }
+            _ => {
+                let Total { max, sum, .. } = sums.total(row, cols, true);
+                SoftmaxTotal { max: max as f32, sum }
+            }
+        };
+        (0..rows).map(total).collect()
     }
 }
 
@@ -361,6 +397,14 @@ fn weigh<S: Simd>(s: S, z: S::V, max: f32, sum: S::V, dot: S::V) -> (S::V, S::V)
     (s.add(sum, p), s.add(dot, s.weigh(p, below)))
 }
 
+/// The definition of a total, in f64.
+fn reference_total(logits: &[f32], inv_temperature: f32) -> SoftmaxTotal {
+    let z = |v: usize| logits[v] * inv_temperature;
+    let max = (0..logits.len()).map(z).fold(f32::NEG_INFINITY, f32::max);
+    let counted = (0..logits.len()).map(z).filter(|z| *z > f32::NEG_INFINITY);
+    SoftmaxTotal { max, sum: counted.map(|z| f64::from(z - max).exp()).sum() }
+}
+
 /// The definition of the statistics, in f64.
 fn reference(logits: &[f32], inv_temperature: f32, target: Option<usize>) -> TokenStats {
     let z = |v: usize| f64::from(logits[v] * inv_temperature);
@@ -401,6 +445,26 @@ mod tests {
 
     fn column(stats: &[TokenStats], of: impl Fn(&TokenStats) -> f32) -> Vec<f32> {
         stats.iter().map(of).collect()
+    }
+
+    #[test]
+    fn totals_are_the_largest_and_what_is_relative_to_it() {
+        let mut random = Random::new(3);
+        let cols = VOCAB_CHUNK + 77;
+        let mut logits = random.vec(2 * cols, 6.0);
+        logits[..cols].fill(f32::NEG_INFINITY);
+        let z = |i: usize| logits[cols + i] * 0.7;
+        let max = (0..cols).map(z).fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = (0..cols).map(|i| f64::from(z(i) - max).exp()).sum();
+        // Masks are not looked at.
+        let masks = [None, Some(TokenMask(&[1]))];
+        for kernels in every_level(2) {
+            let sums = kernels.softmax_sums(&logits, &[1.0, 0.7], &masks);
+            let totals = kernels.totals_of(&logits, &sums);
+            assert_eq!((totals[0].max, totals[0].sum), (f32::NEG_INFINITY, 0.0));
+            assert_eq!(totals[1].max, max, "{:?}", kernels.level());
+            assert!((totals[1].sum / sum - 1.0).abs() < 1e-5, "{} and {sum}", totals[1].sum);
+        }
     }
 
     /// What counts is as if all else were negative infinity, and the rest does not hear of it.
