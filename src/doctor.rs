@@ -17,6 +17,9 @@ pub(crate) fn run(args: &DoctorArgs, terminal: &Terminal) -> Result<()> {
     let source = model::open(&args.model, terminal)?;
     let plan = MemoryPlan::for_source(&source, &config)?;
     output::print(&format!("\nmodel        {}\n{}\n{plan}", args.model, shape(source.config())))?;
+    if let Err(why) = plan.check_free() {
+        output::print(&format!("does not fit {why}"))?;
+    }
     terminal.info("measuring memory and multipliers");
     output::print(&estimate(&plan, source.config(), &config)?)
 }

@@ -632,11 +632,7 @@ mod tests {
         ] {
             let error = lower(bad).expect_err(bad).to_string();
             assert!(error.contains("least common multiple"), "{error}");
-            let lark = format!(
-                "start: \"%json\" a
-a: %json {bad}
-"
-            );
+            let lark = format!(r#"start: "%json" a a: %json {bad}"#);
             assert!(Grammar::Lark(lark).lower().is_err(), "{bad}");
         }
         let coprime = r#"a: %json {"multipleOf": 9973} %json{"multipleOf": 9967}"#;

@@ -6,6 +6,7 @@
 //! Leaves out rewards and losses (`trainer`), HTTP (`server`) and every kind of printing.
 #![forbid(unsafe_code)]
 
+mod available;
 mod config;
 pub mod decoder;
 mod draw;
@@ -30,6 +31,7 @@ pub mod text;
 mod timings;
 mod update;
 
+pub use available::{ResidentMemory, available_memory_bytes};
 pub use config::{EngineConfig, Quantization, RunGuesses, Speculation};
 pub use engine::{Engine, Score};
 pub use error::{Error, ErrorKind, Result};
@@ -39,7 +41,7 @@ pub use guests::{Guests, Host};
 pub use histogram::Histogram;
 pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};
 pub use load::load_text;
-pub use memory::{LOGIT_ROWS, MemoryPlan, ResidentMemory, available_memory_bytes};
+pub use memory::{LOGIT_ROWS, MemoryPlan};
 pub use model::{GenerationDefaults, ModelConfig, ModelSource};
 pub use pause::PauseMode;
 pub use prompt::PromptToken;

@@ -6,6 +6,7 @@ use std::fmt;
 
 use kernels::KvCache;
 
+use crate::available::{available_memory_bytes, swap_bytes};
 use crate::config::{EngineConfig, Quantization};
 use crate::decoder::{Keep, Tape, Weights};
 use crate::error::{Error, Result};
@@ -91,13 +92,13 @@ impl MemoryPlan {
                 model.max_context()
             )));
         }
-        let useful = (config.max_num_seqs as u64)
-            .saturating_mul(wanted_len.div_ceil(config.block_size) as u64)
-            .saturating_mul(block_bytes);
+        let sequence_bytes =
+            (wanted_len.div_ceil(config.block_size) as u64).saturating_mul(block_bytes);
+        let useful = (config.max_num_seqs as u64).saturating_mul(sequence_bytes);
         let kv_budget = config.kv_cache_memory_bytes.unwrap_or_else(|| {
             let free = available_memory_bytes().unwrap_or(4 << 30);
             let rest = free.saturating_sub(weights_bytes) as f64 * KV_SHARE;
-            (rest as u64).min(useful).max(block_bytes)
+            (rest as u64).min(useful).max(sequence_bytes)
         });
         let kv_blocks = usize::try_from(kv_budget / block_bytes).unwrap_or(usize::MAX);
         let room = kv_blocks.saturating_mul(config.block_size);
@@ -127,11 +128,35 @@ impl MemoryPlan {
         })
     }
 
-    /// Asks the system for the cache, which is its one large piece, and gives it back.
+    /// Whether it fits into the memory that is free now, swap included.
     ///
     /// # Errors
-    /// When the system refuses: to be told at the start, as a failed allocation ends the process.
+    /// `ErrorKind::Config` when it does not, with all its parts.
+    pub fn check_free(&self) -> Result<()> {
+        let free = available_memory_bytes().map(|free| free.saturating_add(swap_bytes()));
+        if let Some(free) = free.filter(|free| *free < self.total_bytes()) {
+            return Err(Error::config(format!(
+                "weights take {} bytes, keys and values {} for sequences of up to {} tokens, activations {}, logits \
+                 {}: {} in all, free are {free}; a shorter max_model_len, fewer max_num_batched_tokens or less \
+                 kv_cache_memory_bytes take less",
+                self.weights_bytes,
+                self.kv_bytes,
+                self.max_model_len,
+                self.activation_bytes,
+                self.logits_bytes,
+                self.total_bytes()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Whether it fits; asks the system for the cache, which is its one large piece, and gives it back.
+    ///
+    /// # Errors
+    /// As [`MemoryPlan::check_free`], and when the system refuses: to be told at the start, as a failed
+    /// allocation ends the process.
     pub(crate) fn check_room(&self) -> Result<()> {
+        self.check_free()?;
         let mut cache = Vec::<u8>::new();
         let bytes = usize::try_from(self.kv_bytes).unwrap_or(usize::MAX);
         cache.try_reserve_exact(bytes).map_err(|_refused| {
@@ -150,51 +175,6 @@ impl MemoryPlan {
     }
 }
 
-/// Memory that can be taken without swapping; `None` where the system does not say.
-pub fn available_memory_bytes() -> Option<u64> {
-    bytes_of("MemAvailable:", &std::fs::read_to_string("/proc/meminfo").ok()?)
-}
-
-/// What the line of a file in `/proc` that begins with `key` says.
-fn bytes_of(key: &str, text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib << 10)
-}
-
-/// Memory of a process that is in RAM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ResidentMemory {
-    /// At the moment, in bytes.
-    pub now_bytes: u64,
-    /// The most at any time so far, in bytes.
-    pub peak_bytes: u64,
-}
-
-impl ResidentMemory {
-    /// That of this process; `None` where the system does not say.
-    ///
-    /// ```
-    /// if let Some(memory) = engine::ResidentMemory::own() {
-    ///     assert!(memory.peak_bytes >= memory.now_bytes);
-    /// }
-    /// ```
-    pub fn own() -> Option<Self> {
-        Self::read("/proc/self/status")
-    }
-
-    /// That of the process `id`; `None` if it is gone or the system does not say.
-    pub fn of(id: u32) -> Option<Self> {
-        Self::read(&format!("/proc/{id}/status"))
-    }
-
-    fn read(path: &str) -> Option<Self> {
-        let text = std::fs::read_to_string(path).ok()?;
-        let bytes = |key| bytes_of(key, &text);
-        Some(Self { now_bytes: bytes("VmRSS:")?, peak_bytes: bytes("VmHWM:")? })
-    }
-}
-
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
@@ -210,5 +190,28 @@ impl fmt::Display for MemoryPlan {
         writeln!(f, "logits       {:>10.1} MiB", mib(self.logits_bytes))?;
         writeln!(f, "total        {:>10.1} MiB", mib(self.total_bytes()))?;
         write!(f, "longest sequence {} tokens", self.max_model_len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{hub::Builtin, open_builtin};
+
+    #[test]
+    fn a_model_larger_than_memory_keeps_its_context_and_is_refused() {
+        let source = open_builtin(Builtin::Arith).expect("the model");
+        let (model, config) = (source.config(), EngineConfig::default());
+        let small = MemoryPlan::new(model, &config).expect("a plan");
+        assert!(small.check_free().is_ok(), "{small}");
+        let plan = MemoryPlan::with_weights(model, &config, 1 << 50).expect("a plan");
+        assert_eq!(plan.max_model_len, model.max_context().min(DEFAULT_MAX_MODEL_LEN));
+        assert!(plan.kv_blocks * plan.block_size >= plan.max_model_len, "{plan}");
+        let error = plan.check_free().expect_err("no machine has that").to_string();
+        assert!(error.starts_with("weights take 1125899906842624 bytes, "), "{error}");
+        // A cache of a size that is asked for holds what it holds.
+        let tiny = EngineConfig { kv_cache_memory_bytes: Some(100_000), ..config };
+        let plan = MemoryPlan::new(model, &tiny).expect("a plan");
+        assert_eq!(plan.max_model_len, plan.kv_blocks * plan.block_size);
     }
 }
