@@ -47,6 +47,10 @@ static void layout(void)
     FIELD(engine_config, prefix_cache);
     FIELD(engine_config, kv_cache_memory_bytes);
     FIELD(engine_config, seed);
+    FIELD(engine_config, quantization);
+    FIELD(engine_config, kv_cache_dtype);
+    FIELD(engine_config, speculation);
+    FIELD(engine_config, reserved);
     SIZE(engine_config);
     FIELD(engine_sampling, struct_size);
     FIELD(engine_sampling, temperature);

@@ -80,6 +80,18 @@ enum { ENGINE_DTYPE_AUTO = 0, ENGINE_DTYPE_F32 = 1, ENGINE_DTYPE_BF16 = 2 };
 /* Values of engine_config.prefix_cache. */
 enum { ENGINE_PREFIX_CACHE_OFF = 0, ENGINE_PREFIX_CACHE_ON = 1 };
 
+/* Values of engine_config.quantization: quantised weights of a file are expanded to dtype, or stay as they are
+ * stored, which takes less memory and decodes faster. */
+enum { ENGINE_QUANTIZATION_NONE = 0, ENGINE_QUANTIZATION_AS_STORED = 1 };
+
+/* Values of engine_config.kv_cache_dtype: the format of dtype, or 8-bit integers with a scale a head and token,
+ * which takes half the memory of bf16. */
+enum { ENGINE_KV_CACHE_AUTO = 0, ENGINE_KV_CACHE_INT8 = 1 };
+
+/* Values of engine_config.speculation: whether what a text has said before is guessed to come again, which makes
+ * answers that repeat themselves or their prompt faster and changes nothing in them. */
+enum { ENGINE_SPECULATION_OFF = 0, ENGINE_SPECULATION_ON = 1 };
+
 /* Values of engine_sampling.eos_rule: end-of-text tokens end an answer, or are tokens like any other. */
 enum { ENGINE_EOS_STOP = 0, ENGINE_EOS_IGNORE = 1 };
 
@@ -121,6 +133,14 @@ typedef struct engine_config {
     uint64_t kv_cache_memory_bytes;
     /* Key of the random streams of requests with ENGINE_SEED_AUTO. Default 0. */
     uint64_t seed;
+    /* Default ENGINE_QUANTIZATION_NONE. */
+    int32_t quantization;
+    /* Default ENGINE_KV_CACHE_AUTO. */
+    int32_t kv_cache_dtype;
+    /* Default ENGINE_SPECULATION_ON. */
+    int32_t speculation;
+    /* 0. */
+    uint32_t reserved;
 } engine_config;
 
 /* How tokens are chosen. The default draws from the model's own distribution. */

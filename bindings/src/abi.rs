@@ -6,7 +6,7 @@
 use std::ffi::{c_char, c_void};
 
 use engine::{
-    Dtype, EngineConfig, EosRule, PrefixCache, Quantization, SamplingParams, Speculation,
+    Dtype, EngineConfig, EosRule, KvDtype, PrefixCache, Quantization, SamplingParams, Speculation,
 };
 
 use crate::ffi::Fault;
@@ -82,6 +82,14 @@ versioned! {
         kv_cache_memory_bytes: u64,
         /// Key of the random streams of requests without a seed.
         seed: u64,
+        /// 0 expands quantised weights, 1 keeps them as they are stored.
+        quantization: i32,
+        /// 0 is as the weights, 1 8-bit integers.
+        kv_cache_dtype: i32,
+        /// 0 is off, 1 on.
+        speculation: i32,
+        /// 0.
+        reserved: u32,
     }
 }
 
@@ -189,6 +197,10 @@ impl Default for Config {
             prefix_cache: i32::from(config.prefix_cache == PrefixCache::On),
             kv_cache_memory_bytes: 0,
             seed: config.seed,
+            quantization: i32::from(config.quantization == Quantization::AsStored),
+            kv_cache_dtype: i32::from(config.kv_dtype == Some(KvDtype::Int8)),
+            speculation: i32::from(config.speculation != Speculation::off()),
+            reserved: 0,
         }
     }
 }
@@ -218,9 +230,21 @@ impl Config {
                 2 => Some(Dtype::Bf16),
                 other => return Err(unknown("dtype", other, 2)),
             },
-            kv_dtype: None,
-            quantization: Quantization::None,
-            speculation: Speculation::default(),
+            kv_dtype: match self.kv_cache_dtype {
+                0 => None,
+                1 => Some(KvDtype::Int8),
+                other => return Err(unknown("kv_cache_dtype", other, 1)),
+            },
+            quantization: match self.quantization {
+                0 => Quantization::None,
+                1 => Quantization::AsStored,
+                other => return Err(unknown("quantization", other, 1)),
+            },
+            speculation: match self.speculation {
+                0 => Speculation::off(),
+                1 => Speculation::default(),
+                other => return Err(unknown("speculation", other, 1)),
+            },
             seed: self.seed,
         })
     }
@@ -318,4 +342,24 @@ impl Default for Output {
 
 fn unknown(name: &str, value: i32, limit: i32) -> Fault {
     Fault::argument(format!("{name} is {value}, limit is 0 to {limit}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_the_engines_and_its_fields_say_what_they_say() {
+        let resolve = |config: Config| config.resolve().ok();
+        assert_eq!(resolve(Config::default()), Some(EngineConfig::default()));
+        let set =
+            Config { quantization: 1, kv_cache_dtype: 1, speculation: 0, ..Config::default() };
+        let want = EngineConfig {
+            quantization: Quantization::AsStored,
+            kv_dtype: Some(KvDtype::Int8),
+            speculation: Speculation::off(),
+            ..EngineConfig::default()
+        };
+        assert_eq!(resolve(set), Some(want));
+    }
 }

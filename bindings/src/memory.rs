@@ -226,11 +226,11 @@ mod tests {
 
     #[test]
     fn defaults_fill_exactly_the_callers_struct() {
-        let mut bytes = [0xAAAA_AAAA_AAAA_AAAAu64; 8];
+        let mut bytes = [0xAAAA_AAAA_AAAA_AAAAu64; 10];
         let size = size_of::<Config>() + 8;
-        // SAFETY: 64 bytes, of which 56 are said to be the struct.
+        // SAFETY: 80 bytes, of which 72 are said to be the struct.
         unsafe { write_default(bytes.as_mut_ptr().cast::<Config>(), size) }.unwrap();
-        assert_eq!((bytes[0] as u32, bytes[6], bytes[7]), (56, 0, 0xAAAA_AAAA_AAAA_AAAA));
+        assert_eq!((bytes[0] as u32, bytes[8], bytes[9]), (72, 0, 0xAAAA_AAAA_AAAA_AAAA));
         // SAFETY: as above.
         unsafe { write_default(bytes.as_mut_ptr().cast::<Config>(), 4) }.unwrap();
         assert_eq!(bytes[0] as u32, 4);

@@ -4,7 +4,9 @@ use std::ffi::{CStr, c_void};
 use std::path::Path;
 use std::ptr::{null, null_mut};
 
-use engine::{Dtype, Engine, EngineConfig, EosRule, Event, ModelSource, Request, SamplingParams};
+use engine::{
+    Dtype, Engine, EngineConfig, EosRule, Event, KvDtype, ModelSource, Request, SamplingParams,
+};
 use engine_c::*;
 
 use crate::{bare_model, text_model};
@@ -75,12 +77,18 @@ fn generate(handle: *const Handle, sampling: &Sampling) -> (Status, Answer) {
 
 /// The same without the ABI.
 fn expected() -> Answer {
+    expected_with(None)
+}
+
+/// The same with keys and values in this format.
+fn expected_with(kv_dtype: Option<KvDtype>) -> Answer {
     let config = EngineConfig {
         max_model_len: Some(96),
         max_num_seqs: 4,
         threads: Some(1),
         kv_cache_memory_bytes: Some(8 << 20),
         dtype: Some(Dtype::F32),
+        kv_dtype,
         ..EngineConfig::default()
     };
     let mut engine = Engine::load(&ModelSource::open(&bare_model()).unwrap(), &config).unwrap();
@@ -119,6 +127,19 @@ fn answers_are_the_engines_own_bit_for_bit_alone_and_from_many_threads() {
         }
     });
     assert_eq!(engine_free(handle), ENGINE_OK);
+}
+
+#[test]
+fn the_format_of_keys_and_values_is_the_one_asked_for() {
+    let expected = expected_with(Some(KvDtype::Int8));
+    assert_ne!(expected, self::expected());
+    for speculation in [0, 1] {
+        let config = Config { kv_cache_dtype: 1, speculation, ..config() };
+        let (status, handle) = try_open(&bare_model(), &config);
+        assert_eq!(status, ENGINE_OK);
+        assert_eq!(generate(handle, &sampling()), (ENGINE_OK, expected.clone()));
+        assert_eq!(engine_free(handle), ENGINE_OK);
+    }
 }
 
 /// What a callback meddles with and has seen.
@@ -174,6 +195,9 @@ fn mistakes_of_opening_have_their_statuses() {
         (set(|c| c.struct_size = 0), ENGINE_ERR_ARGUMENT, "engine_config.struct_size is 0"),
         (set(|c| c.dtype = 3), ENGINE_ERR_ARGUMENT, "dtype is 3, limit is 0 to 2"),
         (set(|c| c.prefix_cache = -1), ENGINE_ERR_ARGUMENT, "prefix_cache is -1, limit is 0 to 1"),
+        (set(|c| c.quantization = 2), ENGINE_ERR_ARGUMENT, "quantization is 2, limit is 0 to 1"),
+        (set(|c| c.kv_cache_dtype = 2), ENGINE_ERR_ARGUMENT, "kv_cache_dtype is 2, limit is 0"),
+        (set(|c| c.speculation = 7), ENGINE_ERR_ARGUMENT, "speculation is 7, limit is 0 to 1"),
         (set(|c| c.max_num_seqs = 0), ENGINE_ERR_CONFIG, "max_num_seqs is 0, limit is 1 to 65536"),
         (set(|c| c.block_size = 24), ENGINE_ERR_CONFIG, "block_size is 24"),
     ];
