@@ -219,14 +219,18 @@ impl Earlier {
 
     /// One line for each key that has another value under `config`, the sections of a run.
     pub(crate) fn changes(&self, config: &impl Serialize) -> Vec<String> {
-        let now = Table::try_from(config).expect("the sections hold only what TOML can say");
+        let (now, step) = (table(config), self.state.step);
+        let line = |(key, then, now)| format!("{key} was {then} up to step {step}, is {now}");
+        self.changed(&now).into_iter().map(line).collect()
+    }
+
+    /// The keys that have another value in `now`, with the values of then and now.
+    fn changed<'a>(&'a self, now: &'a Table) -> Vec<(String, &'a Value, &'a Value)> {
         let mut changed = Vec::new();
         if let Some(then) = &self.config {
-            compare(then, &now, "", &mut changed);
+            compare(then, now, "", &mut changed);
         }
-        let step = self.state.step;
-        let line = |(key, then, now)| format!("{key} was {then} up to step {step}, is {now}");
-        changed.into_iter().map(line).collect()
+        changed
     }
 
     /// Puts optimizer and weights' version, of an engine that was loaded from the checkpoint, where they were
@@ -263,6 +267,11 @@ impl Earlier {
         }
         Ok(state)
     }
+}
+
+/// The sections of a run as TOML has them.
+fn table(config: &impl Serialize) -> Table {
+    Table::try_from(config).expect("the sections hold only what TOML can say")
 }
 
 /// Collects the dotted keys that `then` and `now` both have, with the values in which they differ; `prefix` is
@@ -302,18 +311,43 @@ impl Trainer {
         TrainState { kl_coef: Some(self.kl_coef), ..state }
     }
 
-    /// Goes on where the checkpoint `earlier`, from which the engine was loaded, was written.
+    /// Goes on where the checkpoint `earlier`, from which the engine was loaded, was written. Groups left over
+    /// that are not what this run samples are dropped, which `tell` hears.
     ///
     /// # Errors
     /// When it was written with other data or seeds, or does not fit the model.
-    pub(crate) fn restore(&mut self, earlier: &Earlier) -> Result<()> {
+    pub(crate) fn restore(
+        &mut self,
+        earlier: &Earlier,
+        tell: &mut dyn FnMut(Progress),
+    ) -> Result<()> {
         let own = identity(&self.rows, &self.config);
         let state = earlier.restore(own, (&mut self.engine, &mut self.state.optimizer))?;
         self.steps = state.step;
         self.kl_coef = state.kl_coef.unwrap_or(self.kl_coef);
         self.surplus = surplus::load(&earlier.path, self.rows.rows.len())?;
+        if let Some(why) = self.surplus_fault(earlier) {
+            let groups = std::mem::take(&mut self.surplus).len();
+            tell(Progress::Note(format!(
+                "{groups} groups left over for the next step are dropped: {why}"
+            )));
+        }
         self.sampler = self.rows.sampler(&self.config.data, state.cursor)?;
         Ok(())
+    }
+
+    /// Why the groups left over in the checkpoint `earlier` are not what this run samples; `None` if they are.
+    fn surplus_fault(&self, earlier: &Earlier) -> Option<String> {
+        let n = self.config.rollout.n;
+        let other = self.surplus.iter().map(|group| group.responses.len()).find(|len| *len != n);
+        let now = table(&self.config);
+        let key = earlier.changed(&now).into_iter().find(|(key, ..)| surplus::depends_on(key));
+        match (key, other) {
+            _ if self.surplus.is_empty() => None,
+            (Some((key, then, now)), _) => Some(format!("{key} was {then}, is {now}")),
+            (None, Some(other)) => Some(format!("one has {other} responses, rollout.n is {n}")),
+            (None, None) => None,
+        }
     }
 }
 

@@ -151,7 +151,7 @@ pub fn run_rl_serving(
     }
     let val = val.rows;
     if let Some(from) = &from {
-        trainer.restore(from)?;
+        trainer.restore(from, tell)?;
         from.changes(&trainer.config).into_iter().for_each(|line| tell(Progress::Note(line)));
     }
     over(trainer.steps(), config.trainer.total_steps, tell);

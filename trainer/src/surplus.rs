@@ -18,6 +18,24 @@ use crate::verifier::Verdict;
 /// Where it is, within a checkpoint; there is none without such groups.
 const SURPLUS: &str = "trainer/surplus.jsonl";
 
+/// What decides what a group is, how it was judged and whether it carries signal: keys, or with a dot at the
+/// end all that begin so.
+const KEYS: [&str; 8] = [
+    "algorithm.adv_estimator",
+    "algorithm.filter_groups_metric",
+    "algorithm.overlong_buffer.",
+    "data.max_response_length",
+    "data.prompt_template",
+    "reward.error_value",
+    "reward.function",
+    "rollout.",
+];
+
+/// Whether groups that were sampled under another value of `key`, a dotted one, are none of the run's.
+pub(crate) fn depends_on(key: &str) -> bool {
+    KEYS.iter().any(|own| key == *own || (own.ends_with('.') && key.starts_with(own)))
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SavedGroup {

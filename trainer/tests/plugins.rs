@@ -188,6 +188,16 @@ fn a_pair_of_estimator_and_loss_is_the_configured_method() {
 
 /// A run of dynamic sampling that has groups left over after each step, in its folder of `output`.
 fn run(output: &Path, total_steps: &str) -> (PathBuf, Vec<String>) {
+    let (checkpoint, notes, _) = run_as(output, total_steps, ("rollout.n", "4"));
+    (checkpoint, notes)
+}
+
+/// The same with another setting; returns the notes too.
+fn run_as(
+    output: &Path,
+    total_steps: &str,
+    other: (&str, &str),
+) -> (PathBuf, Vec<String>, Vec<String>) {
     let folder = output.display().to_string();
     let pairs = [
         ("algorithm.filter_groups", "true"),
@@ -196,20 +206,24 @@ fn run(output: &Path, total_steps: &str) -> (PathBuf, Vec<String>) {
         ("trainer.test_freq", "0"),
         ("trainer.val_before_train", "false"),
         ("trainer.output", &folder),
+        other,
     ];
     let config = config("grpo", &pairs);
-    let mut open = |checkpoint: Option<&Path>, _| Ok(engine(checkpoint));
     let mut notes = Vec::new();
-    let mut tell = |progress: Progress| {
-        if let Progress::Step(metrics) = progress {
+    let mut open = |checkpoint: Option<&Path>, _| Ok(engine(checkpoint));
+    let mut steps = Vec::new();
+    let mut tell = |progress: Progress| match progress {
+        Progress::Step(metrics) => {
             let get = |name| metrics.get(name).unwrap().to_string();
             let names = ["train/num_gen_batches", "train/groups_surplus", "critic/score/mean"];
-            notes.push(names.map(get).join(" "));
+            steps.push(names.map(get).join(" "));
         }
+        Progress::Note(note) => notes.push(note),
+        _ => {}
     };
     let start = (&Resume::Auto, Parts::new());
     match run_rl(&config, start, &mut open, &|| false, &mut tell).unwrap() {
-        Interrupt::Done { checkpoint, .. } => (checkpoint, notes),
+        Interrupt::Done { checkpoint, .. } => (checkpoint, steps, notes),
         Interrupt::Resumable(_) => panic!("nobody asked it to stop"),
     }
 }
@@ -227,6 +241,43 @@ fn groups_left_over_go_on_with_the_run() {
     for file in ["model.safetensors", "trainer/optimizer.safetensors"] {
         let read = |path: &Path| std::fs::read(path.join(file)).unwrap();
         assert!(read(&whole) == read(&second), "{file} differs");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// Copies a folder with all that is in it.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let (entry, to) = entry.map(|e| (e.path(), to.join(e.file_name()))).unwrap();
+        match entry.is_dir() {
+            true => copy(&entry, &to),
+            false => drop(std::fs::copy(&entry, &to).unwrap()),
+        }
+    }
+}
+
+#[test]
+fn groups_left_over_are_dropped_where_the_run_samples_others() {
+    let dir = std::env::temp_dir().join(format!("trainer-other-groups-{}", std::process::id()));
+    run(&dir.join("before"), "1");
+    for (index, (key, value, why)) in [
+        ("rollout.n", "8", "rollout.n was 4, is 8"),
+        ("rollout.temperature", "0.5", "rollout.temperature was 1.0, is 0.5"),
+        ("algorithm.adv_estimator", "remax", "algorithm.adv_estimator was \"grpo\", is \"remax\""),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let folder = dir.join(format!("after-{index}"));
+        copy(&dir.join("before"), &folder);
+        let (_, steps, notes) = run_as(&folder, "2", (key, value));
+        let told = |note: &String| note.ends_with(&format!(" are dropped: {why}"));
+        assert!(notes.iter().any(told), "{notes:?}");
+        assert!(!steps[0].starts_with("0 "), "{steps:?}: groups were sampled anew");
+        let samples = std::fs::read_to_string(folder.join("samples/step_2.jsonl")).unwrap();
+        let n = if key == "rollout.n" { value.parse().unwrap() } else { 4 };
+        assert_eq!(samples.lines().count(), 2 * n, "{key} {value}");
     }
     std::fs::remove_dir_all(&dir).unwrap();
 }
