@@ -45,9 +45,17 @@ fn a_program_judges_a_run_and_its_failures_are_counted() {
     assert_eq!(step["val/reward_timeouts"].as_f64(), Some(0.0), "{step}");
     assert!(ran.stderr.contains("on 24 rows, 6 rewards failed"), "{ran:?}");
     assert!(ran.stderr.contains("  failures 8"), "{ran:?}");
+    let why = "8 of 32 rewards failed; the first: the score is not finite";
+    assert!(ran.stderr.contains(why), "{ran:?}");
 
     let fail = [&few[..], &["reward.on_error=fail"]].concat();
     fails(lab.rl("failed", &fail).args(["--reward", &reward]), 5, "the score is not finite");
+    let absent = ["--reward", "command:false"];
+    fails(
+        lab.rl("absent", &few).args(absent),
+        5,
+        "all 32 rewards of a rollout failed; the first: ",
+    );
     fails(lab.rl("none", &few).args(["--reward", "magic"]), 2, "\"magic\" is unknown");
 }
 

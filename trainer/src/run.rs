@@ -251,6 +251,7 @@ impl Run {
                 self.trainer.step().map_err(|error| self.rescue(error, None, tell))?;
             short_step(&metrics).into_iter().for_each(|note| tell(Progress::Note(note)));
             let step = self.trainer.steps();
+            self.tell_failure(&format!("step {step}"), tell);
             let last = step == settings.total_steps;
             write_samples(&self.output, step, &samples)?;
             if self.validates(step)
@@ -338,8 +339,17 @@ impl Run {
         let validation = self.trainer.validate(&self.val)?;
         validation.record(metrics);
         metrics.set(name::TIME_TESTING, begin.elapsed().as_secs_f64());
-        tell(Progress::Validated(self.trainer.steps(), validation));
+        let step = self.trainer.steps();
+        tell(Progress::Validated(step, validation));
+        self.tell_failure(&format!("step {step}: validation"), tell);
         Ok(())
+    }
+
+    /// Says why rewards failed, where some have.
+    fn tell_failure(&mut self, of: &str, tell: &mut dyn FnMut(Progress)) {
+        if let Some(failure) = self.trainer.failure.take() {
+            tell(Progress::Note(format!("{of}: {failure}")));
+        }
     }
 
     /// Writes a checkpoint, and before it appears the step's line, if that is not written yet: whoever goes

@@ -114,6 +114,8 @@ impl Trainer {
         metrics.add(name::TIME_REWARD, judging + waiting.elapsed().as_secs_f64());
         let failed = settle(&mut verdicts, self.config.reward.on_error)?;
         self.rewards.take_counts().record(metrics);
+        let failure = self.rewards.first_failure(verdicts.iter())?;
+        self.failure = self.failure.take().or(failure);
         metrics.add(name::REWARD_FAILURES, failed as f64);
         let respond = |(episode, verdict): (Episode, Verdict)| {
             let reward = verdict.score + penalty(&self.config, episode.tokens.len());

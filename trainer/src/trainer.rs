@@ -69,6 +69,8 @@ pub struct Trainer {
     pub(crate) kl_coef: f64,
     pub(crate) encoder: PromptEncoder,
     pub(crate) rewards: Judge,
+    /// Why rewards failed that could not be had: the first rollout of the latest step or validation with any.
+    pub(crate) failure: Option<String>,
     /// The configured method, or the caller's own.
     algorithm: Box<dyn Algorithm>,
     reference: Option<Reference>,
@@ -131,6 +133,7 @@ impl Trainer {
             surplus: Vec::new(),
             dynamics: Dynamics::default(),
             rewards,
+            failure: None,
             reference: None,
             encoder,
         })
@@ -154,12 +157,13 @@ impl Trainer {
     /// One step: sample, judge, compare within groups, and learn in mini-batches.
     ///
     /// # Errors
-    /// When a prompt is too long, a reward is not finite, no group carries signal, a reference policy is
-    /// missing, or numbers are not finite; the weights are then those of the last finished update. Where that
+    /// When a prompt is too long, a reward is not finite, a program or a server gives no reward at all, no group
+    /// carries signal, a reference policy is missing, or numbers are not finite; the weights are then those of the last finished update. Where that
     /// is the last one of the step before, all else is as it was then too.
     pub fn step(&mut self) -> Result<(Metrics, Vec<Sample>)> {
         let start = Instant::now();
         let mut metrics = Metrics::new();
+        self.failure = None;
         let (rollouts, advantages) = self.prepare_or_go_back(&mut metrics)?;
         let step = self.steps + 1;
         let lr = self.config.optimizer.schedule(self.config.trainer.total_steps).rate(step);

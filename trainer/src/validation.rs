@@ -60,6 +60,8 @@ impl Trainer {
         let host = Host::new(&mut self.engine, self.guests.as_mut());
         let responses = evaluate(host, judge, &settings, &mut |_| {})?;
         let failed = self.rewards.take_counts();
+        let verdicts = responses.iter().map(|response| &response.verdict);
+        self.failure = self.rewards.first_failure(verdicts)?;
         let evaluation = Evaluation::of(rows, &responses);
         let (reward, accuracy) =
             evaluation.overall(&[]).map_or((0.0, 0.0), |all| (all.reward, all.mean));

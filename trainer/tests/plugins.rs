@@ -110,6 +110,51 @@ fn a_batch_of_rewards_of_the_wrong_length_fails_as_a_whole() {
 }
 
 #[test]
+fn a_program_that_gives_no_reward_at_all_ends_the_run_and_a_single_failure_is_told() {
+    let dir = std::env::temp_dir().join(format!("trainer-outage-{}", std::process::id()));
+    let folder = dir.display().to_string();
+    let run = |command: &str| {
+        let function = format!("command:{command}");
+        let pairs = [
+            ("reward.function", function.as_str()),
+            ("reward.workers", "1"),
+            ("trainer.total_steps", "1"),
+            ("trainer.test_freq", "0"),
+            ("trainer.val_before_train", "false"),
+            ("trainer.output", &folder),
+        ];
+        let mut notes = Vec::new();
+        let mut open = |checkpoint: Option<&Path>, _| Ok(engine(checkpoint));
+        let mut tell = |progress: Progress| {
+            if let Progress::Note(note) = progress {
+                notes.push(note);
+            }
+        };
+        let start = (&Resume::Auto, Parts::new().rows(rows()));
+        let ran = run_rl(&config("grpo", &pairs), start, &mut open, &|| false, &mut tell);
+        (ran, notes)
+    };
+    let error = run("sh -c 'exit 3'").0.unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Reward(_)), "{error:?}");
+    assert_eq!(
+        error.to_string(),
+        "command:sh -c 'exit 3': all 8 rewards of a rollout failed; the first: it ended with exit status: 3"
+    );
+    assert!(!dir.join("samples").exists(), "nothing was learned");
+    // Ids count from 0.
+    let half = r#"sh -c 'while read -r line; do id=${line#*\"id\":}; id=${id%%,*}
+        [ $id = 5 ] && score=NaN || score=1; echo "{\"id\":$id,\"score\":$score}"; done'"#;
+    let (ran, notes) = run(half);
+    ran.unwrap();
+    let told = "1 of 8 rewards failed; the first: the score is not finite";
+    assert!(
+        notes.iter().any(|note| note.starts_with("step 1: command:sh") && note.ends_with(told)),
+        "{notes:?}"
+    );
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
 fn no_rows_of_ones_own_are_an_error_that_says_so() {
     let parts = Parts::new().rows(Vec::new());
     let e = Trainer::with_parts(engine(None), config("kl_cov", &[]), parts).err().unwrap();

@@ -215,6 +215,29 @@ impl Judge {
         Counts { failures: take(&self.failures), timeouts: take(&self.timeouts) }
     }
 
+    /// Why the first of `verdicts`, those of a rollout, that failed did so; `None` if none has.
+    ///
+    /// # Errors
+    /// `ErrorKind::Reward` if a program or a server gave none of them: it is out of order, whatever a single
+    /// failure does.
+    pub(crate) fn first_failure<'v>(
+        &self,
+        verdicts: impl Iterator<Item = &'v Verdict> + Clone,
+    ) -> Result<Option<String>> {
+        let function = &self.function;
+        let Some(reason) = verdicts.clone().find_map(Verdict::failure) else { return Ok(None) };
+        let all = verdicts.clone().count();
+        let failed = verdicts.filter(|verdict| verdict.failure().is_some()).count();
+        match self.pool.is_some() && failed == all {
+            true => Err(Error::reward(format!(
+                "{function}: all {all} rewards of a rollout failed; the first: {reason}"
+            ))),
+            false => Ok(Some(format!(
+                "{function}: {failed} of {all} rewards failed; the first: {reason}"
+            ))),
+        }
+    }
+
     /// The verdict on a response whose reward failed.
     fn failed(&self, failure: Failure) -> Result<Verdict> {
         self.failures.fetch_add(1, Ordering::Relaxed);
