@@ -57,6 +57,9 @@ pub(crate) struct EvalArgs {
     /// What judges: auto (by data source), a rule, command:./score.py or http://...; failures count as 0
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) reward: String,
+    /// Longest time for a reward of a program or a server; the first of a program has 60 s at least
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    pub(crate) reward_timeout: f64,
     /// Keep the first row of each prompt
     #[arg(long)]
     pub(crate) deduplicate: bool,

@@ -25,7 +25,9 @@ const ALL: &str = "all";
 pub(crate) fn run(args: &EvalArgs, terminal: &Terminal) -> Result<()> {
     let settings = settings(args)?;
     let ks = ks(args)?;
-    let reward = [("reward.function".to_owned(), args.reward.clone())];
+    let reward =
+        [("reward.function", &args.reward), ("reward.timeout_s", &args.reward_timeout.to_string())];
+    let reward = reward.map(|(key, value)| (key.to_owned(), value.clone()));
     let rewards = verifier::Judge::new(&RlConfig::resolve(None, None, &reward)?.reward)?;
     let duplicates = if args.deduplicate { Duplicates::Drop } else { Duplicates::Keep };
     let mut rows = eval_rows(&args.data, Selection { duplicates, scripts: Scripts::All })?;

@@ -139,6 +139,7 @@ fn bad_flags_and_data_are_refused_in_one_line() {
     fails(&mut eval(&["--n", "2", "--k", "4"]), 2, "--k is 4, limit is 1 to --n (2)");
     fails(&mut eval(&["--temperature=-1"]), 2, "--temperature is -1, limit is 0 to 100");
     fails(&mut eval(&["--top-p", "0"]), 2, "--top-p is 0");
+    fails(&mut eval(&["--reward-timeout", "0"]), 2, "reward.timeout_s is 0, limit is above 0");
     fails(&mut eval(&["--reward", "exat"]), 2, "\"exat\" is unknown");
     fails(&mut eval(&["--data", "builtin:chess"]), 2, "there are no tasks builtin:chess");
     fails(&mut eval(&["--output", "/absent/eval.json"]), 1, "/absent/eval.json");

@@ -153,6 +153,9 @@ pub struct RewardConfig {
     pub function: String,
     /// Limit for one reward, in seconds; default 10. Built-in rules need none.
     pub timeout_s: f64,
+    /// Limit for the first reward of a program that has just been started, in seconds; default 60; where it is
+    /// below `timeout_s`, that.
+    pub start_timeout_s: f64,
     /// What a failed reward does; default `zero`.
     pub on_error: OnError,
     /// The reward of a failed one under `value`, finite; default 0.

@@ -246,6 +246,7 @@ impl RlConfig {
             reward: RewardConfig {
                 function: "auto".to_owned(),
                 timeout_s: 10.0,
+                start_timeout_s: 60.0,
                 on_error: OnError::Zero,
                 error_value: 0.0,
                 workers: 4,

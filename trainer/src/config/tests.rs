@@ -170,6 +170,11 @@ fn values_outside_their_limits_are_refused_with_value_and_limit() {
         ("rollout.temperature", "200", "rollout.temperature is 200, limit is 0 to 100"),
         ("rollout.stop", "[\"a\", \"\"]", "rollout.stop string 1 is empty"),
         ("optimizer.lr", "fast", "optimizer.lr is \"fast\", expected a number"),
+        (
+            "reward.start_timeout_s",
+            "0",
+            "reward.start_timeout_s is 0, limit is above 0, up to 86400",
+        ),
         ("optimizer.lr", "-1", "optimizer.lr is -1, limit is 0 or more"),
         ("algorithm.clip_ratio_c", "1", "algorithm.clip_ratio_c is 1, limit is above 1"),
         ("algorithm.kl_cov_ratio", "2", "algorithm.kl_cov_ratio is 2, limit is 0 to 1"),

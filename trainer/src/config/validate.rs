@@ -55,8 +55,12 @@ impl RlConfig {
         self.optimizer.validate()?;
         self.validation.validate()?;
         RewardRule::named(&self.reward.function)?;
-        let timeout = self.reward.timeout_s;
-        limit(timeout > 0.0 && timeout <= MAX_TIMEOUT_S, "reward.timeout_s", timeout, TIMEOUT_S)?;
+        for (key, timeout) in [
+            ("reward.timeout_s", self.reward.timeout_s),
+            ("reward.start_timeout_s", self.reward.start_timeout_s),
+        ] {
+            limit(timeout > 0.0 && timeout <= MAX_TIMEOUT_S, key, timeout, TIMEOUT_S)?;
+        }
         let value = self.reward.error_value;
         limit(value.is_finite(), "reward.error_value", value, "a finite number")?;
         let workers = self.reward.workers;

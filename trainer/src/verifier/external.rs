@@ -35,14 +35,43 @@ pub(super) enum Endpoint {
 /// Why there is no verdict.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Failure {
-    /// It took longer than the limit; why what came meanwhile was no answer, if anything came.
-    Timeout(Option<String>),
+    /// It took longer than a limit: which, and why what came meanwhile was no answer, in words.
+    Timeout(String),
     /// Anything else, in words.
     Broken(String),
 }
 
 /// A verdict, or why there is none.
 pub(super) type Answer = std::result::Result<Verdict, Failure>;
+
+/// How long who is asked may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// For an answer, `reward.timeout_s`.
+    pub(super) answer: Duration,
+    /// For the first one of a program, which has to start, `reward.start_timeout_s`.
+    pub(super) start: Duration,
+}
+
+impl Limits {
+    /// That an answer did not come in time.
+    fn late(&self) -> String {
+        format!("no answer within reward.timeout_s ({} s)", self.answer.as_secs_f64())
+    }
+
+    /// The same of a program that had to start.
+    fn late_start(&self) -> String {
+        match self.start > self.answer {
+            true => {
+                let start = self.start.as_secs_f64();
+                format!(
+                    "no answer of a program just started within reward.start_timeout_s ({start} s)"
+                )
+            }
+            false => self.late(),
+        }
+    }
+}
 
 /// One who can be asked, one request at a time.
 trait Asker: Send {
@@ -86,13 +115,13 @@ impl Endpoint {
         }
     }
 
-    fn asker(&self, timeout: Duration, closing: &Arc<AtomicBool>) -> Box<dyn Asker> {
+    fn asker(&self, limits: Limits, closing: &Arc<AtomicBool>) -> Box<dyn Asker> {
         match self {
             Self::Command(command) => {
-                Box::new(command::Program::new(command, timeout, closing.clone()))
+                Box::new(command::Program::new(command, limits, closing.clone()))
             }
             #[cfg(feature = "http")]
-            Self::Http(address) => Box::new(http::Server::new(address, timeout)),
+            Self::Http(address) => Box::new(http::Server::new(address, limits)),
             #[cfg(not(feature = "http"))]
             Self::Http(_) => unreachable!("parsing refuses addresses"),
         }
@@ -101,12 +130,12 @@ impl Endpoint {
 
 impl Pool {
     /// Starts `workers` threads; programs are started when they are first needed.
-    pub(super) fn new(endpoint: &Endpoint, workers: usize, timeout: Duration) -> Self {
+    pub(super) fn new(endpoint: &Endpoint, workers: usize, limits: Limits) -> Self {
         let (jobs, queue) = channel::<Job>();
         let queue = Arc::new(Mutex::new(queue));
         let closing = Arc::new(AtomicBool::new(false));
         let work = |_| {
-            let (queue, asker) = (queue.clone(), endpoint.asker(timeout, &closing));
+            let (queue, asker) = (queue.clone(), endpoint.asker(limits, &closing));
             let closing = closing.clone();
             std::thread::spawn(move || work(&queue, asker, &closing))
         };

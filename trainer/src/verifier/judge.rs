@@ -11,7 +11,7 @@ use std::time::Duration;
 use engine::Host;
 use serde_json::json;
 
-use super::external::{Answer, Endpoint, Failure, Pool};
+use super::external::{Answer, Endpoint, Failure, Limits, Pool};
 use super::own::{Answered, OwnReward};
 use super::{FAILED, Verdict, Verifier};
 use crate::config::{OnError, RewardConfig};
@@ -55,7 +55,6 @@ pub struct Judge {
     /// What a failure scores; `None`: it ends the run.
     on_error: Option<f64>,
     function: String,
-    timeout_s: f64,
     requests: AtomicU64,
     failures: AtomicU64,
     timeouts: AtomicU64,
@@ -119,10 +118,16 @@ impl Judge {
     /// If the reward function is unknown.
     pub fn new(config: &RewardConfig) -> Result<Self> {
         let rule = RewardRule::named(&config.function)?;
-        let timeout = Duration::try_from_secs_f64(config.timeout_s)
-            .map_err(|error| Error::config(format!("reward.timeout_s: {error}")))?;
+        let seconds = |key: &str, value: f64| {
+            let bad = |error| Error::config(format!("reward.{key}: {error}"));
+            Duration::try_from_secs_f64(value).map_err(bad)
+        };
+        let limits = Limits {
+            answer: seconds("timeout_s", config.timeout_s)?,
+            start: seconds("start_timeout_s", config.start_timeout_s)?,
+        };
         let pool = match &rule.0 {
-            Source::External(endpoint) => Some(Pool::new(endpoint, config.workers, timeout)),
+            Source::External(endpoint) => Some(Pool::new(endpoint, config.workers, limits)),
             _ => None,
         };
         let on_error = match config.on_error {
@@ -136,7 +141,6 @@ impl Judge {
             own: None,
             on_error,
             function: config.function.clone(),
-            timeout_s: config.timeout_s,
             requests: AtomicU64::new(0),
             failures: AtomicU64::new(0),
             timeouts: AtomicU64::new(0),
@@ -243,11 +247,9 @@ impl Judge {
         self.failures.fetch_add(1, Ordering::Relaxed);
         let reason = match failure {
             Failure::Broken(reason) => reason,
-            Failure::Timeout(passed_over) => {
+            Failure::Timeout(reason) => {
                 self.timeouts.fetch_add(1, Ordering::Relaxed);
-                let meanwhile = passed_over.map(|why| format!("; last line: {why}"));
-                let meanwhile = meanwhile.unwrap_or_default();
-                format!("no answer within reward.timeout_s ({} s){meanwhile}", self.timeout_s)
+                reason
             }
         };
         let score = self.on_error;

@@ -1,9 +1,10 @@
 //! A program that is asked over its standard input and output, line by line.
 //!
-//! It is started when first asked, stays, and is killed with its children when it does not answer in
-//! time; the next request starts it anew. Lines that are no answer to what was asked, such as what a
-//! library prints, are passed over. Its standard error is this process's. It ends with this process, however
-//! that ends: what this process holds open tells a second shell, which kills it.
+//! It is a line for the shell, started when first asked, stays, and is killed with its children when it does not
+//! answer in time, for which it has longer when it has just been started; the next request starts it anew.
+//! Lines that are no answer to what was asked, such as what a library prints, are passed over. Its standard
+//! error is this process's. It ends with this process, however that ends: what this process holds open tells a
+//! second shell, which kills it.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -12,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::time::{Duration, Instant};
 
-use super::{Answer, Asker, Failure, MAX_ANSWER_BYTES, read};
+use super::{Answer, Asker, Failure, Limits, MAX_ANSWER_BYTES, read};
 
 /// How often a wait looks whether the run is over.
 const LOOK: Duration = Duration::from_millis(50);
@@ -24,12 +25,14 @@ const GRACE: Duration = Duration::from_millis(500);
 /// A program, running or not.
 pub(super) struct Program {
     command: String,
-    timeout: Duration,
+    limits: Limits,
     closing: Arc<AtomicBool>,
     running: Option<Running>,
 }
 
 struct Running {
+    /// Whether it has answered, so that it is known to have started.
+    answered: bool,
     child: Child,
     watcher: Option<Child>,
     requests: Sender<String>,
@@ -37,20 +40,26 @@ struct Running {
 }
 
 impl Program {
-    pub(super) fn new(command: &str, timeout: Duration, closing: Arc<AtomicBool>) -> Self {
-        Self { command: command.to_owned(), timeout, closing, running: None }
+    pub(super) fn new(command: &str, limits: Limits, closing: Arc<AtomicBool>) -> Self {
+        Self { command: command.to_owned(), limits, closing, running: None }
     }
 
     /// The answer to request `id` among the lines that come in time; `None` when there are no more.
-    fn wait(&self, id: u64, lines: &Receiver<String>) -> Option<Answer> {
-        let end = Instant::now() + self.timeout;
-        let mut passed_over = None;
+    fn wait(&self, id: u64, running: &Running) -> Option<Answer> {
+        let Limits { answer, start } = self.limits;
+        let (limit, late) = match running.answered {
+            true => (answer, self.limits.late()),
+            false => (answer.max(start), self.limits.late_start()),
+        };
+        let end = Instant::now() + limit;
+        let mut passed_over: Option<String> = None;
         loop {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() || self.closing.load(Ordering::Relaxed) {
-                return Some(Err(Failure::Timeout(passed_over)));
+                let last = passed_over.map(|why| format!("; last line: {why}"));
+                return Some(Err(Failure::Timeout(late + &last.unwrap_or_default())));
             }
-            match lines.recv_timeout(left.min(LOOK)).map(|line| read(&line, id)) {
+            match running.lines.recv_timeout(left.min(LOOK)).map(|line| read(&line, id)) {
                 Ok(Ok(answer)) => return Some(answer),
                 Ok(Err(reason)) => passed_over = Some(reason),
                 Err(RecvTimeoutError::Disconnected) => return None,
@@ -62,15 +71,16 @@ impl Program {
 
 impl Asker for Program {
     fn ask(&mut self, id: u64, request: &str) -> Answer {
-        let running = match self.running.take() {
+        let mut running = match self.running.take() {
             Some(running) => running,
             None => Running::start(&self.command)?,
         };
         // If its writer has ended, so has the program, and that is found below.
         let _ended = running.requests.send(format!("{request}\n"));
-        match self.wait(id, &running.lines) {
+        match self.wait(id, &running) {
             Some(Err(late @ Failure::Timeout(_))) => Err(late),
             Some(answer) => {
+                running.answered = true;
                 self.running = Some(running);
                 answer
             }
@@ -82,7 +92,7 @@ impl Asker for Program {
 impl Running {
     fn start(command: &str) -> Result<Self, Failure> {
         let mut shell = Command::new("sh");
-        shell.arg("-c").arg(format!("exec {command}"));
+        shell.arg("-c").arg(command);
         shell.stdin(Stdio::piped()).stdout(Stdio::piped());
         // A group of its own, to be killed as a whole.
         let mut child = spawn_in_own_group(&mut shell)?;
@@ -93,7 +103,7 @@ impl Running {
         let (read, lines) = sync_channel(LINES);
         std::thread::spawn(move || write_all(stdin, &to_write));
         std::thread::spawn(move || read_all(stdout, &read));
-        let mut running = Self { child, watcher: None, requests, lines };
+        let mut running = Self { answered: false, child, watcher: None, requests, lines };
         running.watcher = Some(watch(running.child.id())?);
         Ok(running)
     }

@@ -11,6 +11,7 @@ fn config(function: &str, on_error: OnError) -> RewardConfig {
     RewardConfig {
         function: function.to_owned(),
         timeout_s: 30.0,
+        start_timeout_s: 30.0,
         on_error,
         error_value: -0.5,
         workers: 2,
@@ -84,7 +85,11 @@ fn a_program_in_python_sees_the_whole_request() {
 #[test]
 fn a_hanging_program_is_killed_and_counted_and_the_next_request_is_judged() {
     let start = Instant::now();
+    // It has answered, and then it is slow: the limit is not that of a start.
     let quick = RewardConfig { timeout_s: 1.0, workers: 1, ..config(PROGRAM, OnError::Value) };
+    let slow = RewardConfig { start_timeout_s: 600.0, ..quick.clone() };
+    assert_eq!(scores(judged(&slow, &["right", "hang", "right"]).0), [1.0, -0.5, 1.0]);
+    let quick = RewardConfig { start_timeout_s: 1.0, ..quick };
     let (verdicts, counts) = judged(&quick, &["hang", "right"]);
     let verdicts = verdicts.unwrap();
     assert_eq!(verdicts[0].predicted, "reward failed: no answer within reward.timeout_s (1 s)");
@@ -108,6 +113,23 @@ fn failures_have_a_reason_and_a_value_or_end_the_run() {
     let missing = config("command:/no/such/program", OnError::Zero);
     let verdicts = judged(&missing, &["right"]).0.unwrap();
     assert!(verdicts[0].predicted.contains("127"), "{verdicts:?}");
+}
+
+#[test]
+fn a_command_is_any_line_of_the_shell() {
+    let program = PROGRAM.strip_prefix("command:").unwrap();
+    for before in ["WORD=1", "cd / &&", "true;"] {
+        let line = config(&format!("command:{before} {program}"), OnError::Fail);
+        assert_eq!(scores(judged(&line, &["right", "no"]).0), [1.0, 0.0], "{before}");
+    }
+}
+
+#[test]
+fn a_program_has_longer_for_its_first_answer() {
+    // A limit that is over before any process can start.
+    let program = config(PROGRAM, OnError::Fail);
+    let slow = RewardConfig { timeout_s: 1e-9, workers: 1, ..program };
+    assert_eq!(scores(judged(&slow, &["right"]).0), [1.0]);
 }
 
 #[test]
@@ -135,8 +157,8 @@ fn lines_that_are_no_answer_are_passed_over() {
 fn a_program_that_prints_without_end_fails_in_time_and_is_started_anew() {
     let endless = PROGRAM.replace("sleep 600", "yes");
     let quick = RewardConfig { timeout_s: 1.0, workers: 1, ..config(&endless, OnError::Zero) };
-    let (verdicts, counts) = judged(&quick, &["hang", "right"]);
-    assert_eq!(scores(verdicts), [0.0, 1.0]);
+    let (verdicts, counts) = judged(&quick, &["right", "hang", "right"]);
+    assert_eq!(scores(verdicts), [1.0, 0.0, 1.0]);
     assert_eq!(counts, Counts { failures: 1, timeouts: 1 });
 }
 
@@ -144,9 +166,14 @@ fn a_program_that_prints_without_end_fails_in_time_and_is_started_anew() {
 fn a_program_that_floods_or_does_not_read_is_a_failure() {
     let flood = config("command:yes aaaaaaaa | tr -d '\\n'", OnError::Zero);
     assert_eq!(scores(judged(&flood, &["right"]).0), [0.0]);
-    let deaf = RewardConfig { timeout_s: 1.0, ..config("command:sleep 600", OnError::Zero) };
+    let deaf = config("command:sleep 600", OnError::Zero);
+    let deaf = RewardConfig { timeout_s: 1.0, start_timeout_s: 1.5, ..deaf };
     let long = "right".repeat(1 << 18);
     let (verdicts, counts) = judged(&deaf, &[&long]);
+    assert_eq!(
+        verdicts.as_ref().unwrap()[0].predicted,
+        "reward failed: no answer of a program just started within reward.start_timeout_s (1.5 s)"
+    );
     assert_eq!((scores(verdicts), counts.timeouts), (vec![0.0], 1));
 }
 
