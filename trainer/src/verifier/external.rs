@@ -91,6 +91,8 @@ struct Job {
 pub(super) struct Pool {
     jobs: Option<Sender<Job>>,
     closing: Arc<AtomicBool>,
+    /// Those that have programs to end. A worker that waits for a server cannot be told to stop: it ends alone, at
+    /// its time limit at the latest.
     workers: Vec<JoinHandle<()>>,
 }
 
@@ -139,7 +141,9 @@ impl Pool {
             let closing = closing.clone();
             std::thread::spawn(move || work(&queue, asker, &closing))
         };
-        Self { jobs: Some(jobs), workers: (0..workers).map(work).collect(), closing }
+        let mut workers: Vec<JoinHandle<()>> = (0..workers).map(work).collect();
+        workers.retain(|_| matches!(endpoint, Endpoint::Command(_)));
+        Self { jobs: Some(jobs), workers, closing }
     }
 
     /// Sends a request whose answer goes to `reply` together with `place`.
@@ -156,7 +160,7 @@ impl Pool {
 }
 
 impl Drop for Pool {
-    /// Ends the workers and their programs.
+    /// Ends the workers and their programs; whoever waits for a server's answer is not waited for.
     fn drop(&mut self) {
         self.closing.store(true, Ordering::Relaxed);
         self.jobs = None;

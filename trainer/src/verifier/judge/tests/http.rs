@@ -52,6 +52,16 @@ fn serve(mut stream: TcpStream, reply: fn(&Value) -> Option<String>) {
 }
 
 #[test]
+fn a_failure_is_told_though_the_server_owes_other_answers() {
+    let start = Instant::now();
+    let address = server(|request| (request["response"] != "hang").then(String::new));
+    let patient = RewardConfig { timeout_s: 600.0, ..config(&address, OnError::Fail) };
+    let error = judged(&patient, &["hang", "broken"]).0.unwrap_err().to_string();
+    assert!(error.contains("it answered 500"), "{error}");
+    assert!(start.elapsed().as_secs() < 300, "it waited for the server");
+}
+
+#[test]
 fn a_server_judges_and_its_failures_are_counted() {
     let address = server(|request| match request["response"].as_str().unwrap() {
         "hang" => None,
