@@ -195,8 +195,8 @@ fn number(value: f64) -> Value {
 pub struct MetricsWriter {
     path: PathBuf,
     file: File,
-    /// The last line that was kept of an older file.
-    last: Option<Value>,
+    /// What the lines of the last step that was kept of an older file say together.
+    last: Map<String, Value>,
 }
 
 impl MetricsWriter {
@@ -206,7 +206,7 @@ impl MetricsWriter {
     /// If the file cannot be written.
     pub fn create(path: &Path) -> Result<Self> {
         let file = File::create(path).map_err(|e| Error::io(path, e))?;
-        Ok(Self { path: path.to_owned(), file, last: None })
+        Ok(Self { path: path.to_owned(), file, last: Map::new() })
     }
 
     /// Continues a file after `step`: later lines, and a last line cut short by a crash, go.
@@ -218,14 +218,18 @@ impl MetricsWriter {
         if !path.exists() {
             return Self::create(path);
         }
-        let (mut kept, mut last) = (String::new(), None);
+        let (mut kept, mut last) = (String::new(), Map::<String, Value>::new());
         for line in BufReader::new(File::open(path).map_err(fail)?).split(b'\n') {
             let line = String::from_utf8(line.map_err(fail)?).unwrap_or_default();
-            let Ok(value) = serde_json::from_str::<Value>(&line) else { continue };
-            if value[name::GLOBAL_STEP].as_u64().is_some_and(|s| s <= step) {
+            let Ok(values) = serde_json::from_str::<Map<String, Value>>(&line) else { continue };
+            let Some(own) = values.get(name::GLOBAL_STEP) else { continue };
+            if own.as_u64().is_some_and(|own| own <= step) {
                 kept += &line;
                 kept.push('\n');
-                last = Some(value);
+                if last.get(name::GLOBAL_STEP) != Some(own) {
+                    last.clear();
+                }
+                last.extend(values);
             }
         }
         let temporary = path.with_extension("jsonl.tmp");
@@ -235,9 +239,9 @@ impl MetricsWriter {
         Ok(Self { path: path.to_owned(), file, last })
     }
 
-    /// A value of the last line kept by [`MetricsWriter::resume`].
+    /// A value of the last step kept by [`MetricsWriter::resume`].
     pub fn last(&self, name: &str) -> Option<f64> {
-        self.last.as_ref()?.get(name)?.as_f64()
+        self.last.get(name)?.as_f64()
     }
 
     /// Appends a line.
@@ -306,6 +310,18 @@ mod tests {
         let mut w = MetricsWriter::resume(&path, 2).unwrap();
         assert_eq!(w.last(name::SCORE_MEAN), Some(0.25));
         w.write(&step(3.0)).unwrap();
+        let mut made_good = Metrics::new();
+        made_good.set(name::GLOBAL_STEP, 3.0);
+        made_good.set(name::VAL_ACCURACY, 0.5);
+        w.write(&made_good).unwrap();
+        let w = MetricsWriter::resume(&path, 3).unwrap();
+        assert_eq!(
+            [name::SCORE_MEAN, name::VAL_ACCURACY].map(|n| w.last(n)),
+            [Some(0.375), Some(0.5)]
+        );
+        let w = MetricsWriter::resume(&path, 2).unwrap();
+        assert_eq!([name::SCORE_MEAN, name::VAL_ACCURACY].map(|n| w.last(n)), [Some(0.25), None]);
+        drop(MetricsWriter::resume(&path, 2).unwrap().write(&step(3.0)));
         let text = std::fs::read_to_string(&path).unwrap();
         let expected: Vec<String> = (1..=3).map(|n| step(f64::from(n)).to_json()).collect();
         assert_eq!(text.lines().collect::<Vec<_>>(), expected);

@@ -239,7 +239,8 @@ impl Run {
     ) -> Result<Interrupt> {
         let settings = self.trainer.config.trainer.clone();
         let begun = self.trainer.steps();
-        if (begun == 0 && settings.val_before_train) || self.owes_validation() {
+        let owed = (begun == 0 && settings.val_before_train) || self.owes_validation();
+        if owed && !self.val.is_empty() {
             let mut metrics = Metrics::new();
             metrics.set(name::GLOBAL_STEP, begun as f64);
             self.validate(&mut metrics, tell)?;

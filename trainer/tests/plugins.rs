@@ -391,9 +391,11 @@ fn a_validation_that_fails_is_made_good_when_the_run_goes_on() {
         ("trainer.val_before_train", "false"),
         ("trainer.output", &folder),
     ];
-    let run = |broken: bool| {
-        let held_out =
-            || rows().into_iter().map(|row| Row { data_source: Some("val".into()), ..row });
+    let run_on = |broken: bool, held_out: usize| {
+        let held_out = || {
+            let named = |row| Row { data_source: Some("val".into()), ..row };
+            rows().into_iter().take(held_out).map(named)
+        };
         let reward = move |row: &Row, text: &str| match broken && row.data_source.is_some() {
             true => f64::NAN,
             false => text.len() as f64,
@@ -403,6 +405,7 @@ fn a_validation_that_fails_is_made_good_when_the_run_goes_on() {
         let start = (&Resume::Auto, parts.reward(reward));
         run_rl(&config("grpo", &pairs), start, &mut open, &|| false, &mut |_| ())
     };
+    let run = |broken| run_on(broken, 16);
     let validated = || {
         let lines = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
         lines.lines().filter(|line| line.contains("\"val/accuracy\"")).count()
@@ -414,6 +417,19 @@ fn a_validation_that_fails_is_made_good_when_the_run_goes_on() {
     for _ in 0..2 {
         run(false).unwrap();
         assert_eq!(validated(), 1);
+    }
+    // What the step has learned is there beside it.
+    let read = trainer::report::Run::read(&dir).unwrap();
+    for metric in ["val/accuracy", "critic/score/mean"] {
+        assert!(read.series(metric).iter().any(|(step, _)| *step == 2.0), "{metric}");
+    }
+    assert!(read.notes.is_empty(), "{:?}", read.notes);
+    std::fs::remove_dir_all(&dir).unwrap();
+    // Nothing is owed where there is nothing to validate on.
+    for _ in 0..2 {
+        run_on(false, 0).unwrap();
+        let lines = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+        assert_eq!(lines.lines().count(), 2, "{lines}");
     }
     std::fs::remove_dir_all(&dir).unwrap();
 }

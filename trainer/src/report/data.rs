@@ -25,7 +25,7 @@ pub struct Run {
     pub label: String,
     /// Where it was read from.
     pub folder: PathBuf,
-    /// Its metrics, one map a step, by step.
+    /// Its metrics, one map a step, by step; of a step with several lines what they say together.
     pub steps: Vec<Map<String, Value>>,
     /// `config.toml`; empty if there is none.
     pub config: String,
@@ -100,7 +100,14 @@ impl Run {
             }
             let line: Option<Map<String, Value>> = serde_json::from_slice(line).ok();
             match line.and_then(|line| Some((step_of(&line)?, line))) {
-                Some((step, line)) => repeated += usize::from(steps.insert(step, line).is_some()),
+                Some((step, line)) => {
+                    let known = steps.entry(step).or_default();
+                    // A validation that is made good later has a line of its own.
+                    let again =
+                        |name: &String| name != name::GLOBAL_STEP && known.contains_key(name);
+                    repeated += usize::from(line.keys().any(again));
+                    known.extend(line);
+                }
                 None => damaged.push(index + 1),
             }
         }
@@ -110,7 +117,9 @@ impl Run {
                 .push(format!("{count} damaged lines of metrics.jsonl, the first is {first}"));
         }
         if repeated > 0 {
-            self.notes.push(format!("{repeated} steps occur again, the later line counts"));
+            self.notes.push(format!(
+                "{repeated} lines are of steps that were there, the later values count"
+            ));
         }
         self.note_gaps(&steps);
         self.steps = steps.into_values().collect();
@@ -228,6 +237,7 @@ mod tests {
             "metrics.jsonl",
             "{\"training/global_step\":1,\"x\":1}\nnot json\n{\"x\":3}\n\n\
              {\"training/global_step\":4,\"x\":null}\n{\"training/global_step\":1,\"x\":2}\n\
+             {\"training/global_step\":4,\"y\":5}\n\
              {\"training/global_st",
         );
         dir.write("config.toml", "[trainer]\ntotal_steps = 9\n");
@@ -235,11 +245,12 @@ mod tests {
         dir.write("samples/step_4.jsonl", "torn");
         let run = Run::read(dir.path()).unwrap();
         assert_eq!(run.series("x"), [(1.0, Some(2.0)), (4.0, None)]);
+        assert_eq!(run.series("y"), [(4.0, Some(5.0))]);
         assert_eq!(
             run.notes,
             [
                 "3 damaged lines of metrics.jsonl, the first is 2",
-                "1 steps occur again, the later line counts",
+                "1 lines are of steps that were there, the later values count",
                 "2 steps have no line, the first is 2",
                 "4 of 9 steps are done",
                 "1 damaged lines of samples/step_4.jsonl",
