@@ -1,7 +1,7 @@
 //! Checkpoints that are either whole or not there.
 //!
 //! ```text
-//! RUN/latest                     one line, `checkpoints/step_20`
+//! RUN/latest                     one line, `checkpoints/step_20`, for whoever looks for the newest
 //! RUN/checkpoints/step_20/       model files, trainer/..., MANIFEST.sha256
 //! RUN/checkpoints/.tmp-step_30-  being written; removed at the next start
 //! RUN/checkpoints.old-1/         those of an older run, with its samples, metrics and report, or of later
@@ -12,7 +12,8 @@
 //! fsync of every file and folder; rename; fsync of the parent; `latest` written aside, fsynced,
 //! renamed; only then older checkpoints are removed. A crash or a full disk at any point leaves the
 //! previous checkpoint as it was. Reading verifies the manifest and walks back to the newest
-//! checkpoint that is whole. Leaves out what the files hold, but for [`TrainState`].
+//! checkpoint that is whole, which after a crash may be a later one than `latest` names. Leaves out what
+//! the files hold, but for [`TrainState`].
 
 mod manifest;
 mod restart;
@@ -153,7 +154,7 @@ impl CheckpointStore {
         Ok(CheckpointWriter { store: self, step, path })
     }
 
-    /// The newest whole checkpoint: the one `latest` names if it is whole, or else the newest other.
+    /// The newest whole checkpoint, whatever `latest` names.
     ///
     /// # Errors
     /// If the folder cannot be read.
@@ -192,7 +193,8 @@ impl CheckpointStore {
     }
 }
 
-/// The newest whole checkpoint of the run in folder `run`; none if there is no such folder.
+/// The newest whole checkpoint of the run in folder `run`, whatever `latest` names; none if there is no such
+/// folder. Later ones than a run has gone back to are none of it: [`CheckpointStore::restart`] moves them aside.
 ///
 /// # Errors
 /// If the folder cannot be read.
@@ -201,14 +203,7 @@ pub fn find_latest(run: &Path) -> Result<Found> {
     if !run.join(CHECKPOINTS).is_dir() {
         return Ok(found);
     }
-    let mut candidates = steps(run)?;
-    let latest = fs::read_to_string(run.join(LATEST)).unwrap_or_default();
-    let named =
-        latest.trim().strip_prefix(CHECKPOINTS).and_then(|name| step_of(name.strip_prefix('/')?));
-    if let Some(at) = candidates.iter().position(|step| Some(*step) == named) {
-        candidates[..=at].rotate_right(1);
-    }
-    for step in candidates {
+    for step in steps(run)? {
         let path = run.join(CHECKPOINTS).join(format!("{STEP}{step}"));
         match verify(&path) {
             Ok(()) => {
@@ -289,7 +284,8 @@ impl CheckpointWriter<'_> {
     /// Makes the checkpoint visible, durable and the latest, then removes the oldest.
     ///
     /// # Errors
-    /// If a file cannot be written or synced; then the checkpoints are as they were before.
+    /// If a file cannot be written or synced. Then the checkpoints are as they were before, or this one is there,
+    /// whole, and only `latest` or older ones could not be brought up to date.
     pub fn publish(self) -> Result<Checkpoint> {
         let written = manifest::write(&self.path).and_then(|()| sync_tree(&self.path));
         written.map_err(|e| self.named(e))?;
