@@ -146,6 +146,9 @@ pub fn run_rl_serving(
         trainer.set_reference(decoder)?;
     }
     trainer.encoder.fit(&mut val, config.data.overlong())?;
+    if config.trainer.test_freq > 0 || config.trainer.val_before_train {
+        val.rows.iter().try_for_each(|row| trainer.rewards.check(row))?;
+    }
     for (what, report) in [("training", trainer.rows.report), ("validation", val.report)] {
         tell(Progress::Note(format!("{what} data: {report}")));
     }

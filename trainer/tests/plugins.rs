@@ -381,6 +381,32 @@ fn a_run_that_fails_keeps_what_it_has_learnt() {
 }
 
 #[test]
+fn rows_to_validate_on_are_checked_before_anything_is_written() {
+    let dir = std::env::temp_dir().join(format!("trainer-val-rows-{}", std::process::id()));
+    let folder = dir.display().to_string();
+    let run = |test_freq: &str| {
+        let pairs = [
+            ("trainer.total_steps", "1"),
+            ("trainer.test_freq", test_freq),
+            ("trainer.val_before_train", "false"),
+            ("trainer.output", &folder),
+        ];
+        let train = rows().into_iter().map(|row| Row { data_source: Some("exact".into()), ..row });
+        let parts = Parts::new().rows(train.collect::<Vec<_>>()).validation(rows());
+        let mut open = |checkpoint: Option<&Path>, _| Ok(engine(checkpoint));
+        let start = (&Resume::Never, parts);
+        run_rl(&config("grpo", &pairs), start, &mut open, &|| false, &mut |_| ())
+    };
+    run("0").unwrap();
+    let before = std::fs::read(dir.join("metrics.jsonl")).unwrap();
+    let error = run("100").unwrap_err().to_string();
+    assert!(error.contains("rows without data_source need reward.function"), "{error}");
+    assert_eq!(std::fs::read(dir.join("metrics.jsonl")).unwrap(), before);
+    assert!(!dir.join("checkpoints.old-1").exists());
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
 fn a_validation_that_fails_is_made_good_when_the_run_goes_on() {
     let dir = std::env::temp_dir().join(format!("trainer-owed-{}", std::process::id()));
     let folder = dir.display().to_string();
