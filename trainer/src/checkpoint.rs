@@ -22,7 +22,8 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::value::RawValue;
 
 use crate::data::Cursor;
 use crate::error::{Error, ErrorKind, Result};
@@ -62,8 +63,8 @@ pub struct TrainState {
     pub config_hash: String,
     /// Version of the weights.
     pub weights_version: u64,
-    /// Coefficient of the divergence in the reward; checkpoints of older programs have none.
-    #[serde(default)]
+    /// Coefficient of the divergence in the reward, to the bit; checkpoints of older programs have none.
+    #[serde(default, deserialize_with = "exact")]
     pub kl_coef: Option<f64>,
     /// Name of the format that the run computes in; checkpoints of older programs have none.
     #[serde(default)]
@@ -88,6 +89,13 @@ impl TrainState {
         }
         Ok(state)
     }
+}
+
+/// Reads a number as the standard library does, to the nearest float; `serde_json` may be one off in the last place.
+fn exact<'de, D: Deserializer<'de>>(json: D) -> std::result::Result<Option<f64>, D::Error> {
+    let text = Option::<Box<RawValue>>::deserialize(json)?;
+    let number = |text: Box<RawValue>| text.get().parse().map_err(serde::de::Error::custom);
+    text.map(number).transpose()
 }
 
 /// The checkpoints of a run.

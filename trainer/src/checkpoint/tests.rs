@@ -51,6 +51,25 @@ fn a_published_checkpoint_is_whole_latest_and_the_oldest_goes() {
 }
 
 #[test]
+fn the_coefficient_of_the_divergence_comes_back_to_the_bit() {
+    let dir = TestDir::new("exact");
+    let store = CheckpointStore::open(dir.path(), 0).unwrap();
+    let writer = store.begin(1).unwrap();
+    for kl_coef in [Some(0.21073409111503882), Some(5e-324), Some(1e300 / 3.0), Some(0.0), None] {
+        writer.state(&TrainState { kl_coef, ..state(1) }, "").unwrap();
+        let read = TrainState::read(writer.path()).unwrap().kl_coef;
+        assert_eq!(read.map(f64::to_bits), kl_coef.map(f64::to_bits));
+    }
+    // As older programs wrote it, and as none did.
+    let path = writer.path().join(STATE);
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("\"kl_coef\": null,", "")).unwrap();
+    assert_eq!(TrainState::read(writer.path()).unwrap(), TrainState { kl_coef: None, ..state(1) });
+    fs::write(&path, text.replace("\"kl_coef\": null", "\"kl_coef\": \"much\"")).unwrap();
+    assert!(TrainState::read(writer.path()).is_err());
+}
+
+#[test]
 fn a_new_run_moves_the_files_of_an_older_one_aside() {
     let dir = TestDir::new("restart");
     let store = CheckpointStore::open(dir.path(), 0).unwrap();
