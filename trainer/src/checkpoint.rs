@@ -9,8 +9,8 @@
 //! ```
 //!
 //! Order of a save: files into the temporary folder; the manifest (as `sha256sum` writes it) last;
-//! fsync of every file and folder; rename; fsync of the parent; `latest` written aside, fsynced,
-//! renamed; only then older checkpoints are removed. A crash or a full disk at any point leaves the
+//! fsync of every file and folder, and of the run's metrics up to here; rename; fsync of the parent;
+//! `latest` written aside, fsynced, renamed; only then older checkpoints are removed. A crash or a full disk at any point leaves the
 //! previous checkpoint as it was. Reading verifies the manifest and walks back to the newest
 //! checkpoint that is whole, which after a crash may be a later one than `latest` names. Leaves out what
 //! the files hold, but for [`TrainState`].
@@ -35,6 +35,8 @@ pub const STATE: &str = "trainer/state.json";
 /// Where the resolved configuration of the run is, within a checkpoint.
 pub const CONFIG: &str = "trainer/config.toml";
 const CHECKPOINTS: &str = "checkpoints";
+/// The lines of a run's steps.
+const METRICS: &str = "metrics.jsonl";
 const LATEST: &str = "latest";
 const TEMPORARY: &str = ".tmp-";
 /// A checkpoint whose step is being saved once more.
@@ -297,6 +299,11 @@ impl CheckpointWriter<'_> {
     pub fn publish(self) -> Result<Checkpoint> {
         let written = manifest::write(&self.path).and_then(|()| sync_tree(&self.path));
         written.map_err(|e| self.named(e))?;
+        // Whoever goes on from it finds the lines of all its steps.
+        let metrics = self.store.run.join(METRICS);
+        if metrics.exists() {
+            sync_file(&metrics)?;
+        }
         let path = self.store.step_dir(self.step);
         let old = self.path.with_file_name(format!("{REPLACED}{STEP}{}", self.step));
         let swap = || {
@@ -353,17 +360,18 @@ fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
 /// Syncs every file and folder below and including `dir`.
 fn sync_tree(dir: &Path) -> Result<()> {
     for (_, path) in entries(dir)? {
-        if path.is_dir() {
-            sync_tree(&path)?;
-        } else {
-            let synced = File::open(&path).and_then(|file| file.sync_all());
-            synced.map_err(|e| Error::io(&path, e))?;
-        }
+        if path.is_dir() { sync_tree(&path)? } else { sync_file(&path)? }
     }
     sync_dir(dir).map_err(|e| Error::io(dir, e))
 }
 
-fn sync_dir(dir: &Path) -> io::Result<()> {
+fn sync_file(path: &Path) -> Result<()> {
+    let synced = File::open(path).and_then(|file| file.sync_all());
+    synced.map_err(|e| Error::io(path, e))
+}
+
+/// Makes names in a folder durable.
+pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Number, Value};
 
+use crate::checkpoint::sync_dir;
 use crate::error::{Error, Result};
 
 /// The names of the metrics, in one place.
@@ -233,8 +234,18 @@ impl MetricsWriter {
             }
         }
         let temporary = path.with_extension("jsonl.tmp");
-        std::fs::write(&temporary, kept).map_err(|e| Error::io(&temporary, e))?;
+        let write = || {
+            let mut file = File::create(&temporary)?;
+            file.write_all(kept.as_bytes())?;
+            // The lines are durable before they take the place of those there are.
+            file.sync_all()
+        };
+        write().map_err(|e| Error::io(&temporary, e))?;
         std::fs::rename(&temporary, path).map_err(fail)?;
+        path.parent()
+            .filter(|dir| !dir.as_os_str().is_empty())
+            .map_or(Ok(()), sync_dir)
+            .map_err(fail)?;
         let file = OpenOptions::new().append(true).open(path).map_err(fail)?;
         Ok(Self { path: path.to_owned(), file, last })
     }

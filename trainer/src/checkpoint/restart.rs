@@ -1,15 +1,16 @@
 //! Makes way in the folder of a run for one that begins there: what is not its own is moved aside, never removed.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{CHECKPOINTS, CheckpointStore, LATEST, STEP, entries, step_of, steps, sync_dir};
+use super::{
+    CHECKPOINTS, CheckpointStore, LATEST, METRICS, STEP, entries, step_of, steps, sync_dir,
+};
 use crate::error::{Error, Result};
 
 /// What a run leaves besides checkpoints and samples.
 const RECORDS: [&str; 4] = ["config.toml", METRICS, REPORT, "tensorboard"];
-const METRICS: &str = "metrics.jsonl";
 const REPORT: &str = "report.html";
 const SAMPLES: &str = "samples";
 
@@ -128,23 +129,53 @@ impl CheckpointStore {
 /// Moves a file or a folder, to another file system too.
 fn relocate(from: &Path, to: &Path) -> io::Result<()> {
     match fs::rename(from, to) {
-        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
-            copy(from, to)?;
-            if from.is_dir() { fs::remove_dir_all(from) } else { fs::remove_file(from) }
-        }
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => copy_over(from, to),
         done => done,
     }
 }
 
-/// Copies a file, or a folder with all that is in it.
+/// Moves a file or a folder by copying it: what it was is removed once the copy is durable.
+fn copy_over(from: &Path, to: &Path) -> io::Result<()> {
+    copy(from, to)?;
+    to.parent().map_or(Ok(()), sync_dir)?;
+    if from.is_dir() { fs::remove_dir_all(from) } else { fs::remove_file(from) }
+}
+
+/// Copies a file, or a folder with all that is in it, and syncs what it writes.
 fn copy(from: &Path, to: &Path) -> io::Result<()> {
     if !from.is_dir() {
-        return fs::copy(from, to).map(drop);
+        fs::copy(from, to)?;
+        return File::open(to)?.sync_all();
     }
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from)? {
         let entry = entry?;
         copy(&entry.path(), &to.join(entry.file_name()))?;
     }
-    Ok(())
+    sync_dir(to)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TestDir;
+
+    #[test]
+    fn what_is_moved_by_copying_is_in_one_place_only() {
+        let dir = TestDir::new("copy-over");
+        fs::create_dir_all(dir.path().join("step_1/trainer")).unwrap();
+        dir.write("step_1/model", "m");
+        dir.write("step_1/trainer/state.json", "s");
+        let to = dir.path().join("aside");
+        copy_over(&dir.path().join("step_1"), &to).unwrap();
+        for (name, text) in [("model", "m"), ("trainer/state.json", "s")] {
+            assert_eq!(fs::read_to_string(to.join(name)).unwrap(), text);
+        }
+        copy_over(&to.join("model"), &dir.path().join("model")).unwrap();
+        assert!(!to.join("model").exists() && !dir.path().join("step_1").exists());
+        // A copy that fails costs nothing.
+        let absent = dir.path().join("absent/model");
+        assert!(copy_over(&dir.path().join("model"), &absent).is_err());
+        assert!(dir.path().join("model").is_file());
+    }
 }
