@@ -10,7 +10,7 @@ use std::time::Instant;
 use engine::{Dtype, Engine, Service};
 
 use crate::checkpoint::{Checkpoint, CheckpointStore};
-use crate::config::RlConfig;
+use crate::config::{FilterMetric, RlConfig};
 use crate::data::Row;
 use crate::dynamics::Dynamics;
 use crate::error::{Error, ErrorKind, Result};
@@ -204,16 +204,18 @@ pub(crate) fn over(step: u64, total: u64, tell: &mut dyn FnMut(Progress)) {
     }
 }
 
-/// What to say of a step that dynamic sampling found too few groups for.
-fn short_step(metrics: &Metrics) -> Option<String> {
+/// What to say of a step that dynamic sampling, by `metric`, found too few groups for.
+fn short_step(metrics: &Metrics, metric: FilterMetric) -> Option<String> {
     let get = |name: &str| metrics.get(name);
     let short = get(name::GROUPS_SHORT).filter(|short| *short > 0.0)?;
     Some(format!(
-        "step {} is {short} groups short: {} of equal rewards were dropped from {} batches; make \
+        "step {} is {short} groups short: {} that {} were dropped from {} batches; {}make \
          algorithm.max_num_gen_batches or rollout.n larger, or train on prompts of another difficulty",
         get(name::GLOBAL_STEP)?,
         get(name::GROUPS_DROPPED)?,
-        get(name::GEN_BATCHES)?
+        metric.flat(),
+        get(name::GEN_BATCHES)?,
+        metric.hint()
     ))
 }
 
@@ -253,7 +255,8 @@ impl Run {
         while self.trainer.steps() < settings.total_steps {
             let (mut metrics, samples) =
                 self.trainer.step().map_err(|error| self.rescue(error, None, tell))?;
-            short_step(&metrics).into_iter().for_each(|note| tell(Progress::Note(note)));
+            let metric = self.trainer.config.algorithm.filter_groups_metric;
+            short_step(&metrics, metric).into_iter().for_each(|note| tell(Progress::Note(note)));
             let step = self.trainer.steps();
             self.tell_failure(&format!("step {step}"), tell);
             let last = step == settings.total_steps;

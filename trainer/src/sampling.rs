@@ -47,11 +47,13 @@ impl Trainer {
         let groups = filter.take();
         if groups.is_empty() {
             return Err(Error::reward(format!(
-                "all {} groups of {} batches have equal rewards: set algorithm.filter_groups to \
-                 false, make algorithm.max_num_gen_batches (now {limit}) or rollout.n larger, or \
-                 train on prompts of another difficulty",
+                "all {} groups of {} batches {}: {}set algorithm.filter_groups to false, make \
+                 algorithm.max_num_gen_batches (now {limit}) or rollout.n larger, or train on \
+                 prompts of another difficulty",
                 filter.dropped(),
-                filter.batches()
+                filter.batches(),
+                metric.flat(),
+                metric.hint()
             )));
         }
         metrics.set(name::GROUPS_SHORT, (wanted - groups.len()) as f64);
@@ -166,6 +168,24 @@ impl Trainer {
     }
 }
 
+impl FilterMetric {
+    /// What is said of groups without signal.
+    pub(crate) fn flat(self) -> &'static str {
+        match self {
+            Self::Acc => "are all right or all wrong",
+            Self::Score => "have equal rewards",
+        }
+    }
+
+    /// What may bring signal where there is none, before other advice.
+    pub(crate) fn hint(self) -> &'static str {
+        match self {
+            Self::Acc => "set algorithm.filter_groups_metric to score to compare rewards, ",
+            Self::Score => "",
+        }
+    }
+}
+
 impl Group {
     /// Whether the responses differ in what they are compared by.
     fn has_signal(&self, metric: FilterMetric) -> bool {
@@ -216,6 +236,31 @@ fn none() -> Verdict {
 mod tests {
     use super::*;
     use crate::error::ErrorKind;
+
+    #[test]
+    fn groups_are_compared_by_what_the_metric_says() {
+        let response = |score: f64| Response {
+            episode: Episode {
+                prompt: 0,
+                sample: 0,
+                tokens: Vec::new(),
+                logprobs: Vec::new(),
+                entropies: Vec::new(),
+                text: String::new(),
+                text_ends: Vec::new(),
+                finish: engine::FinishReason::Stop,
+                version: 0,
+            },
+            verdict: Verdict { score, correct: score > 0.0, predicted: String::new() },
+            reward: score,
+            old: Vec::new(),
+        };
+        let responses = [0.1, 0.9].map(response).to_vec();
+        let group = Group { row: 0, prompt: Vec::new(), responses, baseline: 0.0 };
+        assert!(group.has_signal(FilterMetric::Score));
+        assert!(!group.has_signal(FilterMetric::Acc));
+        assert_eq!(FilterMetric::Acc.flat(), "are all right or all wrong");
+    }
 
     #[test]
     fn rewards_that_are_not_finite_become_0_and_are_counted_or_end_the_run() {

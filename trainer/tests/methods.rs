@@ -159,7 +159,20 @@ fn dynamic_sampling_keeps_what_is_over_and_says_what_to_change() {
     let e = trainer("grpo", &flat).step().unwrap_err();
     assert!(matches!(e.kind(), ErrorKind::Reward(_)));
     let text = e.to_string();
-    assert!(text.starts_with("all 8 groups of 2 batches have equal rewards: "), "{text}");
+    assert!(
+        text.starts_with(
+            "all 8 groups of 2 batches have equal rewards: set algorithm.filter_groups to"
+        ),
+        "{text}"
+    );
+    let acc = [&flat[..], &[("algorithm.filter_groups_metric", "acc")]].concat();
+    let text = trainer("grpo", &acc).step().unwrap_err().to_string();
+    assert!(
+        text.starts_with(
+            "all 8 groups of 2 batches are all right or all wrong: set algorithm.filter_groups_metric to score"
+        ),
+        "{text}"
+    );
 }
 
 #[test]

@@ -71,7 +71,7 @@ pub struct AlgorithmConfig {
     pub kl_penalty: KlEstimator,
     /// Whether responses that were cut off at the longest length are left out of the loss; default false.
     pub mask_truncated: bool,
-    /// Whether groups of equal rewards are sampled anew; default false.
+    /// Whether groups whose responses do not differ in `filter_groups_metric` are sampled anew; default false.
     pub filter_groups: bool,
     /// By what groups are compared then; default `acc`.
     pub filter_groups_metric: FilterMetric,
