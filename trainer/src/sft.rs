@@ -37,8 +37,6 @@ use crate::verifier::Counts;
 const TASKS: [u64; 2] = [50_000, 256];
 /// Standard deviation of initial weights (GPT-2's, and the default of Llama configurations).
 const INITIAL_STD: f64 = 0.02;
-/// Longest answer that a validation waits for, in tokens.
-const MAX_ANSWER: usize = 64;
 
 /// A prompt with its completion, in tokens.
 struct Pair {
@@ -232,6 +230,8 @@ struct Sft<'a> {
     /// Digest of the rows.
     hash: String,
     val: Vec<SftRow>,
+    /// Longest answer that a validation waits for, in tokens.
+    max_answer: usize,
     sampler: Sampler,
     pairs: Pairs,
 }
@@ -265,6 +265,16 @@ impl Pairs {
     fn prompt_fault(&self, row: &SftRow) -> Result<Option<String>> {
         let len = self.encoder.tokens(&row.prompt)?.len();
         Ok(self.fault("prompt and one token to answer have", len, len + 1))
+    }
+
+    /// Tokens of the longest completion of `rows`, the end of text included, as far as a sequence may go. A longer
+    /// answer is wrong.
+    fn longest_answer(&self, rows: &[SftRow]) -> Result<usize> {
+        let mut longest = 1;
+        for row in rows {
+            longest = longest.max(self.encoder.encode_completion(&row.completion)?.len() + 1);
+        }
+        Ok(longest.min(self.longest).min(self.context))
     }
 
     fn fault(&self, what: &str, prompt_len: usize, len: usize) -> Option<String> {
@@ -304,7 +314,8 @@ impl<'a> Sft<'a> {
             UpdateState::new(update.decoder().0, kept_for_backward(config.trainer.recompute));
         drop(update);
         let hash = data::digest(&rows);
-        Ok(Self { engine, config, state, steps: 0, rows, hash, val, sampler, pairs })
+        let max_answer = pairs.longest_answer(&val)?;
+        Ok(Self { engine, config, state, steps: 0, rows, hash, val, max_answer, sampler, pairs })
     }
 
     /// What a checkpoint says about the run.
@@ -360,7 +371,7 @@ impl<'a> Sft<'a> {
             temperature: 0.0,
             top_p: 1.0,
             top_k: None,
-            max_tokens: MAX_ANSWER,
+            max_tokens: self.max_answer,
             stop: Vec::new(),
             eos: EosRule::Stop,
             seed: 0,
@@ -437,4 +448,34 @@ fn load(
         all.extend(rows);
     }
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use engine::model::hub::Builtin;
+    use engine::model::open_builtin;
+
+    use super::*;
+    use crate::config::PromptTemplate;
+    use crate::data::Prompt;
+
+    #[test]
+    fn a_validation_waits_for_as_long_an_answer_as_its_longest_completion() {
+        let source = open_builtin(Builtin::Arith).unwrap();
+        let engine = Engine::load(&source, &EngineConfig::default()).unwrap();
+        let text = (engine.tokenizer(), engine.chat_template());
+        let encoder = PromptEncoder::new(text, PromptTemplate::Raw, 200).unwrap();
+        let pairs = Pairs { encoder, eos: engine.eos()[0], longest: 200, context: 128 };
+        let row = |digits: usize| SftRow {
+            prompt: Prompt::Text("1+1=".to_owned()),
+            completion: "7".repeat(digits),
+        };
+        let tokens = |row: &SftRow| pairs.pair(row).unwrap();
+        let long = tokens(&row(100));
+        let answer = long.tokens.len() - long.prompt_len;
+        assert!(answer > 64, "{answer}");
+        assert_eq!(pairs.longest_answer(&[row(1), row(100), row(2)]).unwrap(), answer);
+        assert_eq!(pairs.longest_answer(&[row(150)]).unwrap(), 128);
+        assert_eq!(Pairs { longest: 90, ..pairs }.longest_answer(&[row(150)]).unwrap(), 90);
+    }
 }
