@@ -248,7 +248,7 @@ pub(crate) struct ApiArgs {
     #[arg(long, value_name = "KEY", hide_env_values = true)]
     pub(crate) api_key: Vec<String>,
     /// Name of the model in the API; may be repeated [default: MODEL]
-    #[arg(long, value_name = "NAME", num_args = 1..)]
+    #[arg(long, value_name = "NAME")]
     pub(crate) served_model_name: Vec<String>,
     /// Where sampling defaults come from
     #[arg(long, value_enum, default_value_t = GenerationConfig::Auto)]

@@ -240,6 +240,15 @@ mod tests {
     use crate::args::{Cli, Command};
 
     #[test]
+    fn a_name_in_the_api_leaves_the_model_alone() {
+        let line = "engine serve --served-model-name a --served-model-name b m.gguf";
+        let Command::Serve(args) = Cli::try_parse_from(line.split(' ')).unwrap().command else {
+            panic!("another command");
+        };
+        assert_eq!((&*args.model, args.api.served_model_name.join(" ")), ("m.gguf", "a b".into()));
+    }
+
+    #[test]
     fn signs_of_life_are_told_unless_they_are_turned_off() {
         let config = |flags: &[&str]| {
             let line = ["engine", "serve"].iter().chain(flags);

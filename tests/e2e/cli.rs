@@ -32,6 +32,8 @@ fn wrong_arguments_are_usage_errors() {
     );
     fails(engine().args(["serve"]).env("ENGINE_PORT", "many"), 2, "'many' for '--port <PORT>'");
     fails(engine().args(["rl", "--set", "lr"]), 2, "expected KEY=VALUE");
+    let several = ["serve", "m.gguf", "--served-model-name", "a", "b"];
+    fails(engine().args(several), 2, "unexpected argument 'b'");
     if cfg!(not(feature = "candle")) {
         fails(engine().args(["rl", "--device", "candle-cpu"]), 2, "--features candle");
     }
