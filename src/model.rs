@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use crate::args::{CommonArgs, DtypeArg, EngineArgs, KvCacheDtype, QuantizationArg};
 use crate::download::download;
 use crate::exit::{Failure, Result};
+use crate::signals;
 use crate::terminal::Terminal;
 
 /// A count with an optional unit: `k`, `m`, `g` are powers of 1000; `K`, `M`, `G` and `KiB`, `MiB`,
@@ -162,8 +163,10 @@ fn level() -> Result<Option<Level>> {
     })
 }
 
-/// Opens a model by path, hub id or name; every fault but that of a download is the model's.
+/// Opens a model by path, hub id or name; every fault but that of a download is the model's. A signal ends the
+/// command at once, which loses nothing yet.
 pub(crate) fn open(name: &str, terminal: &Terminal) -> Result<ModelSource> {
+    let _at_once = signals::end_at_once();
     let found = locate(name, terminal)?;
     found.open().map_err(|error| Failure::from(error).blame_data())
 }
@@ -184,12 +187,13 @@ pub(crate) fn load(name: &str, config: &EngineConfig, terminal: &Terminal) -> Re
     load_source(&open(name, terminal)?, config, terminal)
 }
 
-/// Loads a model that is open, saying so.
+/// Loads a model that is open, saying so. A signal ends the command at once, as in [`open`].
 pub(crate) fn load_source(
     source: &ModelSource,
     config: &EngineConfig,
     terminal: &Terminal,
 ) -> Result<Engine> {
+    let _at_once = signals::end_at_once();
     let begun = std::time::Instant::now();
     let engine = Engine::load(source, config)?;
     let took = begun.elapsed().as_secs_f64();

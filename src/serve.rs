@@ -15,7 +15,7 @@ use crate::args::{ApiArgs, GenerationConfig, LogprobsArg, MetricsCompat, ServeAr
 use crate::args_api::{DoorArgs, JsonList};
 use crate::exit::{Failure, Result};
 use crate::model;
-use crate::signals::Signals;
+use crate::signals::{self, Signals};
 use crate::sockets::{self, Access, Socket, Sockets};
 use crate::terminal::Terminal;
 
@@ -32,8 +32,10 @@ pub(crate) fn run(args: ServeArgs, terminal: &Terminal) -> Result<()> {
     };
     let sockets = Sockets::new(public, &args.api.door)?;
     let server_config = server_config(&args.model, &args.api, *terminal)?;
+    let at_once = signals::end_at_once();
     let signals = Signals::listen()?;
     let service = Service::start(model::load(&args.model, &config, terminal)?)?;
+    drop(at_once);
     host(service, server_config, sockets, (terminal, signals.wait()))
 }
 
@@ -46,15 +48,15 @@ pub(crate) fn host(
 ) -> Result<()> {
     let failed = |error: std::io::Error| Failure::running(format!("server: {error}"));
     let runtime = runtime().map_err(failed)?;
-    let (model, name) = (&config.model_names[0], sockets.name().map_err(failed)?);
-    terminal.info(&format!("{model}: serving at {name}"));
-    if let Some(name) = sockets.admin_name().map_err(failed)? {
-        terminal.info(&format!("{model}: administrated at {name}"));
-    }
+    let (model, name) = (config.model_names[0].clone(), sockets.name().map_err(failed)?);
+    let admin_name = sockets.admin_name().map_err(failed)?;
     runtime.block_on(async {
-        let (public, _public_file) = sockets.public.listener().map_err(failed)?;
-        let admin = sockets.admin.map(Socket::listener).transpose().map_err(failed)?;
-        let (admin, _admin_file) = admin.unzip();
+        let (public, _public_file) = sockets.public.listen()?;
+        let (admin, _admin_file) = sockets.admin.map(Socket::listen).transpose()?.unzip();
+        terminal.info(&format!("{model}: serving at {name}"));
+        if let Some(name) = admin_name {
+            terminal.info(&format!("{model}: administrated at {name}"));
+        }
         let listeners = Listeners { public, admin };
         server::serve(Arc::new(service), config, listeners, shutdown).await?;
         Ok(())
@@ -277,7 +279,9 @@ mod tests {
         let listener = sockets::tcp("test", "127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let client = std::thread::spawn(move || {
-            let mut stream = TcpStream::connect(address).unwrap();
+            // It listens when the server begins.
+            let mut streams = std::iter::repeat_with(|| TcpStream::connect(address));
+            let mut stream = streams.find_map(Result::ok).unwrap();
             let body = r#"{"prompt": "1+1=", "n": 2}"#;
             let length = body.len();
             write!(

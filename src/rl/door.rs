@@ -26,7 +26,7 @@ pub(super) fn point(metrics: &Metrics) -> RunPoint {
     }
 }
 
-/// An address that listens before the run begins, and how it is going to be served.
+/// An address that is held before the run begins, and how it is going to be served.
 pub(super) struct Door {
     sockets: Sockets,
     config: server::ServerConfig,
