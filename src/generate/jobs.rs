@@ -172,7 +172,7 @@ fn prompt(fields: &mut Fields, reader: &Reader<'_>) -> Result<Vec<u32>, Fault> {
             let template = reader.chat_template.ok_or_else(|| missing("messages"))?;
             let tokenizer = reader.tokenizer.ok_or_else(|| missing("messages"))?;
             let options = RenderOptions::new(std::time::SystemTime::now());
-            Ok(tokenizer.encode(&template.render(&messages, &options)?, AddSpecial::No)?)
+            Ok(template.encode(&messages, &options, tokenizer)?)
         }
         _ => {
             let message = "has not exactly one of prompt, prompt_token_ids and messages";

@@ -142,6 +142,21 @@ fn bad_lines_are_refused_by_number_before_anything_runs() {
 }
 
 #[test]
+fn a_message_that_spells_a_control_token_is_text() {
+    let folder = Folder::new();
+    let chat = json!({"messages": [{"role": "user", "content": "a</s>"}], "max_tokens": 1});
+    let text = json!({"prompt": "a</s>", "max_tokens": 1});
+    let input = folder.write("in.jsonl", &format!("{chat}\n{text}\n"));
+    let ran = run(&mut generate(&folder.tiny_model(), &input));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let bytes = |text: &str| text.bytes().map(|byte| u32::from(byte) + 3).collect::<Vec<u32>>();
+    let lines = sorted(&ran.stdout);
+    assert_eq!(lines[0]["prompt_token_ids"], json!(bytes("[user] a</s>\n[assistant] ")));
+    // The text of a prompt is the caller's own to steer.
+    assert_eq!(lines[1]["prompt_token_ids"].as_array().unwrap().last(), Some(&json!(2)));
+}
+
+#[test]
 fn stops_and_alternatives_are_reported() {
     let folder = Folder::new();
     let model = folder.tiny_model();

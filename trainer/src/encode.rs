@@ -120,25 +120,9 @@ impl PromptEncoder {
 
     /// The tokens of a prompt, however many.
     pub(crate) fn tokens(&self, prompt: &Prompt) -> Result<Vec<u32>> {
-        let text = self.text(prompt)?;
-        // A chat template writes its own special tokens.
-        let add = match self.template {
-            PromptTemplate::Chat => AddSpecial::No,
-            PromptTemplate::R1Zero | PromptTemplate::Raw => AddSpecial::Yes,
-        };
-        self.tokenizer.encode(&text, add).map_err(Error::engine)
-    }
-
-    /// The tokens of a completion, without end of text.
-    ///
-    /// # Errors
-    /// When the tokenizer's own rules fail on it.
-    pub fn encode_completion(&self, text: &str) -> Result<Vec<u32>> {
-        self.tokenizer.encode(text, AddSpecial::No).map_err(Error::engine)
-    }
-
-    fn text(&self, prompt: &Prompt) -> Result<String> {
-        Ok(match (self.template, prompt) {
+        let text = match (self.template, prompt) {
+            // A chat template writes its own special tokens.
+            (PromptTemplate::Chat, prompt) => return self.chat_tokens(prompt),
             (PromptTemplate::Raw, Prompt::Text(text)) => text.clone(),
             (PromptTemplate::Raw, Prompt::Messages(messages)) => {
                 messages.iter().map(|m| m.content.as_str()).collect::<Vec<_>>().join("\n")
@@ -150,26 +134,60 @@ impl PromptEncoder {
                 };
                 format!("{}{question}{}", R1_ZERO[0], R1_ZERO[1])
             }
-            (PromptTemplate::Chat, Prompt::Text(text)) => self.render(&[user(text)])?,
-            (PromptTemplate::Chat, Prompt::Messages(messages)) => {
-                let messages: Vec<_> = messages
-                    .iter()
-                    .map(|m: &Message| engine::Message::new(&m.role, &m.content))
-                    .collect();
-                self.render(&messages)?
-            }
-        })
+        };
+        self.tokenizer.encode(&text, AddSpecial::Yes).map_err(Error::engine)
     }
 
-    fn render(&self, messages: &[engine::Message]) -> Result<String> {
+    /// The tokens of a completion, without end of text.
+    ///
+    /// # Errors
+    /// When the tokenizer's own rules fail on it.
+    pub fn encode_completion(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokenizer.encode(text, AddSpecial::No).map_err(Error::engine)
+    }
+
+    fn chat_tokens(&self, prompt: &Prompt) -> Result<Vec<u32>> {
         let chat = self.chat.as_ref().expect("checked when the encoder was made");
+        let messages = match prompt {
+            Prompt::Text(text) => vec![engine::Message::new("user", text)],
+            Prompt::Messages(messages) => messages
+                .iter()
+                .map(|m: &Message| engine::Message::new(&m.role, &m.content))
+                .collect(),
+        };
         // A prompt must not depend on the day it is made.
         let mut options = RenderOptions::new(UNIX_EPOCH);
         options.generation_prompt = GenerationPrompt::Add;
-        chat.render(messages, &options).map_err(Error::engine)
+        chat.encode(&messages, &options, &self.tokenizer).map_err(Error::engine)
     }
 }
 
-fn user(text: &str) -> engine::Message {
-    engine::Message::new("user", text)
+#[cfg(test)]
+mod tests {
+    use engine::text::TokenizerConfig;
+
+    use super::*;
+
+    #[test]
+    fn a_chat_that_spells_a_control_token_is_text() {
+        let data = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/tiny-text/");
+        let read = |name: &str| std::fs::read_to_string(format!("{data}{name}")).unwrap();
+        let config =
+            TokenizerConfig::from_json_bytes(read("tokenizer_config.json").as_bytes()).unwrap();
+        let tokenizer = Tokenizer::from_json_bytes(read("tokenizer.json").as_bytes()).unwrap();
+        let tokenizer = Arc::new(tokenizer.with_config(config).unwrap());
+        let chat = ChatTemplate::new(&read("chat_template.jinja"), Default::default());
+        let chat = Arc::new(chat.unwrap());
+        let tokens = |template, prompt: &Prompt| {
+            let encoder = PromptEncoder::new((Some(&tokenizer), Some(&chat)), template, 99);
+            encoder.unwrap().encode(prompt).unwrap()
+        };
+        let bytes = |text: &str| text.bytes().map(|byte| u32::from(byte) + 3).collect::<Vec<u32>>();
+        let (role, content) = ("user".to_owned(), "a</s>".to_owned());
+        let text = Prompt::Text(content.clone());
+        for prompt in [&text, &Prompt::Messages(vec![Message { role, content }])] {
+            assert_eq!(tokens(PromptTemplate::Chat, prompt), bytes("[user] a</s>\n[assistant] "));
+        }
+        assert_eq!(tokens(PromptTemplate::Raw, &text).last(), Some(&2));
+    }
 }

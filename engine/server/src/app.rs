@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::hash::RandomState;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use engine::{Event, LogprobsMode, SamplingParams, Service};
@@ -13,7 +13,6 @@ use tokio::sync::watch;
 use crate::access::Keys;
 use crate::admin::Admin;
 use crate::api_error::ApiError;
-use crate::controls::Controls;
 use crate::cors::Cors;
 use crate::encode::Turns;
 use crate::error::{Error, Result};
@@ -207,8 +206,6 @@ pub(crate) struct App {
     pub(crate) outbox: Arc<Outbox<(usize, Event)>>,
     pub(crate) grammars: Grammars,
     pub(crate) encoding: Turns,
-    /// Looked for by the first chat.
-    pub(crate) controls: OnceLock<Controls>,
     /// Turns cache salts into numbers, by keys that nobody knows.
     pub(crate) salts: RandomState,
     started_s: u64,
@@ -239,7 +236,6 @@ impl App {
             outbox: Outbox::open(&service),
             grammars: Grammars::default(),
             encoding: Turns::of_processors(),
-            controls: OnceLock::new(),
             salts: RandomState::new(),
             started_s: now_s(),
             ids: AtomicU64::new(0),

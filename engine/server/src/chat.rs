@@ -10,7 +10,6 @@ use serde_json::{Map, Value, json};
 use crate::answer::{Choice, Usage};
 use crate::api_error::ApiError;
 use crate::app::App;
-use crate::controls::Controls;
 use crate::echo::PromptLogprobs;
 use crate::encode::{Texts, encode};
 use crate::fields::{BadField, Fields};
@@ -67,8 +66,8 @@ pub(crate) fn prompt(
     let tokenizer = app.service.tokenizer().ok_or_else(|| needs("messages", "a tokenizer"))?;
     let template =
         app.service.chat_template().ok_or_else(|| needs("messages", "a chat template"))?;
-    let controls = app.controls.get_or_init(|| Controls::of(tokenizer));
-    let spoken = controls.mark(messages, tools.map(|tools| &tools.list))?;
+    let spoken = tokenizer.controls().mark(messages, tools.map(|tools| &tools.list));
+    let spoken = spoken.map_err(|error| unprocessable("messages", &error))?;
     let options = RenderOptions {
         generation_prompt,
         tools: spoken.tools.as_ref(),

@@ -24,7 +24,6 @@ mod app;
 mod chat;
 mod completions;
 mod connection;
-mod controls;
 mod cors;
 mod echo;
 mod encode;

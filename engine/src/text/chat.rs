@@ -18,7 +18,7 @@ use std::time::SystemTime;
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value};
 use serde_json::Map;
 
-use super::{TokenizerConfig, methods, one_line, python};
+use super::{Tokenizer, TokenizerConfig, methods, one_line, python};
 use crate::error::{Error, Result};
 
 /// Longest template, in bytes; those of real models have up to 50,000. Each byte can nest an expression
@@ -175,7 +175,22 @@ impl ChatTemplate {
         })
     }
 
-    /// Text of a chat.
+    /// Tokens of a chat. Text of messages and tools that spells a control token stays text.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render), [`Controls::mark`](super::Controls::mark) and [`Tokenizer::encode`].
+    pub fn encode(
+        &self,
+        messages: &[Message],
+        options: &RenderOptions<'_>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Vec<u32>> {
+        let spoken = tokenizer.controls().mark(messages, options.tools)?;
+        let options = RenderOptions { tools: spoken.tools.as_ref(), ..options.clone() };
+        spoken.encode(&self.render(&spoken.messages, &options)?, tokenizer)
+    }
+
+    /// Text of a chat. A control token that a message spells is one there, see [`encode`](Self::encode).
     ///
     /// # Errors
     /// When the template refuses the messages (its own words), fails, or exceeds a limit.

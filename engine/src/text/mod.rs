@@ -7,6 +7,7 @@
 //! vocabularies in GGUF files, and Python's `clean_up_tokenization_spaces`.
 
 mod chat;
+mod controls;
 mod detokenizer;
 mod gguf_tokenizer;
 mod methods;
@@ -20,6 +21,7 @@ mod tokenizer_config;
 pub use chat::{
     ChatTemplate, GenerationPrompt, MAX_RENDERED_BYTES, MAX_TEMPLATE_BYTES, Message, RenderOptions,
 };
+pub use controls::{Controls, Spoken};
 pub use detokenizer::Detokenizer;
 pub use gguf_tokenizer::{GgufVocab, PRE_TOKENIZERS};
 pub(crate) use stop::check_stop_strings;

@@ -8,12 +8,13 @@
 //! and padding settings of the file are dropped, as `transformers` does unless asked.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 
 use serde_json::Value;
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::{Decoder, Model};
 
-use super::{TokenizerConfig, one_line};
+use super::{Controls, TokenizerConfig, one_line};
 use crate::error::{Error, Result};
 
 /// Largest token id a tokenizer may have; a larger one is a damaged file.
@@ -46,6 +47,8 @@ pub struct Tokenizer {
     config: TokenizerConfig,
     bos: Option<u32>,
     eos: Vec<u32>,
+    /// Looked for by the first chat.
+    controls: OnceLock<Controls>,
 }
 
 impl Tokenizer {
@@ -77,7 +80,8 @@ impl Tokenizer {
         let style = DecodeStyle::of(inner.get_decoder())?;
         let table = TokenTable::new(&inner, &style)?;
         let config = TokenizerConfig::default();
-        Ok(Self { inner, table, style, config, bos: None, eos: Vec::new() })
+        let controls = OnceLock::new();
+        Ok(Self { inner, table, style, config, bos: None, eos: Vec::new(), controls })
     }
 
     /// The same tokenizer with the model's `tokenizer_config.json`, which names its special tokens.
@@ -160,6 +164,11 @@ impl Tokenizer {
     /// Whether a token is special: it steers the model and is left out of text.
     pub fn is_special(&self, id: u32) -> bool {
         self.table.has(id, SPECIAL)
+    }
+
+    /// The special tokens as text, which messages of a chat may spell.
+    pub fn controls(&self) -> &Controls {
+        self.controls.get_or_init(|| Controls::of(self))
     }
 
     /// The token that begins a text.

@@ -2,33 +2,35 @@
 //!
 //! A chat template writes control tokens, such as those that end a turn, as text. The same text in a
 //! message would end the turn as well, and let a user speak as somebody else. Such places are marked before
-//! rendering and taken apart at their marks before tokenizing. Leaves out the prompts of the completions
-//! API, whose text is the caller's own to steer.
+//! rendering and taken apart at their marks before tokenizing. Leaves out prompts of plain text, which are
+//! the caller's own to steer.
 
-use engine::text::AddSpecial;
-use engine::{Message, Tokenizer};
 use serde_json::Value;
 
-use crate::fields::BadField;
+use super::{AddSpecial, Message, Tokenizer};
+use crate::error::{Error, Result};
 
 /// Code points that are never characters: one of them is the mark.
 const MARKS: std::ops::RangeInclusive<char> = '\u{fdd0}'..='\u{fdef}';
 
 /// The control tokens of a tokenizer, as text.
-#[derive(Debug, Default)]
-pub(crate) struct Controls {
+#[derive(Clone, Debug, Default)]
+pub struct Controls {
     texts: Vec<String>,
 }
 
-/// What a template is given: messages and tools.
-pub(crate) struct Spoken {
-    pub(crate) messages: Vec<Message>,
-    pub(crate) tools: Option<Value>,
+/// What a template is to be given: messages and tools that spell no control token.
+#[derive(Clone, Debug)]
+pub struct Spoken {
+    /// The messages.
+    pub messages: Vec<Message>,
+    /// The tools, a list.
+    pub tools: Option<Value>,
     mark: char,
 }
 
 impl Controls {
-    pub(crate) fn of(tokenizer: &Tokenizer) -> Self {
+    pub(super) fn of(tokenizer: &Tokenizer) -> Self {
         let ids = (0..u32::try_from(tokenizer.vocab_size()).unwrap_or(u32::MAX))
             .filter(|id| tokenizer.is_special(*id));
         let texts = ids.filter_map(|id| tokenizer.id_to_token(id));
@@ -40,11 +42,7 @@ impl Controls {
     ///
     /// # Errors
     /// When they hold every code point that could be the mark.
-    pub(crate) fn mark(
-        &self,
-        messages: &[Message],
-        tools: Option<&Value>,
-    ) -> Result<Spoken, BadField> {
+    pub fn mark(&self, messages: &[Message], tools: Option<&Value>) -> Result<Spoken> {
         let mut fields: Vec<Value> =
             messages.iter().map(|message| Value::Object(message.fields().clone())).collect();
         let mut tools = tools.cloned();
@@ -53,13 +51,12 @@ impl Controls {
         all().for_each(|value| note_marks(value, &mut used));
         let free = MARKS.zip(used).find(|(_, used)| !used).map(|(mark, _)| mark);
         let mark = free.ok_or_else(|| {
-            let message =
-                "messages hold all code points from U+FDD0 to U+FDEF, limit is 31 of them";
-            BadField::new("messages", message)
+            Error::request(
+                "messages hold all code points from U+FDD0 to U+FDEF, limit is 31 of them",
+            )
         })?;
         fields.iter_mut().chain(&mut tools).for_each(|value| self.mark_value(value, mark));
-        let messages = fields.into_iter().map(Message::from_json).collect::<Result<_, _>>();
-        let messages = messages.map_err(|error| BadField::new("messages", error.to_string()))?;
+        let messages = fields.into_iter().map(Message::from_json).collect::<Result<_>>()?;
         Ok(Spoken { messages, tools, mark })
     }
 
@@ -99,11 +96,11 @@ impl Controls {
 }
 
 impl Spoken {
-    /// The tokens of a rendered chat.
+    /// The tokens of the chat that was rendered as `text`.
     ///
     /// # Errors
     /// What [`Tokenizer::encode`] says.
-    pub(crate) fn encode(&self, text: &str, tokenizer: &Tokenizer) -> engine::Result<Vec<u32>> {
+    pub fn encode(&self, text: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         let mut tokens = Vec::new();
         for piece in text.split(self.mark) {
             tokens.extend(tokenizer.encode(piece, AddSpecial::No)?);
@@ -167,7 +164,7 @@ mod tests {
         assert_eq!(spoken.messages, messages);
         assert_eq!(spoken.mark, '\u{fdd2}');
         let all: String = MARKS.collect();
-        let bad = controls().mark(&[Message::new("user", &all)], None).err().unwrap();
-        assert_eq!(bad.param.as_deref(), Some("messages"));
+        let refused = controls().mark(&[Message::new("user", &all)], None).unwrap_err();
+        assert!(refused.to_string().contains("limit is 31"), "{refused}");
     }
 }
