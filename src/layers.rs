@@ -26,6 +26,8 @@ pub(crate) struct Parsed {
     pub(crate) run_config: Option<RunConfig>,
     /// Where the flags have their values from.
     pub(crate) origins: Origins,
+    /// What to say of a variable that was left out of account.
+    pub(crate) note: Option<String>,
 }
 
 /// Where a flag has its value from; later ones win.
@@ -87,9 +89,13 @@ pub(crate) fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Parse
         in_file = flags;
     }
     let origins = origins(sub, given, &in_file);
+    let note = flag_of(sub, "port").filter(|arg| arg.get_env().is_none());
+    let note = note.and_then(|_| injected("ENGINE_PORT")).map(|value| {
+        format!("ENGINE_PORT={value} is the address of a service, not a port, and has no effect")
+    });
     let Some(matches) = self::matches(&grammar, &args)? else { return Ok(None) };
     let cli = Cli::from_arg_matches(&matches).map_err(|error| usage(&error))?;
-    Ok(Some(Parsed { command: cli.command, run_config, origins }))
+    Ok(Some(Parsed { command: cli.command, run_config, origins, note }))
 }
 
 /// The command that was asked for.
@@ -135,6 +141,9 @@ fn with_variables(command: clap::Command) -> clap::Command {
         if arg.get_action().takes_values() || matches!(arg.get_action(), ArgAction::SetTrue) {
             // Leaked once per flag and process: clap keeps names for as long as it likes.
             let name = format!("ENGINE_{}", arg.get_id().as_str().to_ascii_uppercase());
+            if arg.get_id() == "port" && injected(&name).is_some() {
+                return arg;
+            }
             let alone = matches!(arg.get_action(), ArgAction::SetTrue);
             let arg = arg.env(&*Box::leak(name.into_boxed_str())).hide_env(true);
             // What stands alone on the command line is 1 or 0, yes or no, true or false here.
@@ -148,6 +157,14 @@ fn with_variables(command: clap::Command) -> clap::Command {
     names
         .iter()
         .fold(command.mut_args(named), |command, name| command.mut_subcommand(name, with_variables))
+}
+
+/// The value of a variable that Kubernetes sets in every pod: a Service called `engine` gives them
+/// `ENGINE_PORT=tcp://10.0.0.1:8000`.
+fn injected(name: &str) -> Option<String> {
+    let value = std::env::var(name).ok()?;
+    let address = ["tcp://", "udp://", "sctp://"].iter().any(|scheme| value.starts_with(scheme));
+    address.then_some(value)
 }
 
 fn matches(grammar: &clap::Command, args: &[OsString]) -> Result<Option<ArgMatches>> {

@@ -62,7 +62,10 @@ fn main() -> ExitCode {
 }
 
 fn run(parsed: Parsed, terminal: &Terminal) -> Result<()> {
-    let Parsed { command, run_config, origins } = parsed;
+    let Parsed { command, run_config, origins, note } = parsed;
+    if let Some(note) = note {
+        terminal.warn(&note);
+    }
     match command {
         Command::Serve(args) => serve::run(args, terminal),
         Command::Generate(args) => generate::run(&args, terminal),

@@ -155,6 +155,29 @@ fn flags_that_stand_alone_are_switched_by_their_variables() {
 }
 
 #[test]
+fn a_port_that_is_the_address_of_a_service_is_left_out_of_account() {
+    let folder = Folder::new();
+    let config = folder.write("c.toml", "port = 0\n");
+    let serve = |port: &str| {
+        let mut command = engine();
+        command.args(["serve", "/nowhere", "--config"]).arg(&config).env("ENGINE_PORT", port);
+        run(&mut command)
+    };
+    for port in ["tcp://10.0.0.1:8000", "udp://10.0.0.1:53", "sctp://[fd00::1]:9"] {
+        let ran = serve(port);
+        assert_eq!(ran.code, Some(3), "{ran:?}");
+        let lines: Vec<&str> = ran.stderr.lines().collect();
+        assert!(lines[0].starts_with(&format!("warning: ENGINE_PORT={port} is ")), "{ran:?}");
+        assert!(lines[1].starts_with("error: no model at \"/nowhere\""), "{ran:?}");
+    }
+    let ran = serve("http://10.0.0.1");
+    assert_eq!(ran.code, Some(2), "{ran:?}");
+    // Commands without a port say nothing of it.
+    let ran = run(engine().arg("doctor").env("ENGINE_PORT", "tcp://10.0.0.1:8000"));
+    assert_eq!((ran.code, ran.stderr.contains("ENGINE_PORT")), (Some(0), false), "{ran:?}");
+}
+
+#[test]
 fn bad_models_are_named_in_one_line() {
     let folder = Folder::new();
     let prompts = folder.write("in.jsonl", "{\"prompt\": \"a\"}\n");
