@@ -25,7 +25,7 @@ use trainer::loss::{ChoiceKey, LossOutput, TokenBatch};
 use trainer::metrics::{Metrics, name};
 use trainer::trackers::Trackers;
 use trainer::verifier::{Judge, Verdict};
-use trainer::{PromptEncoder, RlConfig, Rows, train_rows};
+use trainer::{Progress, PromptEncoder, RlConfig, Rows, begin_anew, train_rows};
 
 use super::{Opened, text};
 use crate::exit::{Failure, Result};
@@ -50,10 +50,13 @@ pub(crate) fn run(
         "--device {device} leaves out validation, samples, checkpoints, --resume and the report"
     ));
     let folder = Path::new(&config.trainer.output);
+    let _lock = begin_anew(folder, &config.model.path, &mut |progress| {
+        if let Progress::Note(note) = progress {
+            terminal.info(&note);
+        }
+    })?;
     let path = folder.join("config.toml");
-    fs::create_dir_all(folder)
-        .and_then(|()| fs::write(&path, config.to_toml()))
-        .map_err(|error| Failure::unwritable(&path, &error))?;
+    fs::write(&path, config.to_toml()).map_err(|error| Failure::unwritable(&path, &error))?;
     let path = folder.join("metrics.jsonl");
     let mut trackers = Trackers::open(&config.trainer, None)?;
     let total = config.trainer.total_steps;

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 /// Keeps other runs out of a folder for as long as it lives.
 #[derive(Debug)]
 #[must_use = "the folder is free again when the lock is dropped"]
-pub(crate) struct RunLock {
+pub struct RunLock {
     _file: File,
 }
 

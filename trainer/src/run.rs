@@ -178,6 +178,19 @@ pub fn run_rl_serving(
     Ok(ended)
 }
 
+/// Makes way in the folder `output` for a run from the start whose steps are the caller's own, on the model at
+/// `model`: what an older run left is moved aside. No other run writes to the folder while the lock lives.
+///
+/// # Errors
+/// When another run has the folder, the model lies among what would be moved, or the folder cannot be changed.
+pub fn begin_anew(output: &Path, model: &str, tell: &mut dyn FnMut(Progress)) -> Result<RunLock> {
+    let lock = RunLock::take(output)?;
+    let store = CheckpointStore::open(output, 0)?;
+    store.check_start(model)?;
+    make_way(&store, None, tell)?;
+    Ok(lock)
+}
+
 /// Moves aside what does not belong to a run from `checkpoint`, or from the start, and says where it is.
 pub(crate) fn make_way(
     store: &CheckpointStore,
@@ -378,5 +391,40 @@ impl Run {
         let Checkpoint { path, step } = writer.publish()?;
         self.saved = Some(step);
         Ok(path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TestDir;
+
+    #[test]
+    fn a_run_of_ones_own_keeps_what_an_older_one_left_and_others_out() {
+        let dir = TestDir::new("anew");
+        dir.write("metrics.jsonl", "{}\n");
+        dir.write("config.toml", "old");
+        let checkpoint = dir.path().join("checkpoints/step_3");
+        std::fs::create_dir_all(&checkpoint).unwrap();
+        let begin = |model: &str| begin_anew(dir.path(), model, &mut |_| {});
+        let within = begin(checkpoint.to_str().unwrap()).unwrap_err();
+        assert!(within.to_string().contains("lies among the checkpoints"), "{within}");
+        let mut notes = Vec::new();
+        let lock = begin_anew(dir.path(), "builtin:arith", &mut |progress| match progress {
+            Progress::Note(note) => notes.push(note),
+            other => panic!("{other:?}"),
+        });
+        let lock = lock.unwrap();
+        assert!(notes[0].starts_with("what an older run left is now in "), "{notes:?}");
+        let left = |name: &str| dir.path().join(name).exists();
+        assert!(!left("metrics.jsonl") && !left("config.toml") && !left("checkpoints/step_3"));
+        let old = |name: &str| dir.path().join("checkpoints.old-1").join(name);
+        assert_eq!(std::fs::read_to_string(old("metrics.jsonl")).unwrap(), "{}\n");
+        assert_eq!(std::fs::read_to_string(old("config.toml")).unwrap(), "old");
+        assert!(old("step_3").is_dir());
+        let taken = begin("builtin:arith").unwrap_err();
+        assert!(matches!(taken.kind(), ErrorKind::Config(_)), "{taken}");
+        drop(lock);
+        let _again = begin("builtin:arith").unwrap();
     }
 }
