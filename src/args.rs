@@ -89,7 +89,8 @@ const GENERATE_EXAMPLES: &str = concat!(
     "\n",
     "A line of the input has one of \"prompt\" (string), \"prompt_token_ids\" (array) or \"messages\"\n",
     "(chat), optionally \"id\" and any sampling parameter. When --output exists, prompts whose samples\n",
-    "are all in it are skipped.",
+    "are all in it are skipped; it is refused if they are of another prompt, model, seed or other sampling\n",
+    "parameters.",
 );
 
 const SCORE_EXAMPLES: &str = concat!(

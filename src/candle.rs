@@ -14,8 +14,8 @@ use engine::text::{Detokenizer, SkipSpecial};
 use engine::{ChatTemplate, EngineConfig, GenerationDefaults, Tokenizer, load_text};
 
 use crate::exit::{Failure, Result};
-use crate::model;
 use crate::terminal::Terminal;
+use crate::{fingerprint, model};
 
 pub(crate) use generate::run as generate;
 pub(crate) use rl::run as rl;
@@ -31,6 +31,8 @@ struct Opened {
     generation: GenerationDefaults,
     /// Tokens that end a text.
     eos: Vec<u32>,
+    /// Number of the model: see [`fingerprint::model`].
+    fingerprint: u64,
 }
 
 impl Opened {
@@ -48,7 +50,9 @@ impl Opened {
         let (tokenizer, chat_template) = load_text(&source)?;
         let engine = CandleEngine::load(&source, &device, config)?;
         terminal.info(&format!("{} on {name}, {:?}", source.name(), engine.model().dtype()));
+        let form = format!("candle {:?}", engine.model().dtype());
         Ok(Self {
+            fingerprint: fingerprint::model(&source, &form)?,
             engine,
             tokenizer: tokenizer.map(Arc::new),
             chat_template: chat_template.map(Arc::new),

@@ -2,11 +2,12 @@
 //!
 //! Every line is read and checked before the first token is computed. A line without a seed gets one
 //! made of `--seed` and its index, so a run that was interrupted goes on with the samples it would have
-//! had.
+//! had. Results of another model, seed or other parameters are never gone on with.
 
 mod jobs;
 
 use std::collections::{HashMap, VecDeque};
+use std::path::Path;
 
 use engine::{Engine, Event, FinishReason, Finished, RequestId, StopReason, Token};
 use serde::Serialize;
@@ -18,10 +19,10 @@ use crate::exit::{Failure, Result};
 use crate::input::Input;
 use crate::output::Output;
 use crate::progress::Progress;
-use crate::resume::Done;
+use crate::resume::{Difference, Done};
 use crate::signals::Signals;
 use crate::terminal::Terminal;
-use crate::{candle, model};
+use crate::{candle, fingerprint, model};
 
 pub(crate) use jobs::{Job, Reader};
 
@@ -33,8 +34,12 @@ pub(crate) fn run(args: &GenerateArgs, terminal: &Terminal) -> Result<()> {
     let input = prompts(args)?;
     let signals = Signals::listen()?;
     let config = model::serving_config(&args.common, &args.engine)?;
-    let mut engine = model::load(&args.model, &config, terminal)?;
-    let jobs = Reader::of(&engine).read(&input, args, terminal)?;
+    let source = model::open(&args.model, terminal)?;
+    let mut engine = model::load_source(&source, &config, terminal)?;
+    let quantised = engine.decoder().weights.quantised();
+    let form = format!("{} {quantised} {:?}", engine.dtype().name(), config.kv_dtype);
+    let model = fingerprint::model(&source, &form)?;
+    let jobs = Reader::of(&engine, model).read(&input, args, terminal)?;
     let (done, output) = results(args, &jobs, terminal)?;
     let window = config.max_num_seqs.saturating_mul(2);
     Run::new(jobs, done, output, terminal).finish(&mut engine, &signals, window)
@@ -56,7 +61,9 @@ pub(crate) fn results(
         Some(path) => (Done::read(path)?, Output::append(path)?),
         None => (Done::default(), Output::stdout()),
     };
-    check_done(&done, jobs)?;
+    if let Some(path) = &args.output {
+        check_done(&done, jobs, path, terminal)?;
+    }
     if done.prompts() > 0 {
         let left = jobs.iter().filter(|job| done.count(job.index, job.samples()) < job.samples());
         terminal.info(&format!("going on: {} of {} prompts are left", left.count(), jobs.len()));
@@ -64,15 +71,28 @@ pub(crate) fn results(
     Ok((done, output))
 }
 
-/// Fails when the output belongs to other prompts.
-fn check_done(done: &Done, jobs: &[Job]) -> Result<()> {
-    match jobs.iter().find(|job| done.differs(job.index, &job.request.prompt)) {
-        None => Ok(()),
-        Some(job) => {
-            let index = job.index;
-            Err(Failure::data(format!("--output has another prompt for index {index}")))
-        }
+/// Fails when the output at `path` has samples that these jobs would not draw.
+fn check_done(done: &Done, jobs: &[Job], path: &Path, terminal: &Terminal) -> Result<()> {
+    let path = path.display();
+    for job in jobs {
+        let index = job.index;
+        let what = match done.difference(index, &job.request.prompt, &job.fingerprint) {
+            None => continue,
+            Some(Difference::Prompt) => format!("another prompt for index {index}"),
+            Some(Difference::Settings) => format!(
+                "samples of another model, seed or other sampling parameters for index {index}; choose another \
+                 --output"
+            ),
+        };
+        return Err(Failure::data(format!("--output {path} has {what}")));
     }
+    if done.unknown(jobs.iter().map(|job| job.index)) {
+        terminal.warn(&format!(
+            "--output {path} has samples of an older program, which may be of another model, seed or other \
+             sampling parameters; they are kept"
+        ));
+    }
+    Ok(())
 }
 
 /// A result, as it stands in the output.
@@ -90,6 +110,8 @@ struct Record<'a> {
     top_logprobs: Option<&'a [Vec<(u32, f32)>]>,
     finish_reason: &'static str,
     stop_reason: Option<Value>,
+    /// What the sample depends on besides its prompt.
+    fingerprint: &'a str,
 }
 
 /// A sample as far as it has come.
@@ -250,5 +272,6 @@ pub(crate) fn record<'a>(job: &'a Job, sample: &'a Sample, end: &End) -> impl Se
             StopReason::Token(token) => Value::from(*token),
             StopReason::Text(text) => Value::from(text.as_str()),
         }),
+        fingerprint: &job.fingerprint,
     }
 }

@@ -20,6 +20,7 @@ mod doctor;
 mod download;
 mod eval;
 mod exit;
+mod fingerprint;
 mod generate;
 mod input;
 mod layers;

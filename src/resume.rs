@@ -21,6 +21,15 @@ pub(crate) struct Done {
 struct Found {
     prompt: Vec<u32>,
     samples: HashSet<usize>,
+    /// Those of its samples; `None` is of an older program, which wrote none.
+    fingerprints: HashSet<Option<String>>,
+}
+
+/// How the samples of a prompt are not those that would be drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Difference {
+    Prompt,
+    Settings,
 }
 
 /// What is read back of a line.
@@ -29,6 +38,7 @@ struct Record {
     index: usize,
     sample: usize,
     prompt_token_ids: Vec<u32>,
+    fingerprint: Option<String>,
 }
 
 impl Done {
@@ -53,9 +63,14 @@ impl Done {
                 let (path, number) = (path.display(), number + 1);
                 Failure::data(format!("{path}: line {number} is no result of generate"))
             })?;
-            let found = || Found { prompt: record.prompt_token_ids, samples: HashSet::new() };
+            let found = || Found {
+                prompt: record.prompt_token_ids,
+                samples: HashSet::new(),
+                fingerprints: HashSet::new(),
+            };
             let found = done.samples.entry(record.index).or_insert_with(found);
             found.samples.insert(record.sample);
+            found.fingerprints.insert(record.fingerprint);
         }
         if whole < bytes.len() {
             let file = OpenOptions::new().write(true).open(path);
@@ -80,8 +95,25 @@ impl Done {
         (0..n).filter(|sample| self.has(index, *sample)).count()
     }
 
-    /// Whether the file's prompt `index`, if it is there, is not `prompt`.
-    pub(crate) fn differs(&self, index: usize, prompt: &[u32]) -> bool {
-        self.samples.get(&index).is_some_and(|found| found.prompt != prompt)
+    /// How the file's prompt `index`, if it is there, and its samples are not those of `prompt` and
+    /// `fingerprint`.
+    pub(crate) fn difference(
+        &self,
+        index: usize,
+        prompt: &[u32],
+        fingerprint: &str,
+    ) -> Option<Difference> {
+        let found = self.samples.get(&index)?;
+        if found.prompt != prompt {
+            return Some(Difference::Prompt);
+        }
+        let mut others = found.fingerprints.iter().flatten();
+        others.any(|other| other != fingerprint).then_some(Difference::Settings)
+    }
+
+    /// Whether the file does not say how samples of one of these prompts were drawn.
+    pub(crate) fn unknown(&self, mut indices: impl Iterator<Item = usize>) -> bool {
+        let unknown = |found: &Found| found.fingerprints.contains(&None);
+        indices.any(|index| self.samples.get(&index).is_some_and(unknown))
     }
 }

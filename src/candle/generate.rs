@@ -63,6 +63,7 @@ impl Opened {
             generation: &self.generation,
             vocab_size: self.engine.model().config().vocab_size,
             max_model_len: self.engine.max_model_len(),
+            fingerprint: self.fingerprint,
         }
     }
 

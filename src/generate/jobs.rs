@@ -12,6 +12,7 @@ use server::{BadField, Fields};
 
 use crate::args::{GenerateArgs, SamplingArgs};
 use crate::exit::{Failure, Result};
+use crate::fingerprint;
 use crate::input::{Input, Line};
 use crate::terminal::Terminal;
 
@@ -22,12 +23,15 @@ pub(crate) struct Reader<'a> {
     pub(crate) generation: &'a GenerationDefaults,
     pub(crate) vocab_size: usize,
     pub(crate) max_model_len: usize,
+    /// Number of the model: see [`fingerprint::model`].
+    pub(crate) fingerprint: u64,
 }
 
 /// What a line does not say.
 struct Defaults {
     params: SamplingParams,
     seed: u64,
+    max_model_len: Option<u64>,
 }
 
 /// One prompt to work on.
@@ -35,6 +39,8 @@ pub(crate) struct Job {
     pub(crate) index: usize,
     pub(crate) id: Option<Value>,
     pub(crate) request: Request,
+    /// What its samples depend on besides the prompt: see [`fingerprint::sample`].
+    pub(crate) fingerprint: String,
 }
 
 impl Job {
@@ -44,14 +50,15 @@ impl Job {
 }
 
 impl<'a> Reader<'a> {
-    /// What `engine` reads with.
-    pub(crate) fn of(engine: &'a Engine) -> Self {
+    /// What `engine` reads with; `fingerprint` is the number of its model.
+    pub(crate) fn of(engine: &'a Engine, fingerprint: u64) -> Self {
         Self {
             tokenizer: engine.tokenizer(),
             chat_template: engine.chat_template(),
             generation: engine.generation_defaults(),
             vocab_size: engine.model().vocab_size,
             max_model_len: engine.max_model_len(),
+            fingerprint,
         }
     }
 
@@ -63,7 +70,8 @@ impl<'a> Reader<'a> {
         terminal: &Terminal,
     ) -> Result<Vec<Job>> {
         let params = defaults(&args.sampling, self)?;
-        read_jobs(input, self, &Defaults { params, seed: args.common.seed }, terminal)
+        let (seed, max_model_len) = (args.common.seed, args.engine.max_model_len);
+        read_jobs(input, self, &Defaults { params, seed, max_model_len }, terminal)
     }
 }
 
@@ -130,7 +138,8 @@ fn read_jobs(
                 unknown.push(name.to_owned());
             }
         }
-        jobs.push(Job { index, id, request: Request::new(prompt, params) });
+        let fingerprint = fingerprint::sample(reader.fingerprint, &params, defaults.max_model_len);
+        jobs.push(Job { index, id, request: Request::new(prompt, params), fingerprint });
     }
     Ok(jobs)
 }

@@ -88,6 +88,38 @@ fn an_interrupted_output_is_continued() {
     assert!(resumed.starts_with(&(lines[..7].join("\n") + "\n")));
     assert_eq!(sorted(&resumed), sorted(&whole));
 
+    // What is done is kept only if the same would be drawn again.
+    let again = |model: &Path, flags: &[&str]| {
+        let mut command = generate(model, &input);
+        command.args(flags).arg("--output").arg(&output);
+        command
+    };
+    let other = folder.path("other");
+    fs::rename(folder.path("tiny"), &other).unwrap();
+    assert_eq!(run(&mut again(&other, &["--max-tokens", "9"])).code, Some(0));
+    let refused = "out.jsonl has samples of another model, seed or other sampling parameters";
+    let nine = ["--max-tokens", "9"];
+    for flags in [["--seed", "1"], ["--temperature", "0.5"], ["--top-k", "3"], ["--dtype", "f32"]] {
+        fails(&mut again(&other, &[nine, flags].concat()), 3, refused);
+    }
+    fails(&mut again(&other, &["--max-tokens", "8"]), 3, refused);
+    fails(&mut again(Path::new("builtin:arith"), &nine), 3, "out.jsonl has ");
+    assert_eq!(fs::read_to_string(&output).unwrap(), resumed);
+    // An older program did not say what its samples are of.
+    let old: Vec<String> = json_lines(&whole)
+        .into_iter()
+        .map(|mut line| {
+            line.as_object_mut().unwrap().remove("fingerprint").unwrap();
+            line.to_string() + "\n"
+        })
+        .collect();
+    fs::write(&output, old.concat()).unwrap();
+    let ran = run(&mut again(&other, &["--seed", "1"]));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(ran.stderr.contains("out.jsonl has samples of an older program"), "{ran:?}");
+    assert_eq!(fs::read_to_string(&output).unwrap(), old.concat());
+    let model = other;
+
     fs::write(&input, "{\"prompt\": \"another\"}\n").unwrap();
     fails(generate(&model, &input).arg("--output").arg(&output), 3, "another prompt for index 0");
     fs::write(&output, "not json\n").unwrap();
