@@ -208,13 +208,13 @@ impl CallParser {
         if arguments.is_empty() || index >= self.most {
             return;
         }
-        let function = FunctionDelta { name: None, arguments };
-        match parsed.calls.last_mut().filter(|last| last.index == index) {
-            Some(last) if last.id.is_none() => {
-                last.function.arguments.push_str(&function.arguments)
-            }
-            _ => parsed.calls.push(CallDelta { index, id: None, r#type: None, function }),
+        // Clients that accumulate a stream expect one entry of a call in each of its pieces.
+        if let Some(last) = parsed.calls.last_mut().filter(|last| last.index == index) {
+            last.function.arguments.push_str(&arguments);
+            return;
         }
+        let function = FunctionDelta { name: None, arguments };
+        parsed.calls.push(CallDelta { index, id: None, r#type: None, function });
     }
 }
 
@@ -295,6 +295,7 @@ mod tests {
         let (mut content, mut calls) = (String::new(), Vec::<(String, String)>::new());
         let mut take = |parsed: Parsed| {
             content.push_str(&parsed.content);
+            assert!(parsed.calls.windows(2).all(|two| two[0].index < two[1].index), "{parsed:?}");
             for delta in parsed.calls {
                 if let Some(name) = delta.function.name {
                     assert_eq!((delta.index, delta.id.is_some()), (calls.len(), true));
@@ -331,7 +332,7 @@ mod tests {
         for (text, content, expected) in cases {
             let want = (content.to_owned(), expected);
             assert_eq!(calls(&text), want, "{text}");
-            for len in [1, 2, 3, 7] {
+            for len in [1, 2, 3, 7, text.len()] {
                 assert_eq!(pieces(&text, len), want, "{text} in pieces of {len}");
             }
         }
