@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use crate::api_error::ApiError;
 use crate::app::{App, LogEvent};
 use crate::limits::Limits;
-use crate::wire::{Wire, whole_answer};
+use crate::wire::{SharedWire, whole_answer};
 
 /// Connections that are being told that there is no place.
 const TURNED_AWAY: usize = 64;
@@ -126,16 +126,17 @@ where
         .max_headers(limits.max_headers)
         .max_header_size(limits.max_header_bytes)
         .max_buf_size(limits.max_header_bytes.max(Limits::MIN_HEADER_BYTES));
-    let io = TokioIo::new(Wire::new(io, limits));
-    let mut connection = pin!(http.serve_connection(io, TowerToHyperService::new(router)));
+    let wire = SharedWire::new(io, limits);
+    let (io, router) = (TokioIo::new(wire.clone()), TowerToHyperService::new(router));
+    let mut connection = pin!(http.serve_connection(io, router));
     // How a connection fails (reset, too slow, not HTTP) is its client's business, who has been told what
     // can be told; what it asked for has a log line of its own.
     let stopped = tokio::select! {
-        _ended = connection.as_mut() => return,
+        () = wire.drive(connection.as_mut()) => return,
         _ = stop.changed() => connection.as_mut(),
     };
     stopped.graceful_shutdown();
-    let _ended = connection.await;
+    wire.drive(connection).await;
 }
 
 /// Says that there is no place, and waits until that is read.

@@ -1,10 +1,14 @@
-//! A connection's bytes on their way out.
+//! A connection's bytes on their way.
 //!
-//! Fails when the client has taken none of them for too long, and puts OpenAI's error form in place of the
+//! Out: fails when the client has taken none of them for too long, and puts OpenAI's error form in place of the
 //! bare answers that hyper gives to heads it cannot read (400, 414, 431): those reach no route.
+//!
+//! In: notices that the client has left while hyper does not read, as it does not before an answer is out when
+//! bytes have come behind its request.
 
 use std::io;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -16,6 +20,12 @@ use crate::access::unique_name;
 use crate::api_error::ApiError;
 use crate::limits::Limits;
 
+/// Bytes that are read ahead of hyper. Behind as many, a client that leaves is noticed when its answer is written;
+/// until then it has its place among the connections.
+const AHEAD_BYTES: usize = 64 << 10;
+/// Bytes that are read at once then.
+const PIECE_BYTES: usize = 2 << 10;
+
 /// A socket, watched.
 pub(crate) struct Wire<I> {
     io: I,
@@ -23,7 +33,14 @@ pub(crate) struct Wire<I> {
     /// Runs while the client takes nothing.
     stalled: Option<Pin<Box<Sleep>>>,
     own: Option<Own>,
+    /// What has been read and hyper has not taken.
+    ahead: Vec<u8>,
+    /// Whether hyper waits for bytes.
+    awaited: bool,
 }
+
+/// A wire that hyper uses and whoever drives hyper looks after.
+pub(crate) struct SharedWire<I>(Arc<Mutex<Wire<I>>>);
 
 /// Bytes that are written in place of others.
 struct Own {
@@ -33,9 +50,40 @@ struct Own {
     instead_of: usize,
 }
 
-impl<I> Wire<I> {
+impl<I> Clone for SharedWire<I> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<I> SharedWire<I> {
     pub(crate) fn new(io: I, limits: Limits) -> Self {
-        Self { io, limits, stalled: None, own: None }
+        Self(Arc::new(Mutex::new(Wire::new(io, limits))))
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Wire<I>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<I: AsyncRead + Unpin> SharedWire<I> {
+    /// Drives `connection`, which is hyper's over this wire, to its end, or until the client has left.
+    pub(crate) async fn drive(&self, mut connection: Pin<&mut impl Future>) {
+        std::future::poll_fn(|cx| {
+            self.locked().awaited = false;
+            if connection.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(());
+            }
+            self.locked().poll_left(cx)
+        })
+        .await;
+    }
+}
+
+impl<I> Wire<I> {
+    fn new(io: I, limits: Limits) -> Self {
+        let (ahead, awaited) = (Vec::new(), false);
+        Self { io, limits, stalled: None, own: None, ahead, awaited }
     }
 
     /// The same outcome, unless it is to wait and there was too much of that.
@@ -55,13 +103,68 @@ impl<I> Wire<I> {
     }
 }
 
+impl<I: AsyncRead + Unpin> Wire<I> {
+    /// Ready when the client has left and hyper, which does not wait for bytes, cannot notice it.
+    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while !self.awaited && self.ahead.len() < AHEAD_BYTES {
+            let mut piece = [0; PIECE_BYTES];
+            let mut buf = ReadBuf::new(&mut piece);
+            let read = ready!(Pin::new(&mut self.io).poll_read(cx, &mut buf));
+            // How it has left (end or reset) is its own business.
+            if read.is_err() || buf.filled().is_empty() {
+                return Poll::Ready(());
+            }
+            self.ahead.extend_from_slice(buf.filled());
+        }
+        Poll::Pending
+    }
+}
+
 impl<I: AsyncRead + Unpin> AsyncRead for Wire<I> {
     fn poll_read(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(cx, buf)
+        let this = self.get_mut();
+        if !this.ahead.is_empty() {
+            let taken = this.ahead.len().min(buf.remaining());
+            buf.put_slice(&this.ahead[..taken]);
+            this.ahead.drain(..taken);
+            this.awaited = false;
+            return Poll::Ready(Ok(()));
+        }
+        let read = Pin::new(&mut this.io).poll_read(cx, buf);
+        this.awaited = read.is_pending();
+        read
+    }
+}
+
+impl<I: AsyncRead + Unpin> AsyncRead for SharedWire<I> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.locked()).poll_read(cx, buf)
+    }
+}
+
+impl<I: AsyncWrite + Unpin> AsyncWrite for SharedWire<I> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.locked()).poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.locked()).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.locked()).poll_shutdown(cx)
     }
 }
 

@@ -294,3 +294,47 @@ async fn a_unix_socket_serves_like_any_other() {
     assert!(text.starts_with("HTTP/1.1 200") && text.ends_with("{\"status\":\"ok\"}"), "{text}");
     std::fs::remove_file(&path).unwrap();
 }
+
+/// Held back, the requests would not end by themselves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_leaves_is_noticed_whatever_came_behind_the_request() {
+    let server = open(|_| {}).await;
+    server.service.pause(engine::PauseMode::Keep).unwrap();
+    let waits = async |waiting: usize| {
+        let reached = async {
+            while server.service.status().waiting != waiting {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(Duration::from_secs(20), reached).await.expect("as many requests wait");
+    };
+    let next = String::from_utf8(HEALTH.to_vec()).unwrap();
+    for behind in ["", "\r\n", &next, &next.repeat(100)] {
+        for half in [true, false] {
+            let mut client = server.connect().await;
+            write_post(&mut client, &greedy(json!({"prompt": "a"}))).await;
+            waits(1).await;
+            client.write_all(behind.as_bytes()).await.unwrap();
+            if half {
+                client.shutdown().await.unwrap();
+                waits(0).await;
+            }
+            drop(client);
+            waits(0).await;
+        }
+    }
+    // What was read ahead is answered in its turn.
+    let mut client = server.connect().await;
+    write_post(&mut client, &greedy(json!({"prompt": "a"}))).await;
+    client.write_all(HEALTH).await.unwrap();
+    waits(1).await;
+    server.service.resume().unwrap();
+    let mut text = String::new();
+    client.read_to_string(&mut text).await.unwrap();
+    let status = |line: &str| text.matches(line).count();
+    assert_eq!(
+        (status("HTTP/1.1 200"), text.ends_with("{\"status\":\"ok\"}")),
+        (2, true),
+        "{text}"
+    );
+}
