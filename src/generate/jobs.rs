@@ -177,8 +177,8 @@ fn prompt(fields: &mut Fields, reader: &Reader<'_>) -> Result<Vec<u32>, Fault> {
             Ok(tokenizer.encode(&text, AddSpecial::Yes)?)
         }
         (None, None, Some(chat)) => {
-            let messages = server::messages(&chat)?;
             let template = reader.chat_template.ok_or_else(|| missing("messages"))?;
+            let messages = server::messages(&chat, template)?;
             let tokenizer = reader.tokenizer.ok_or_else(|| missing("messages"))?;
             let options = RenderOptions::new(std::time::SystemTime::now());
             Ok(template.encode(&messages, &options, tokenizer)?)

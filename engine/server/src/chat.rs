@@ -2,8 +2,8 @@
 
 use std::time::SystemTime;
 
-use engine::Event;
 use engine::text::{GenerationPrompt, RenderOptions};
+use engine::{ChatTemplate, Event};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -42,31 +42,33 @@ pub(crate) fn read(
     let Some(list) = fields.take("messages") else {
         return Err(BadField::new("messages", "messages is missing").into());
     };
-    let extra = variables(app, fields)?;
-    let (messages, prompt) = (messages(&list)?, GenerationPrompt::Add);
-    let prompt = self::prompt(app, &messages, (tools, extra, prompt), texts)?;
+    let how = (tools, variables(app, fields)?, GenerationPrompt::Add);
+    let prompt = prompt(app, &list, how, texts)?;
     Ok(Asked::new(vec![prompt], params, logprobs))
 }
 
 /// Takes the variables that a request gives to the chat template.
 pub(crate) fn variables(app: &App, fields: &mut Fields) -> Result<Map<String, Value>, ApiError> {
-    let template =
-        app.service.chat_template().ok_or_else(|| needs("messages", "a chat template"))?;
-    Ok(template_variables(fields, template)?)
+    Ok(template_variables(fields, template(app)?)?)
 }
 
-/// The tokens of a conversation, with the tools that are offered, further variables of the template and how
-/// it ends.
+fn template(app: &App) -> Result<&ChatTemplate, ApiError> {
+    let template = app.service.chat_template();
+    template.map(AsRef::as_ref).ok_or_else(|| needs("messages", "a chat template"))
+}
+
+/// The tokens of a conversation, a list of messages, with the tools that are offered, further variables of the
+/// template and how it ends.
 pub(crate) fn prompt(
     app: &App,
-    messages: &[engine::Message],
+    list: &Value,
     (tools, extra, generation_prompt): (Option<&Tools>, Map<String, Value>, GenerationPrompt),
     texts: Texts,
 ) -> Result<Vec<u32>, ApiError> {
     let tokenizer = app.service.tokenizer().ok_or_else(|| needs("messages", "a tokenizer"))?;
-    let template =
-        app.service.chat_template().ok_or_else(|| needs("messages", "a chat template"))?;
-    let spoken = tokenizer.controls().mark(messages, tools.map(|tools| &tools.list));
+    let template = template(app)?;
+    let messages = messages(list, template)?;
+    let spoken = tokenizer.controls().mark(&messages, tools.map(|tools| &tools.list));
     let spoken = spoken.map_err(|error| unprocessable("messages", &error))?;
     let options = RenderOptions {
         generation_prompt,

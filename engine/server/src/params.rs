@@ -2,7 +2,7 @@
 //!
 //! Shared by both APIs and by the offline batch command, so a parameter means the same everywhere.
 
-use engine::{EosRule, GenerationDefaults, Message, SamplingParams, StopText};
+use engine::{ChatTemplate, EosRule, GenerationDefaults, Message, SamplingParams, StopText};
 use serde_json::{Map, Value};
 
 use crate::fields::{BadField, Fields, kind};
@@ -153,11 +153,12 @@ pub(crate) fn at_most(name: &str, entries: usize, limit: usize) -> Result<(), Ba
     Err(BadField::new(name, format!("{name} has {entries} entries, limit is {limit}")))
 }
 
-/// The messages of a chat; content is a string or an array of text parts.
+/// The messages of a chat; content is a string or an array of text parts, which become lines as in vLLM.
+/// OpenAI's newer name for the role `system`, `developer`, is kept where `template` mentions it.
 ///
 /// # Errors
 /// When they are not a non-empty array of objects with a role, or hold something other than text.
-pub fn messages(value: &Value) -> Result<Vec<Message>, BadField> {
+pub fn messages(value: &Value, template: &ChatTemplate) -> Result<Vec<Message>, BadField> {
     let bad = |message: String| BadField::new("messages", message);
     let Value::Array(list) = value else {
         return Err(bad(format!("messages is {}, expected an array of messages", kind(value))));
@@ -175,14 +176,16 @@ pub fn messages(value: &Value) -> Result<Vec<Message>, BadField> {
                     kind(item)
                 )));
             };
-            message(map).map_err(|why| bad(format!("messages[{index}] {why}")))
+            message(map, template).map_err(|why| bad(format!("messages[{index}] {why}")))
         })
         .collect()
 }
 
-fn message(map: &Map<String, Value>) -> Result<Message, String> {
+fn message(map: &Map<String, Value>, template: &ChatTemplate) -> Result<Message, String> {
     let role = match map.get("role") {
-        Some(Value::String(role)) => role.clone(),
+        // A template that does not know it would leave the message out.
+        Some(Value::String(role)) if role == "developer" && !template.mentions(role) => "system",
+        Some(Value::String(role)) => role,
         Some(other) => return Err(format!("has a role that is {}", kind(other))),
         None => return Err("has no role".to_owned()),
     };
@@ -194,7 +197,9 @@ fn message(map: &Map<String, Value>) -> Result<Message, String> {
     let called = role == "assistant" && map.get("tool_calls").is_some_and(used);
     let content = match map.get("content") {
         Some(Value::String(text)) => text.clone(),
-        Some(Value::Array(parts)) => parts.iter().map(part).collect::<Result<_, _>>()?,
+        Some(Value::Array(parts)) => {
+            parts.iter().map(part).collect::<Result<Vec<_>, _>>()?.join("\n")
+        }
         None | Some(Value::Null) if called => String::new(),
         None | Some(Value::Null) => return Err("has no content".to_owned()),
         Some(other) => return Err(format!("has content that is {}", kind(other))),
@@ -202,8 +207,9 @@ fn message(map: &Map<String, Value>) -> Result<Message, String> {
     // The template reads what else it knows: `name`, `reasoning_content`.
     let mut fields: Map<String, Value> =
         map.iter().filter(|(_, v)| used(v)).map(|(k, v)| (k.clone(), v.clone())).collect();
+    fields.insert("role".to_owned(), Value::from(role));
     fields.insert("content".to_owned(), Value::String(content));
-    match role.as_str() {
+    match role {
         "assistant" if called => {
             fields.insert("tool_calls".to_owned(), crate::tools::calls(map)?);
         }
@@ -321,9 +327,10 @@ mod tests {
 
     #[test]
     fn messages_are_text() {
-        let read = |json: &str| messages(&serde_json::from_str(json).unwrap());
+        let template = ChatTemplate::new("", Map::new()).unwrap();
+        let read = |json: &str| messages(&serde_json::from_str(json).unwrap(), &template);
         let parts = r#"[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]"#;
-        assert_eq!(read(parts).unwrap()[0], Message::new("user", "ab"));
+        assert_eq!(read(parts).unwrap()[0], Message::new("user", "a\nb"));
         // The template reads what it knows of the rest; what a client leaves out it says with null.
         let history = r#"[{"role": "assistant", "content": null, "name": null, "reasoning_content": "hm",
             "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{\"a\": 1}"}}]}]"#;
@@ -345,5 +352,17 @@ mod tests {
             message(image),
             "messages[0] has a part that is not text, which this server does not offer"
         );
+    }
+    #[test]
+    fn developers_are_systems_where_the_template_does_not_know_them() {
+        let list = serde_json::json!([{"role": "developer", "content": "x"}]);
+        for (source, role) in [
+            ("{% if m.role == 'system' %}", "system"),
+            ("{% if m.role == 'developer' %}", "developer"),
+        ] {
+            let template =
+                ChatTemplate::new(&format!("{source}{{% endif %}}"), Map::new()).unwrap();
+            assert_eq!(messages(&list, &template).unwrap(), [Message::new(role, "x")]);
+        }
     }
 }

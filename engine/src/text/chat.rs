@@ -161,6 +161,11 @@ impl ChatTemplate {
         RESERVED.contains(&name) || name == "documents" || self.special_tokens.contains_key(name)
     }
 
+    /// Whether `word` is somewhere in the template's source.
+    pub fn mentions(&self, word: &str) -> bool {
+        self.env.templates().any(|(_, template)| template.source().contains(word))
+    }
+
     fn add(&mut self, name: &'static str, source: &str) -> Result<()> {
         if source.len() > MAX_TEMPLATE_BYTES {
             let bytes = source.len();

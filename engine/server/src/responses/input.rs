@@ -73,19 +73,20 @@ fn push(list: &mut Vec<Value>, item: &Map<String, Value>) -> Result<(), String> 
 
 fn message(item: &Map<String, Value>) -> Result<Value, String> {
     let role = match string(item, "role")? {
-        role @ ("user" | "assistant" | "system") => role,
-        "developer" => "system",
+        role @ ("user" | "assistant" | "system" | "developer") => role,
         _ => return Err("has a role other than user, assistant, system and developer".to_owned()),
     };
     let content = content(item.get("content")).map_err(|why| format!("content {why}"))?;
     Ok(json!({"role": role, "content": content}))
 }
 
-/// Text, or the text of its parts.
+/// Text, or the text of its parts, which become lines as those of a chat do.
 fn content(value: Option<&Value>) -> Result<String, String> {
     match value {
         Some(Value::String(text)) => Ok(text.clone()),
-        Some(Value::Array(parts)) => parts.iter().map(part).collect(),
+        Some(Value::Array(parts)) => {
+            Ok(parts.iter().map(part).collect::<Result<Vec<_>, _>>()?.join("\n"))
+        }
         Some(other) => Err(format!("is {}, expected a string or an array of parts", kind(other))),
         None => Err("is missing".to_owned()),
     }
@@ -130,8 +131,8 @@ mod tests {
         let chats = |id: &str| json!({"id": id, "type": "function", "function": {"name": "f", "arguments": "{}"}});
         let expected = json!([
             {"role": "system", "content": "rules"},
-            {"role": "system", "content": "be brief"},
-            {"role": "user", "content": "ab"},
+            {"role": "developer", "content": "be brief"},
+            {"role": "user", "content": "a\nb"},
             {"role": "assistant", "tool_calls": [chats("1"), chats("2")]},
             {"role": "tool", "tool_call_id": "1", "content": "x"},
             {"role": "tool", "tool_call_id": "2", "content": "y"},

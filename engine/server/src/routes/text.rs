@@ -52,7 +52,7 @@ pub(super) async fn tokenize(app: State<Arc<App>>, headers: HeaderMap, body: Bod
                     Some(true) | None => GenerationPrompt::Add,
                 };
                 let with = (tools.as_ref(), chat::variables(app, fields)?, end);
-                chat::prompt(app, &crate::params::messages(&list)?, with, Texts::All)?
+                chat::prompt(app, &list, with, Texts::All)?
             }
             _ => return Err(BadField::new("prompt", "either prompt or messages is needed").into()),
         };
