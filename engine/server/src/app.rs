@@ -56,7 +56,8 @@ pub struct ServerConfig {
     pub metrics: MetricsNames,
     /// What becomes of a request with a field that nothing here knows.
     pub unknown_fields: UnknownFields,
-    /// Which distribution reported log-probabilities are of; those of prompts are always raw.
+    /// Which distribution reported log-probabilities are of; those of prompts are always raw, and those of
+    /// `/inference/v1/generate` of the one that was drawn from.
     pub logprobs_mode: LogprobsMode,
     /// Receives what is worth a log line; must not block.
     pub log: Option<Log>,

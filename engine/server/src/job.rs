@@ -114,12 +114,12 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    /// Reads a body and hands what it asks for to the engine. Takes processor time (template,
-    /// tokenizer) and waits for the engine's thread: not for an async thread.
+    /// Reads a body and hands what it asks for to the engine, which is to report log-probabilities by `logprobs_mode`.
+    /// Takes processor time (template, tokenizer) and waits for the engine's thread: not for an async thread.
     pub(crate) fn start(
         app: &App,
         visit: Visit,
-        api: Api,
+        (api, logprobs_mode): (Api, LogprobsMode),
         mut fields: Fields,
     ) -> Result<Self, ApiError> {
         check_model(app, &mut fields)?;
@@ -154,7 +154,7 @@ impl Job {
             constraint: constraint.clone(),
             cache_salt: about.salt,
             prompt_logprobs: scored,
-            logprobs_mode: app.config.logprobs_mode,
+            logprobs_mode,
             continuation,
             ..Request::new(prompt.clone(), params.clone())
         });
@@ -180,7 +180,7 @@ impl Job {
             tokenizer: app.service.tokenizer().cloned(),
             tools,
             generation,
-            logprobs_mode: app.config.logprobs_mode,
+            logprobs_mode,
             keep_alive: app.config.keep_alive,
             visit,
         };

@@ -201,8 +201,9 @@ async fn generate(
     headers: &HeaderMap,
     body: Body,
 ) -> std::result::Result<Response, ApiError> {
-    let start =
-        move |app: &App, visit, body: &[u8]| Job::start(app, visit, api, Fields::parse(body)?);
+    let start = move |app: &App, visit, body: &[u8]| {
+        Job::start(app, visit, (api, app.config.logprobs_mode), Fields::parse(body)?)
+    };
     let job = read(app, headers, body, start).await?;
     match job.delivery {
         Delivery::Whole => whole(job).await,

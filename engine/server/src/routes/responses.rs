@@ -15,7 +15,8 @@ use crate::responses::{Converted, convert, output, renamed};
 pub(super) async fn create(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
     let start = |app: &App, visit, body: &[u8]| {
         let Converted { chat, echo } = convert(app, body)?;
-        let mut job = Job::start(app, visit, Api::Chat, chat).map_err(renamed)?;
+        let how = (Api::Chat, app.config.logprobs_mode);
+        let mut job = Job::start(app, visit, how, chat).map_err(renamed)?;
         job.rename("resp_");
         Ok((job, echo))
     };

@@ -1,7 +1,9 @@
 //! `POST /tokenize` and `/detokenize` with vLLM's bodies, `GET /version`, and `POST /inference/v1/generate`:
 //! token ids in, token ids with log-probabilities and the weights that drew them out, whole or (`tokens.rs`) streamed.
 //!
-//! The last keeps text out of the loop of whoever trains elsewhere: what is sampled is what is trained on.
+//! The last keeps text out of the loop of whoever trains elsewhere: what is sampled is what is trained on, and
+//! log-probabilities, those of alternatives too, are of the distribution that was drawn from, whatever
+//! [`ServerConfig::logprobs_mode`](crate::ServerConfig::logprobs_mode) says.
 
 use std::sync::Arc;
 
@@ -10,7 +12,7 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use engine::text::{AddSpecial, GenerationPrompt, SkipSpecial};
-use engine::{Event, Tokenizer};
+use engine::{Event, LogprobsMode, Tokenizer};
 use serde_json::{Map, Value, json};
 
 use super::{Body, read, tokens};
@@ -95,7 +97,9 @@ pub(super) async fn detokenize(app: State<Arc<App>>, headers: HeaderMap, body: B
 pub(super) async fn generate(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
     let start = |app: &App, visit, body: &[u8]| {
         let fields = completion_fields(Fields::parse(body)?)?;
-        let job = Job::start(app, visit, Api::Completions, fields)?;
+        // What a trainer compares its own log-probabilities with is what was drawn from.
+        let how = (Api::Completions, LogprobsMode::Processed);
+        let job = Job::start(app, visit, how, fields)?;
         if job.delivery == (Delivery::Stream { usage: StreamUsage::Each }) {
             return Err(unsupported("continuous_usage_stats").into());
         }

@@ -107,7 +107,7 @@ fn job_fields(server: &Server, api: Api, body: &Value) -> Names {
     asked::by(|| {
         let visit = server.app.live.enter().unwrap();
         let fields = Fields::parse(body.to_string().as_bytes()).unwrap();
-        Job::start(&server.app, visit, api, fields).unwrap();
+        Job::start(&server.app, visit, (api, engine::LogprobsMode::Raw), fields).unwrap();
     })
 }
 

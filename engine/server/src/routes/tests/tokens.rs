@@ -51,3 +51,21 @@ async fn streamed_tokens_are_those_of_the_whole_answer() {
         assert!(events.iter().all(|event| event["request_id"] == events[0]["request_id"]));
     }
 }
+
+#[tokio::test]
+async fn tokens_and_their_alternatives_are_of_the_distribution_that_was_drawn_from() {
+    let params = json!({"temperature": 0.5, "top_k": 2, "seed": 3, "max_tokens": 8,
+        "ignore_eos": true, "logprobs": 20});
+    let body = json!({"token_ids": [5, 6, 7], "sampling_params": params});
+    for mode in [engine::LogprobsMode::Raw, engine::LogprobsMode::Processed] {
+        let server = Server::with(|config| config.logprobs_mode = mode);
+        let (status, answer) = server.post(GENERATE, &body).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        let choice = &answer["choices"][0];
+        for place in 0..8 {
+            let drawn = json!([choice["token_ids"][place], choice["logprobs"][place]]);
+            let top = choice["top_logprobs"][place].as_array().unwrap();
+            assert_eq!((top.len(), top.contains(&drawn)), (2, true), "{mode:?}: {drawn} {top:?}");
+        }
+    }
+}
