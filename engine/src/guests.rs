@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::model::ModelSource;
 use crate::pause::{Gate, PauseMode};
 use crate::request::{Event, Request, RequestId};
-use crate::service::{AfterEvents, Phase, Sent, Sink, Status};
+use crate::service::{AfterEvents, Phase, Sent, Sink, Status, TakenIn};
 use crate::timings::{Stopwatch, Timings};
 use crate::update::WeightsUpdate;
 use scheduler::WeightsVersion;
@@ -30,7 +30,7 @@ const IDLE: Duration = Duration::from_millis(500);
 
 /// What a service asks for.
 pub(crate) enum Command {
-    Submit { requests: Vec<(Request, Sink)>, reply: Sender<Result<Vec<RequestId>>>, asked: Instant },
+    Submit { requests: Vec<(Request, Sink)>, taken: TakenIn, asked: Instant },
     AfterEvents(AfterEvents),
     Abort(RequestId),
     Pause { mode: PauseMode, reply: Sender<Result<()>> },
@@ -171,9 +171,14 @@ impl Guests {
 
     fn carry_out(&mut self, engine: &mut Engine, command: Command) -> Door {
         match command {
-            Command::Submit { requests, reply, asked } => {
-                // A caller that has left no longer waits for the answer; its sinks will say so.
-                let _left = reply.send(self.take_in(engine, requests, asked));
+            Command::Submit { requests, taken, asked } => {
+                let outcome = self.take_in(engine, requests, asked);
+                let ids = outcome.as_ref().map_or_else(|_| Vec::new(), Vec::clone);
+                if taken(outcome) == Sent::Gone {
+                    ids.into_iter().for_each(|id| {
+                        engine.abort(id);
+                    });
+                }
             }
             Command::AfterEvents(call) => self.after.push(call),
             Command::Abort(id) => {
@@ -189,7 +194,7 @@ impl Guests {
             Command::Resume { reply } => {
                 self.gate.open(engine);
                 self.report(engine);
-                // As above.
+                // A caller that has left no longer waits for the answer.
                 let _left = reply.send(Ok(()));
             }
             Command::Replace { source, reply } => {

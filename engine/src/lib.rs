@@ -50,7 +50,7 @@ pub use request::{
     Request, RequestId, SampleError, SamplingParams, StopReason, StopText, Token, check_prompt,
 };
 pub use scheduler::{PrefixCache, WeightsVersion};
-pub use service::{AfterEvents, Phase, Sent, Service, Sink, Status};
+pub use service::{AfterEvents, Phase, Sent, Service, Sink, Status, TakenIn};
 pub use text::{ChatTemplate, Message, Tokenizer};
 pub use timings::Timings;
 pub use update::WeightsUpdate;

@@ -38,6 +38,9 @@ pub enum Sent {
 /// Takes the events of one request.
 pub type Sink = Box<dyn FnMut(Event) -> Sent + Send>;
 
+/// Hears whether requests have been taken in, and the names they run by.
+pub type TakenIn = Box<dyn FnOnce(Result<Vec<RequestId>>) -> Sent + Send>;
+
 /// Called when the events of a step have gone to their sinks, for owners of sinks who hand them on together.
 pub type AfterEvents = Box<dyn FnMut() -> Sent + Send>;
 
@@ -174,8 +177,26 @@ impl Service {
     /// # Errors
     /// As [`submit`](Self::submit), for the first that is refused.
     pub fn submit_all(&self, requests: Vec<(Request, Sink)>) -> Result<Vec<RequestId>> {
+        let (reply, answer) = bounded(1);
+        self.submit_all_then(
+            requests,
+            Box::new(move |taken| {
+                // The channel has room for it, and its other end is below.
+                let _left = reply.send(taken);
+                Sent::Ok
+            }),
+        );
+        answer.recv().map_err(|_| stopped())?
+    }
+
+    /// As [`submit_all`](Self::submit_all), without waiting, which can take as long as an
+    /// [attached](Self::attach) engine is [away](Phase::Away): `taken` is called on the engine's thread and, as
+    /// a sink, must not block; when it says [`Sent::Gone`] the requests are aborted. It is dropped uncalled when
+    /// the engine has stopped.
+    pub fn submit_all_then(&self, requests: Vec<(Request, Sink)>, taken: TakenIn) {
         let asked = Instant::now();
-        self.ask(|reply| Command::Submit { requests, reply, asked })
+        // Not sent, it is dropped.
+        let _stopped = self.commands.send(Command::Submit { requests, taken, asked });
     }
 
     /// Has `call` called on the engine's thread whenever sinks have had events, after the last of them; as a
@@ -241,9 +262,8 @@ impl Service {
     /// Has a command carried out, and waits for the answer.
     fn ask<T>(&self, command: impl FnOnce(Sender<Result<T>>) -> Command) -> Result<T> {
         let (reply, answer) = bounded(1);
-        let gone = |_| Error::internal("the engine has stopped");
-        self.commands.send(command(reply)).map_err(|_| gone(()))?;
-        answer.recv().map_err(|_| gone(()))?
+        self.commands.send(command(reply)).map_err(|_| stopped())?;
+        answer.recv().map_err(|_| stopped())?
     }
 
     /// Refuses where somebody else drives the engine.
@@ -335,6 +355,10 @@ impl Drop for Service {
             let _ended = thread.join();
         }
     }
+}
+
+fn stopped() -> Error {
+    Error::internal("the engine has stopped")
 }
 
 /// An engine and those it runs for.

@@ -1,15 +1,15 @@
 //! Requests on their way through the engine, from the side of an HTTP handler.
 //!
 //! The engine's thread puts events into the [`Outbox`](crate::outbox::Outbox), whence they come into a bounded
-//! channel; the handler pulls them. Whoever drops a [`Generation`] before its end aborts what is left of it:
-//! that is how a client that has gone away gives its blocks back.
+//! channel; the handler pulls them. Whoever drops a [`Generation`] before its end aborts what is left of it, and
+//! what the engine has not taken in yet: that is how a client that has gone away gives its blocks back.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::StatusCode;
-use engine::{ErrorKind, Event, Request, RequestId, SampleError, Service, Sink};
-use tokio::sync::mpsc;
+use engine::{ErrorKind, Event, Request, RequestId, SampleError, Sent, Service, Sink};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use crate::api_error::ApiError;
@@ -31,35 +31,40 @@ pub(crate) struct Generation {
     /// When the answer has to be whole, and how long that was from its begin.
     deadline: Option<(Instant, Duration)>,
     events: mpsc::Receiver<(usize, Event)>,
+    /// Says whether the engine has taken the requests in.
+    taken: Taken,
+    /// Tokens of each prompt, and the most that each of its samples may have.
+    told: Vec<(usize, Option<usize>)>,
+    samples: usize,
     ids: Vec<RequestId>,
-    /// Samples that have not ended.
+    /// Samples that have not ended; none before the engine has taken them in.
     open: usize,
 }
 
+/// Comes when the engine has taken requests in, or not.
+type Taken = oneshot::Receiver<engine::Result<Vec<RequestId>>>;
+
 impl Generation {
-    /// Hands `requests`, each of `samples` samples, to the engine. Blocks until it has taken them.
-    ///
-    /// # Errors
-    /// When the engine refuses one of them; none runs then.
-    pub(crate) fn submit(
-        app: &App,
-        requests: Vec<Request>,
-        samples: usize,
-    ) -> Result<Self, ApiError> {
+    /// Hands `requests`, each of `samples` samples, to the engine, and waits for nobody: it
+    /// [takes them in](Self::taken_in) when it is there.
+    pub(crate) fn submit(app: &App, requests: Vec<Request>, samples: usize) -> Self {
         let choices = requests.len() * samples;
         let (sender, events) = mpsc::channel((LAG_PER_SAMPLE * choices).clamp(1, MAX_LAG));
-        let mut generation = Self {
+        let (tell, taken) = oneshot::channel();
+        let told = requests.iter().map(|one| (one.prompt.len(), one.params.max_tokens)).collect();
+        let generation = Self {
             service: Arc::clone(&app.service),
             metrics: Arc::clone(&app.metrics),
             log: app.config.log.clone(),
             timer: Timer::new(requests.len(), samples),
             deadline: app.config.request_timeout.map(|limit| (Instant::now() + limit, limit)),
             events,
+            taken,
+            told,
+            samples,
             ids: Vec::new(),
             open: 0,
         };
-        let told: Vec<_> =
-            requests.iter().map(|one| (one.prompt.len(), one.params.max_tokens)).collect();
         let with_sink = |(prompt, request)| {
             let (outbox, sender) = (Arc::clone(&app.outbox), sender.clone());
             let sink = move |event: Event| {
@@ -69,12 +74,32 @@ impl Generation {
             (request, Box::new(sink) as Sink)
         };
         let requests = requests.into_iter().enumerate().map(with_sink).collect();
-        generation.ids = generation.service.submit_all(requests).map_err(|e| failed(&e))?;
-        generation.open = choices;
-        for (tokens, max_tokens) in told {
-            generation.metrics.begun(tokens, samples, max_tokens);
+        app.service.submit_all_then(
+            requests,
+            Box::new(|taken| tell.send(taken).map_or(Sent::Gone, |()| Sent::Ok)),
+        );
+        generation
+    }
+
+    /// Waits until the engine has taken all requests in, at most for the time that a request may take: an
+    /// engine whose weights are being updated is away for a while.
+    ///
+    /// # Errors
+    /// When the engine refuses one of them, none runs then; when it has stopped, or the time is over.
+    pub(crate) async fn taken_in(&mut self) -> Result<(), ApiError> {
+        let taken = match self.deadline {
+            None => (&mut self.taken).await,
+            Some((deadline, limit)) => timeout_at(deadline, &mut self.taken)
+                .await
+                .map_err(|_elapsed| ApiError::deadline(limit))?,
+        };
+        let ids = taken.map_err(|_dropped| ApiError::engine_dead())?;
+        self.ids = ids.map_err(|error| failed(&error))?;
+        self.open = self.told.len() * self.samples;
+        for (tokens, max_tokens) in &self.told {
+            self.metrics.begun(*tokens, self.samples, *max_tokens);
         }
-        Ok(generation)
+        Ok(())
     }
 
     /// The engine's names for what runs.
@@ -135,6 +160,11 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
+        // What has been taken in and not heard of is there behind the closing; later the engine finds it closed.
+        self.taken.close();
+        if let Ok(Ok(ids)) = self.taken.try_recv() {
+            ids.into_iter().for_each(|id| self.service.abort(id));
+        }
         if self.open > 0 {
             self.ids.iter().for_each(|id| self.service.abort(*id));
         }

@@ -1,4 +1,4 @@
-//! A request that has been read, checked and handed to the engine.
+//! A request that has been read, checked and handed to the engine, which takes it in when it is there.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +18,7 @@ use crate::generation::Generation;
 use crate::logprobs::Speller;
 use crate::params::{at_most, refusal};
 use crate::prompt_params::PromptParams;
+use crate::request_log::Parameters;
 use crate::structured::Structured;
 use crate::tool_calls::CallParser;
 use crate::tools::{self, Tools};
@@ -115,13 +116,13 @@ pub(crate) struct Job {
 
 impl Job {
     /// Reads a body and hands what it asks for to the engine, which is to report log-probabilities by `logprobs_mode`.
-    /// Takes processor time (template, tokenizer) and waits for the engine's thread: not for an async thread.
+    /// Takes processor time (template, tokenizer): not for an async thread.
     pub(crate) fn start(
         app: &App,
         visit: Visit,
         (api, logprobs_mode): (Api, LogprobsMode),
         mut fields: Fields,
-    ) -> Result<Self, ApiError> {
+    ) -> Result<Submitted, ApiError> {
         check_model(app, &mut fields)?;
         let delivery = delivery(app, &mut fields)?;
         visit.name.given(fields.string("request_id")?)?;
@@ -158,7 +159,7 @@ impl Job {
             continuation,
             ..Request::new(prompt.clone(), params.clone())
         });
-        let generation = Generation::submit(app, requests.collect(), samples)?;
+        let generation = Generation::submit(app, requests.collect(), samples);
         let (top, prompt_top) = (params.logprobs.unwrap_or(0), about.logprobs);
         let prefix = match api {
             Api::Chat => "chatcmpl",
@@ -166,7 +167,6 @@ impl Job {
         };
         let id = format!("{prefix}-{}", unique_name(app.next_id()));
         visit.name.also(&id);
-        visit.name.runs(&app.service, generation.ids());
         let job = Self {
             api,
             id,
@@ -184,8 +184,7 @@ impl Job {
             keep_alive: app.config.keep_alive,
             visit,
         };
-        request_log::taken_in(app, &job, parameters);
-        Ok(job)
+        Ok(Submitted { job, parameters })
     }
 
     /// Gives the job an id that begins with `prefix`, beside the one it has had.
@@ -231,6 +230,28 @@ impl Job {
     pub(crate) fn prompt_logprobs(&self, choice: &Choice) -> Option<PromptLogprobs> {
         let (top, told) = (self.report.prompt_top?, choice.prompt.as_deref()?);
         Some(PromptLogprobs::new(told, top, self.speller()))
+    }
+}
+
+/// A job that the engine has been handed.
+pub(crate) struct Submitted {
+    job: Job,
+    /// What is to be logged of it.
+    parameters: Option<Parameters>,
+}
+
+impl Submitted {
+    pub(crate) fn delivery(&self) -> Delivery {
+        self.job.delivery
+    }
+
+    /// Waits until the engine has taken the job in; its clock runs.
+    pub(crate) async fn taken_in(self, app: &App) -> Result<Job, ApiError> {
+        let Self { mut job, parameters } = self;
+        job.generation.taken_in().await?;
+        job.visit.name.runs(&app.service, job.generation.ids());
+        request_log::taken_in(app, &job, parameters);
+        Ok(job)
     }
 }
 

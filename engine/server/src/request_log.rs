@@ -17,11 +17,11 @@ pub enum RequestLog {
     Parameters,
 }
 
+/// Names and values.
+pub(crate) type Parameters = Vec<(&'static str, String)>;
+
 /// The parameters of a request, if they are to be logged.
-pub(crate) fn parameters(
-    app: &App,
-    params: &SamplingParams,
-) -> Option<Vec<(&'static str, String)>> {
+pub(crate) fn parameters(app: &App, params: &SamplingParams) -> Option<Parameters> {
     if app.config.request_log == RequestLog::Off {
         return None;
     }
@@ -41,7 +41,7 @@ pub(crate) fn parameters(
 }
 
 /// Logs a request that has been taken in, if that is asked for.
-pub(crate) fn taken_in(app: &App, job: &Job, parameters: Option<Vec<(&'static str, String)>>) {
+pub(crate) fn taken_in(app: &App, job: &Job, parameters: Option<Parameters>) {
     if let Some(parameters) = parameters {
         app.log(&LogEvent::Request {
             request_id: job.visit.request_id.clone(),

@@ -204,7 +204,7 @@ async fn generate(
     let start = move |app: &App, visit, body: &[u8]| {
         Job::start(app, visit, (api, app.config.logprobs_mode), Fields::parse(body)?)
     };
-    let job = read(app, headers, body, start).await?;
+    let job = read(&app, headers, body, start).await?.taken_in(&app).await?;
     match job.delivery {
         Delivery::Whole => whole(job).await,
         Delivery::Stream { .. } => Ok(stream::response(job)),
@@ -212,9 +212,9 @@ async fn generate(
 }
 
 /// Lets a request in and has `make` read its body, which takes processor time, away from the async
-/// threads.
+/// threads. Those it takes up are few: what waits for the engine does so here.
 async fn read<T: Send + 'static>(
-    app: Arc<App>,
+    app: &Arc<App>,
     headers: &HeaderMap,
     body: Body,
     make: impl FnOnce(&App, Visit, &[u8]) -> std::result::Result<T, ApiError> + Send + 'static,
@@ -222,7 +222,8 @@ async fn read<T: Send + 'static>(
     let mut visit = app.live.enter()?;
     visit.request_id = given_name(headers);
     visit.name.also(&visit.request_id);
-    let body = read_body(&app, headers, body)?;
+    let body = read_body(app, headers, body)?;
+    let app = Arc::clone(app);
     tokio::task::spawn_blocking(move || make(&app, visit, &body))
         .await
         .map_err(|_panicked| ApiError::internal("the request could not be read"))?

@@ -231,3 +231,30 @@ fn the_end_of_a_step_is_told_once_and_after_all_its_events() {
     drop(guests);
     assert!(told.recv().is_err(), "dropped with the guests");
 }
+
+#[test]
+fn requests_whose_owner_has_left_before_they_are_taken_in_end_at_once() {
+    let mut engine = load(Model::Llama, |_| {});
+    let (service, mut guests) = Service::attach(&engine);
+    let (one, events) = sink();
+    let (tell, told) = channel();
+    // Waits for nobody, though nobody drives the engine.
+    service.submit_all_then(
+        vec![(Request::new(prompt(1, 20), greedy(10)), one)],
+        Box::new(move |taken| {
+            tell.send(taken.unwrap().len()).unwrap();
+            Sent::Gone
+        }),
+    );
+    guests.step(&mut engine).unwrap();
+    assert_eq!(told.recv(), Ok(1));
+    let answers = collect(events.iter());
+    let answer = answers.values().next().unwrap();
+    assert_eq!((answer.tokens.len(), answer.finished.reason), (0, FinishReason::Abort));
+    assert!(!engine.has_work());
+    drop(guests);
+    service.submit_all_then(
+        Vec::new(),
+        Box::new(|_taken| unreachable!("it is dropped with the engine")),
+    );
+}

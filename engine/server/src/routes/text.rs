@@ -34,7 +34,7 @@ pub(super) async fn version() -> Json<Value> {
 
 /// `POST /tokenize`: `prompt` or `messages` become `tokens`.
 pub(super) async fn tokenize(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
-    let made = read(app.0, &headers, body, |app, _visit, body| {
+    let made = read(&app.0, &headers, body, |app, _visit, body| {
         let fields = &mut Fields::parse(body)?;
         check_model(app, fields)?;
         let strings = fields.flag("return_token_strs")?.unwrap_or(false);
@@ -75,7 +75,7 @@ pub(super) async fn tokenize(app: State<Arc<App>>, headers: HeaderMap, body: Bod
 
 /// `POST /detokenize`: `tokens` become `prompt`.
 pub(super) async fn detokenize(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
-    let made = read(app.0, &headers, body, |app, _visit, body| {
+    let made = read(&app.0, &headers, body, |app, _visit, body| {
         let fields = &mut Fields::parse(body)?;
         check_model(app, fields)?;
         let tokenizer = tokenizer(app)?;
@@ -95,21 +95,25 @@ pub(super) async fn detokenize(app: State<Arc<App>>, headers: HeaderMap, body: B
 
 /// `POST /inference/v1/generate`: `token_ids` and `sampling_params` become choices of token ids.
 pub(super) async fn generate(app: State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
+    generated(&app.0, &headers, body).await.unwrap_or_else(IntoResponse::into_response)
+}
+
+async fn generated(app: &Arc<App>, headers: &HeaderMap, body: Body) -> Result<Response, ApiError> {
     let start = |app: &App, visit, body: &[u8]| {
         let fields = completion_fields(Fields::parse(body)?)?;
         // What a trainer compares its own log-probabilities with is what was drawn from.
         let how = (Api::Completions, LogprobsMode::Processed);
-        let job = Job::start(app, visit, how, fields)?;
-        if job.delivery == (Delivery::Stream { usage: StreamUsage::Each }) {
+        let submitted = Job::start(app, visit, how, fields)?;
+        if submitted.delivery() == (Delivery::Stream { usage: StreamUsage::Each }) {
             return Err(unsupported("continuous_usage_stats").into());
         }
-        Ok(job)
+        Ok(submitted)
     };
-    match read(app.0, &headers, body, start).await {
-        Ok(job) if job.delivery != Delivery::Whole => tokens::streamed(job),
-        Ok(job) => answer(choices(job).await),
-        Err(error) => error.into_response(),
-    }
+    let job = read(app, headers, body, start).await?.taken_in(app).await?;
+    Ok(match job.delivery {
+        Delivery::Whole => answer(choices(job).await),
+        Delivery::Stream { .. } => tokens::streamed(job),
+    })
 }
 
 /// The same request in the words of the completions API.

@@ -101,13 +101,10 @@ async fn a_request_that_the_engine_has_not_seen_yet_ends_when_it_does() {
     let (_, answer) = server.post(ABORT, &json!({"request_ids": ["early"]})).await;
     assert_eq!(answer, json!({"aborted": ["early"]}));
     let body = endless(&server, json!({"prompt": "a"})).to_string();
-    let job = Job::start(
-        &server.app,
-        visit,
-        (Api::Completions, engine::LogprobsMode::Raw),
-        Fields::parse(body.as_bytes()).unwrap(),
-    )
-    .unwrap();
+    let fields = Fields::parse(body.as_bytes()).unwrap();
+    let how = (Api::Completions, engine::LogprobsMode::Raw);
+    let submitted = Job::start(&server.app, visit, how, fields).unwrap();
+    let job = submitted.taken_in(&server.app).await.unwrap();
     let answer = json_of(whole(job).await.unwrap()).await;
     assert_eq!(answer["choices"][0]["finish_reason"], "abort");
 }

@@ -386,3 +386,77 @@ async fn a_run_that_trains_is_no_stall_and_one_that_stops_sampling_is() {
     sleep(2 * limit).await;
     assert_eq!(server.send(get_request("/health")).await.status(), 200, "so does a checkpoint");
 }
+
+/// A server over an engine that nobody drives yet.
+fn away(engine: &Engine, change: impl FnOnce(&mut ServerConfig)) -> (Server, engine::Guests) {
+    let (service, guests) = Service::attach(engine);
+    (Server::over(Arc::new(service), change), guests)
+}
+
+#[tokio::test]
+async fn the_time_of_a_request_is_over_also_while_the_engine_is_away() {
+    let mut engine = engine();
+    let limit = Duration::from_millis(20);
+    let (server, mut guests) = away(&engine, |config| config.request_timeout = Some(limit));
+    for (path, body) in [
+        (TEXT, greedy(json!({"prompt": "a"}))),
+        (CHAT, chat(json!({"stream": true}))),
+        ("/v1/responses", json!({"input": "hi"})),
+        ("/inference/v1/generate", json!({"token_ids": [5]})),
+    ] {
+        let asked = timeout(Duration::from_secs(20), server.post(path, &body)).await;
+        let (status, answer) = asked.expect("it is answered in time");
+        assert_eq!((status.as_u16(), &answer["error"]["code"]), (504, &json!("deadline_exceeded")));
+    }
+    // The engine finds nobody waiting.
+    assert_eq!(guests.step(&mut engine).unwrap(), []);
+    assert!(!engine.has_work());
+    drop(guests);
+    let (status, answer) = server.post(TEXT, &greedy(json!({"prompt": "a"}))).await;
+    assert_eq!((status.as_u16(), &answer["error"]["code"]), (503, &json!("engine_dead")));
+}
+
+#[test]
+fn requests_that_wait_for_an_engine_that_is_away_take_no_thread_from_others() {
+    let mut threads = tokio::runtime::Builder::new_current_thread();
+    let runtime = threads.max_blocking_threads(1).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut engine = engine();
+        let (server, mut guests) = away(&engine, |_| {});
+        let body = greedy(json!({"prompt": "a"}));
+        let tokenize = async {
+            let body = json!({"prompt": "ab"});
+            let asked = timeout(Duration::from_secs(20), server.post("/tokenize", &body)).await;
+            let (status, _) = asked.expect("a thread is free");
+            assert_eq!(status, 200);
+            // The engine comes back.
+            while server.app.live.visits() > 0 {
+                guests.step(&mut engine).unwrap();
+                tokio::task::yield_now().await;
+            }
+        };
+        // It asks first.
+        let ((status, answer), ()) = tokio::join!(server.post(TEXT, &body), tokenize);
+        assert_eq!((status.as_u16(), &answer["usage"]["completion_tokens"]), (200, &json!(8)));
+    });
+}
+
+#[tokio::test]
+async fn who_leaves_before_hearing_that_a_request_was_taken_in_aborts_it() {
+    let mut engine = engine();
+    let (server, mut guests) = away(&engine, |_| {});
+    let params = engine::SamplingParams {
+        eos: engine::EosRule::Ignore,
+        max_tokens: Some(64),
+        ..Default::default()
+    };
+    let request = engine::Request::new(vec![5], params);
+    let generation = crate::generation::Generation::submit(&server.app, vec![request], 1);
+    guests.step(&mut engine).unwrap();
+    assert!(engine.has_work());
+    let drawn = server.app.service.status().generated_tokens;
+    drop(generation);
+    guests.step(&mut engine).unwrap();
+    assert!(!engine.has_work());
+    assert_eq!(server.app.service.status().generated_tokens, drawn);
+}
