@@ -9,9 +9,9 @@ use crate::answer::{Choice, Usage};
 use crate::api_error::ApiError;
 use crate::app::App;
 use crate::echo::PromptLogprobs;
-use crate::encode::{Texts, encode};
+use crate::encode::{Encoder, Texts};
 use crate::fields::{BadField, Fields, kind, tokens};
-use crate::job::{Asked, Job};
+use crate::job::{Asked, Job, check_length};
 use crate::logprobs::TextLogprobs;
 use crate::params::{at_most, sampling_params};
 use crate::refused::off_only;
@@ -39,15 +39,18 @@ pub(crate) fn read(app: &App, fields: &mut Fields, texts: Texts) -> Result<Asked
     let Some(prompt) = fields.take("prompt") else {
         return Err(BadField::new("prompt", "prompt is missing").into());
     };
-    let prompts = prompts(&prompt, |text| encode_prompt(app, text, texts))?;
     let logprobs = params.logprobs.is_some();
-    Ok(Asked { echo, continuation, ..Asked::new(prompts, params, logprobs) })
+    let asked = Asked { echo, continuation, ..Asked::new(Vec::new(), params, logprobs) };
+    let prompts = prompts(app, &prompt, (texts, asked.answer_tokens()))?;
+    Ok(Asked { prompts, ..asked })
 }
 
-/// A prompt is a string, token ids, or an array of either.
+/// A prompt is a string, token ids, or an array of either. Of those that have to fit, with `room` tokens for an
+/// answer, the first that does not is the last that is tokenized.
 fn prompts(
+    app: &App,
     value: &Value,
-    encode: impl Fn(&str) -> Result<Vec<u32>, ApiError>,
+    (texts, room): (Texts, usize),
 ) -> Result<Vec<Vec<u32>>, ApiError> {
     let wrong = |found: &str| -> ApiError {
         let expected = "expected a string, token ids, or an array of either";
@@ -55,7 +58,8 @@ fn prompts(
     };
     let Value::Array(list) = value else {
         let Value::String(text) = value else { return Err(wrong(kind(value))) };
-        return Ok(vec![encode(text)?]);
+        let encoder = Encoder::of(app, "prompt", texts, &[text])?;
+        return Ok(vec![encode(&encoder, text)?]);
     };
     if list.first().is_some_and(Value::is_number) {
         return tokens(value)
@@ -66,15 +70,27 @@ fn prompts(
         return Err(BadField::new("prompt", "prompt is empty").into());
     }
     at_most("prompt", list.len(), MAX_PROMPTS)?;
-    let one = |item: &Value| match item {
-        Value::String(text) => encode(text),
-        other => tokens(other).ok_or_else(|| wrong("an array with other entries")),
+    let strings: Vec<&str> = list.iter().filter_map(Value::as_str).collect();
+    let encoder = match strings.as_slice() {
+        [] => None,
+        strings => Some(Encoder::of(app, "prompt", texts, strings)?),
+    };
+    let limit = app.service.max_model_len();
+    let one = |item: &Value| {
+        let tokens = match (item, &encoder) {
+            (Value::String(text), Some(encoder)) => encode(encoder, text)?,
+            _ => tokens(item).ok_or_else(|| wrong("an array with other entries"))?,
+        };
+        if texts == Texts::Fitting {
+            check_length(tokens.len(), room, limit)?;
+        }
+        Ok(tokens)
     };
     list.iter().map(one).collect()
 }
 
-fn encode_prompt(app: &App, text: &str, texts: Texts) -> Result<Vec<u32>, ApiError> {
-    encode(app, ("prompt", text), texts, |tokenizer| tokenizer.encode(text, AddSpecial::Yes))
+fn encode(encoder: &Encoder<'_>, text: &str) -> Result<Vec<u32>, ApiError> {
+    encoder.encode(|tokenizer| tokenizer.encode(text, AddSpecial::Yes))
 }
 
 /// A whole answer.

@@ -15,9 +15,9 @@ use crate::fields::BadField;
 use crate::job::{needs, unprocessable};
 use crate::prompt_params::Truncate;
 
-/// Texts up to so many bytes are tokenized in any case and at once.
+/// Texts up to so many bytes are tokenized in any case, and at once where a request has no more in all.
 const CHEAP_BYTES: usize = 1 << 20;
-/// How long a longer one waits for its turn.
+/// How long longer ones wait for their turn.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Some normalisations make a text shorter before it is cut: this many times at most, generously.
 const SHRINKING: usize = 4;
@@ -50,22 +50,60 @@ pub(crate) fn encode(
     texts: Texts,
     encode: impl FnOnce(&Tokenizer) -> engine::Result<Vec<u32>>,
 ) -> Result<Vec<u32>, ApiError> {
-    let tokenizer = app.service.tokenizer().ok_or_else(|| needs(param, "a tokenizer"))?;
-    let encoded = || encode(tokenizer).map_err(|error| unprocessable(param, &error));
-    let (bytes, context) = (text.len(), app.service.max_model_len());
-    if bytes <= CHEAP_BYTES {
-        return encoded();
+    let encoder = Encoder::of(app, param, texts, &[text])?;
+    encoder.encode(encode)
+}
+
+/// Whoever may tokenize the texts of a request.
+pub(crate) struct Encoder<'a> {
+    tokenizer: &'a Tokenizer,
+    param: &'a str,
+    /// Held while it tokenizes.
+    _turn: Option<Turn<'a>>,
+}
+
+impl<'a> Encoder<'a> {
+    /// For `all` texts of a request, values of `param` or made of it. Many or long ones wait for others.
+    ///
+    /// # Errors
+    /// When there is no tokenizer, one of the texts cannot fit, or others take too long.
+    pub(crate) fn of(
+        app: &'a App,
+        param: &'a str,
+        texts: Texts,
+        all: &[&str],
+    ) -> Result<Self, ApiError> {
+        let tokenizer = app.service.tokenizer().ok_or_else(|| needs(param, "a tokenizer"))?;
+        let bytes = all.iter().map(|text| text.len());
+        let longest = bytes.clone().max().filter(|bytes| *bytes > CHEAP_BYTES);
+        if let Some(bytes) = longest.filter(|_| texts == Texts::Fitting) {
+            let context = app.service.max_model_len();
+            let token = tokenizer.longest_token_bytes();
+            let limit = context.saturating_mul(token).saturating_mul(SHRINKING).max(CHEAP_BYTES);
+            if bytes > limit {
+                let message = format!(
+                    "{param} has {bytes} bytes, limit is {limit} for a context of {context} tokens"
+                );
+                return Err(BadField::new(param, message)
+                    .with_code("context_length_exceeded")
+                    .into());
+            }
+        }
+        let turn = || app.encoding.take().ok_or_else(ApiError::texts_busy);
+        let turn = (bytes.sum::<usize>() > CHEAP_BYTES).then(turn).transpose()?;
+        Ok(Self { tokenizer, param, _turn: turn })
     }
-    let longest = tokenizer.longest_token_bytes();
-    let limit = context.saturating_mul(longest).saturating_mul(SHRINKING).max(CHEAP_BYTES);
-    if texts == Texts::Fitting && bytes > limit {
-        let message = format!(
-            "{param} has {bytes} bytes, limit is {limit} for a context of {context} tokens"
-        );
-        return Err(BadField::new(param, message).with_code("context_length_exceeded").into());
+
+    /// What `encode` makes of one of the texts.
+    ///
+    /// # Errors
+    /// When it cannot be tokenized.
+    pub(crate) fn encode(
+        &self,
+        encode: impl FnOnce(&Tokenizer) -> engine::Result<Vec<u32>>,
+    ) -> Result<Vec<u32>, ApiError> {
+        encode(self.tokenizer).map_err(|error| unprocessable(self.param, &error))
     }
-    let _turn = app.encoding.take(PATIENCE).ok_or_else(ApiError::texts_busy)?;
-    encoded()
 }
 
 /// Places for those who do something that few may do at once.
@@ -73,6 +111,8 @@ pub(crate) fn encode(
 pub(crate) struct Turns {
     free: Mutex<usize>,
     freed: Condvar,
+    /// How long one waits for a place.
+    patience: Duration,
 }
 
 /// A place, given back when dropped.
@@ -83,13 +123,17 @@ impl Turns {
     /// One for each processor.
     pub(crate) fn of_processors() -> Self {
         let free = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Self { free: Mutex::new(free), freed: Condvar::new() }
+        Self::new(free, PATIENCE)
+    }
+
+    pub(crate) fn new(places: usize, patience: Duration) -> Self {
+        Self { free: Mutex::new(places), freed: Condvar::new(), patience }
     }
 
     /// Waits for a place; `None` where there is none in time.
-    fn take(&self, patience: Duration) -> Option<Turn<'_>> {
+    fn take(&self) -> Option<Turn<'_>> {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.freed.wait_timeout_while(free, patience, |free| *free == 0);
+        let waited = self.freed.wait_timeout_while(free, self.patience, |free| *free == 0);
         let (mut free, _) = waited.unwrap_or_else(PoisonError::into_inner);
         *free = free.checked_sub(1)?;
         Some(Turn(self))
@@ -111,13 +155,13 @@ mod tests {
 
     #[test]
     fn no_more_take_their_turn_than_there_are_places() {
-        let turns = Turns { free: Mutex::new(2), freed: Condvar::new() };
+        let turns = Turns::new(2, PATIENCE);
         let (inside, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
                     for _ in 0..200 {
-                        let _turn = turns.take(PATIENCE).unwrap();
+                        let _turn = turns.take().unwrap();
                         most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                         std::thread::yield_now();
                         inside.fetch_sub(1, Ordering::SeqCst);
@@ -126,7 +170,8 @@ mod tests {
             }
         });
         assert!((1..=2).contains(&most.into_inner()));
-        let _both = [0; 2].map(|_| turns.take(Duration::ZERO).unwrap());
-        assert!(turns.take(Duration::from_millis(1)).is_none());
+        let turns = Turns::new(2, Duration::from_millis(1));
+        let _both = [0; 2].map(|_| turns.take().unwrap());
+        assert!(turns.take().is_none());
     }
 }

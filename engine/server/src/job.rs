@@ -81,7 +81,7 @@ impl Asked {
     }
 
     /// Tokens of room that an answer has to have.
-    fn answer_tokens(&self) -> usize {
+    pub(crate) fn answer_tokens(&self) -> usize {
         match self.continuation {
             Continuation::Sample => self.params.max_tokens.unwrap_or(1),
             Continuation::Omit => 0,
@@ -325,14 +325,19 @@ fn check(service: &Service, asked: &Asked) -> Result<(), BadField> {
         if len == 0 {
             return Err(BadField::new("prompt", "prompt has 0 tokens, limit is at least 1"));
         }
-        if len.saturating_add(room) > limit {
-            let message = format!(
-                "prompt has {len} tokens and {room} are asked for, limit is {limit} together"
-            );
-            return Err(BadField::new("prompt", message).with_code("context_length_exceeded"));
-        }
+        check_length(len, room, limit)?;
     }
     Ok(())
+}
+
+/// Fails when a prompt of `len` tokens leaves no `room` tokens for an answer.
+pub(crate) fn check_length(len: usize, room: usize, limit: usize) -> Result<(), BadField> {
+    if len.saturating_add(room) <= limit {
+        return Ok(());
+    }
+    let message =
+        format!("prompt has {len} tokens and {room} are asked for, limit is {limit} together");
+    Err(BadField::new("prompt", message).with_code("context_length_exceeded"))
 }
 
 /// Alternatives that the engine is asked for beside prompt tokens, for `prompt_logprobs` and for `echo`.

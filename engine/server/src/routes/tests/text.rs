@@ -78,6 +78,33 @@ async fn a_text_that_cannot_fit_is_refused_before_it_is_tokenized() {
 }
 
 #[tokio::test]
+async fn of_a_list_the_first_prompt_that_cannot_fit_is_the_last_that_is_read() {
+    let server = Server::new();
+    let long = "a".repeat(server.app.service.max_model_len());
+    // What is no prompt would be found behind it.
+    for list in [json!(["a", long, {}]), json!([[5], vec![5; long.len()], {}])] {
+        let (status, answer) = server.post(TEXT, &json!({"prompt": list})).await;
+        let code = &answer["error"]["code"];
+        assert_eq!((status.as_u16(), code), (400, &json!("context_length_exceeded")), "{answer}");
+        let cut = json!({"prompt": list, "truncate_prompt_tokens": 4});
+        let (status, answer) = server.post(TEXT, &cut).await;
+        assert_eq!((status.as_u16(), &answer["error"]["code"]), (400, &json!("invalid_value")));
+    }
+}
+
+#[tokio::test]
+async fn texts_that_are_long_together_wait_for_their_turn() {
+    let mut server = Server::new();
+    let app = Arc::get_mut(&mut server.app).unwrap();
+    app.encoding = crate::encode::Turns::new(0, Duration::ZERO);
+    let text = "a".repeat(1 << 19);
+    for (prompts, status) in [(vec![&text; 2], 200), (vec![&text; 3], 429)] {
+        let body = json!({"prompt": prompts, "max_tokens": 1, "truncate_prompt_tokens": 4});
+        assert_eq!(server.post(TEXT, &body).await.0.as_u16(), status);
+    }
+}
+
+#[tokio::test]
 async fn as_many_prompts_as_may_be_asked_for_are_answered_together() {
     let server = Server::new();
     let prompts: Vec<String> = (0..1024).map(|i| format!("p{i}")).collect();
