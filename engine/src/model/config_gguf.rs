@@ -12,6 +12,24 @@ use crate::model::rope::{RopeConfig, RopeScaling};
 use serde_json::Map;
 use std::collections::BTreeSet;
 
+/// Control tokens that end a text, a turn or a message, whatever else a file names: llama.cpp's list
+/// (`src/llama-vocab.cpp`), as far as the architectures here have them.
+const END_NAMES: [&str; 11] = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>",
+];
+/// The type of control tokens in `tokenizer.ggml.token_type`.
+const TYPE_CONTROL: i64 = 3;
+
 /// The metadata of one file, with keys prefixed by its architecture.
 struct Keys<'a> {
     file: &'a Gguf,
@@ -92,10 +110,20 @@ fn vocab_size(keys: &Keys<'_>) -> Result<usize> {
     keys.needed("vocab_size")
 }
 
+/// The tokens that the file names, the end of a text first, then those that only their names give away: a chat
+/// model's file names the end of a turn, and the model still ends texts that are no chats.
 fn end_tokens(keys: &Keys<'_>) -> Result<Vec<u32>> {
     let mut eos = Vec::new();
-    for key in ["eos_token_id", "eot_token_id"] {
+    for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
         eos.extend(keys.token(key)?.filter(|id| !eos.contains(id)));
+    }
+    let tokens = keys.file.strings("tokenizer.ggml.tokens").unwrap_or_default();
+    let types = keys.file.integers("tokenizer.ggml.token_type").unwrap_or_default();
+    for (id, (token, kind)) in (0_u32..).zip(tokens.iter().zip(types)) {
+        let ends = *kind == TYPE_CONTROL && END_NAMES.contains(&token.as_str());
+        if ends && !eos.contains(&id) {
+            eos.push(id);
+        }
     }
     Ok(eos)
 }

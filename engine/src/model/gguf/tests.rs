@@ -51,6 +51,13 @@ impl Builder {
         self.raw(key, 9, &bytes)
     }
 
+    pub(crate) fn integers(self, key: &str, values: &[i32]) -> Self {
+        let mut bytes = 5u32.to_le_bytes().to_vec();
+        bytes.extend((values.len() as u64).to_le_bytes());
+        bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+        self.raw(key, 9, &bytes)
+    }
+
     /// Dimensions innermost first, as the file has them.
     pub(crate) fn tensor(mut self, name: &str, dims: &[u64], kind: u32, data: Vec<u8>) -> Self {
         self.tensors.push((name.to_owned(), dims.to_vec(), kind, data));

@@ -64,6 +64,11 @@ fn tied() -> ModelConfig {
 
 /// The same model as a GGUF file, rows of query and key interleaved as the converter does for llama.
 fn gguf(architecture: &str) -> Builder {
+    gguf_of(architecture, &(0..40).map(|i| format!("t{i}")).collect::<Vec<_>>())
+}
+
+/// The same with these tokens.
+fn gguf_of(architecture: &str, tokens: &[String]) -> Builder {
     let key = |k: &str| format!("{architecture}.{k}");
     let mut config = tied();
     config.architecture = Architecture::from_model_type(architecture).unwrap();
@@ -78,7 +83,7 @@ fn gguf(architecture: &str) -> Builder {
         .number(&key("attention.head_count"), 2)
         .number(&key("attention.head_count_kv"), 1)
         .float(&key("attention.layer_norm_rms_epsilon"), 1e-5)
-        .strings("tokenizer.ggml.tokens", &(0..40).map(|i| format!("t{i}")).collect::<Vec<_>>())
+        .strings("tokenizer.ggml.tokens", tokens)
         .string("tokenizer.chat_template", "{{ messages }}")
         .number("tokenizer.ggml.eos_token_id", 3)
         .number("tokenizer.ggml.eot_token_id", 5);
@@ -242,6 +247,23 @@ fn chat_templates_come_from_the_right_file() {
     let expected =
         "generation_config.json: special token id 999999 is outside the vocabulary of 40";
     assert!(error.ends_with(expected), "{error}");
+}
+
+/// A chat model's file names the end of a turn; a text that is no chat ends with another token.
+#[test]
+fn control_tokens_of_a_gguf_file_end_a_text_by_their_names() {
+    let mut tokens: Vec<String> = (0..40).map(|i| format!("t{i}")).collect();
+    for (id, name) in [(1, "<|endoftext|>"), (3, "<|im_end|>"), (8, "<EOT>"), (9, "<|fim_pad|>")] {
+        tokens[id] = name.to_owned();
+    }
+    let types = |control: &[usize]| -> Vec<i32> {
+        (0..40).map(|id| if control.contains(&id) { 3 } else { 1 }).collect()
+    };
+    let eos = |file: Builder| from_gguf(file.build()).unwrap().eos().to_vec();
+    let file = || gguf_of("qwen2", &tokens).number("tokenizer.ggml.eom_token_id", 7);
+    assert_eq!(eos(file()), [3, 5, 7], "without types there are no control tokens");
+    let typed = file().integers("tokenizer.ggml.token_type", &types(&[1, 3, 9]));
+    assert_eq!(eos(typed), [3, 5, 7, 1], "the named ones first; 8 is a word like any other");
 }
 
 /// Opens damaged bytes and reads everything: an error or numbers, never a panic.
