@@ -13,6 +13,7 @@ use tokenizers::PreTokenizerWrapper;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper};
 
+use super::tokenizer::put_around;
 use super::{Tokenizer, TokenizerConfig, one_line};
 use crate::error::{Error, Result};
 use crate::model::gguf::Gguf;
@@ -324,24 +325,8 @@ impl Ends {
             return part(json!({"type": "ByteLevel", "add_prefix_space": false,
                 "trim_offsets": false, "use_regex": true}));
         }
-        let mut tokens = Map::new();
-        for id in [self.bos, self.eos].into_iter().flatten() {
-            let token = &vocab.tokens[id as usize];
-            tokens.insert(token.clone(), json!({"id": token, "ids": [id], "tokens": [token]}));
-        }
-        let around = |sequence: &str, type_id: u32| {
-            let special = |id: &Option<u32>| {
-                id.map(|id| {
-                    json!({"SpecialToken": {"id": vocab.tokens[id as usize], "type_id": type_id}})
-                })
-            };
-            let text = json!({"Sequence": {"id": sequence, "type_id": type_id}});
-            [special(&self.bos), Some(text), special(&self.eos)].into_iter().flatten()
-        };
-        let single: Vec<Value> = around("A", 0).collect();
-        let pair: Vec<Value> = around("A", 0).chain(around("B", 1)).collect();
-        part(json!({"type": "TemplateProcessing", "single": single, "pair": pair,
-            "special_tokens": tokens}))
+        let named = |id: Option<u32>| id.map(|id| (vocab.tokens[id as usize].as_str(), id));
+        put_around(named(self.bos), named(self.eos)).map_err(unusable)
     }
 }
 

@@ -10,9 +10,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 use tokenizers::decoders::DecoderWrapper;
-use tokenizers::{Decoder, Model};
+use tokenizers::{Decoder, Model, PostProcessorWrapper};
 
 use super::{Controls, TokenizerConfig, one_line};
 use crate::error::{Error, Result};
@@ -84,7 +84,8 @@ impl Tokenizer {
         Ok(Self { inner, table, style, config, bos: None, eos: Vec::new(), controls })
     }
 
-    /// The same tokenizer with the model's `tokenizer_config.json`, which names its special tokens.
+    /// The same tokenizer with the model's `tokenizer_config.json`, which names its special tokens, and for
+    /// tokenizers of Llama's classes says which of them are put around a text.
     ///
     /// # Errors
     /// When it names a beginning or end token that is not in the vocabulary.
@@ -96,6 +97,15 @@ impl Tokenizer {
             }),
         };
         let (bos, eos) = (find("bos_token")?, find("eos_token")?);
+        if let Some(ends) = config.ends() {
+            let token = |name, id: Option<u32>| config.token(name).zip(id);
+            let bos = token("bos_token", bos).filter(|_| ends.bos);
+            let eos = token("eos_token", eos).filter(|_| ends.eos);
+            // A token that is wanted and has no name is whatever the file says.
+            if bos.is_some() == ends.bos && eos.is_some() == ends.eos {
+                self.inner.with_post_processor(Some(put_around(bos, eos).map_err(unreadable)?));
+            }
+        }
         self.bos = bos;
         self.eos = eos.into_iter().collect();
         self.config = config;
@@ -220,6 +230,28 @@ impl Tokenizer {
     pub(super) fn is_decoded(&self, id: u32, skip: SkipSpecial) -> bool {
         self.table.has(id, KNOWN) && !(skip == SkipSpecial::Yes && self.is_special(id))
     }
+}
+
+/// A post-processor that puts these tokens, by name and id, before and behind a text.
+pub(super) fn put_around(
+    bos: Option<(&str, u32)>,
+    eos: Option<(&str, u32)>,
+) -> serde_json::Result<PostProcessorWrapper> {
+    let named = [bos, eos].into_iter().flatten();
+    let tokens: Map<String, Value> = named
+        .map(|(name, id)| (name.to_owned(), json!({"id": name, "ids": [id], "tokens": [name]})))
+        .collect();
+    let around = |sequence: &str, type_id: u32| {
+        let special = |end: Option<(&str, u32)>| {
+            end.map(|(name, _)| json!({"SpecialToken": {"id": name, "type_id": type_id}}))
+        };
+        let text = json!({"Sequence": {"id": sequence, "type_id": type_id}});
+        [special(bos), Some(text), special(eos)].into_iter().flatten()
+    };
+    let single: Vec<Value> = around("A", 0).collect();
+    let pair: Vec<Value> = around("A", 0).chain(around("B", 1)).collect();
+    serde_json::from_value(json!({"type": "TemplateProcessing", "single": single, "pair": pair,
+        "special_tokens": tokens}))
 }
 
 /// The crate has `expect`s that a hostile file might still reach; what it has half done is thrown away.
@@ -516,5 +548,49 @@ mod tests {
         assert_eq!(tokenizer.token_bytes(1), b"b");
         assert_eq!(tokenizer.token_bytes(2), b"");
         assert_eq!(tokenizer.vocab_size(), 2);
+    }
+    /// What transformers 4 makes of the flags: `LlamaTokenizerFast` replaces the post-processor, others keep it.
+    #[test]
+    fn flags_of_llamas_tokenizers_say_what_is_put_around_a_text() {
+        let encode = |around: &str, config: &str| {
+            let json = format!(
+                r#"{{"version":"1.0","decoder":null,"post_processor":{around},"model":{{"type":"WordLevel",
+                "vocab":{{"a":0,"<s>":1,"</s>":2}},"unk_token":"a"}}}}"#
+            );
+            let config = TokenizerConfig::from_json_bytes(config.as_bytes()).unwrap();
+            let tokenizer = Tokenizer::from_json_bytes(json.as_bytes()).unwrap();
+            let tokenizer = tokenizer.with_config(config.clone()).unwrap();
+            let ids = tokenizer.encode("a", AddSpecial::Yes).unwrap();
+            assert_eq!(tokenizer.encode("a", AddSpecial::No).unwrap(), [0]);
+            // A checkpoint that is written says the same.
+            let again =
+                Tokenizer::from_json_bytes(tokenizer.to_json().unwrap().as_bytes()).unwrap();
+            let again = again.with_config(config).unwrap();
+            assert_eq!(again.encode("a", AddSpecial::Yes).unwrap(), ids);
+            ids
+        };
+        let config = |class: &str, flags: &str| {
+            format!(
+                r#"{{"tokenizer_class":"{class}","bos_token":"<s>","eos_token":"</s>"{flags}}}"#
+            )
+        };
+        let with_bos = serde_json::to_string(&put_around(Some(("<s>", 1)), None).unwrap()).unwrap();
+        let cases: [(&str, &str, &str, &[u32]); 10] = [
+            ("LlamaTokenizerFast", "null", "", &[0]),
+            ("LlamaTokenizerFast", "null", r#","add_bos_token":true"#, &[1, 0]),
+            ("LlamaTokenizer", "null", r#","add_bos_token":true,"add_eos_token":true"#, &[1, 0, 2]),
+            ("CodeLlamaTokenizer", "null", r#","add_eos_token":true"#, &[1, 0, 2]),
+            ("PreTrainedTokenizerFast", "null", r#","add_bos_token":true"#, &[0]),
+            ("LlamaTokenizerFast", &with_bos, "", &[1, 0]),
+            ("LlamaTokenizerFast", &with_bos, r#","add_bos_token":null"#, &[1, 0]),
+            ("LlamaTokenizerFast", &with_bos, r#","add_bos_token":false"#, &[0]),
+            ("LlamaTokenizerFast", &with_bos, r#","add_bos_token":true"#, &[1, 0]),
+            ("Qwen2Tokenizer", &with_bos, r#","add_bos_token":false"#, &[1, 0]),
+        ];
+        for (class, around, flags, expected) in cases {
+            assert_eq!(encode(around, &config(class, flags)), expected, "{class} {flags}");
+        }
+        let nameless = r#"{"tokenizer_class":"LlamaTokenizerFast","add_bos_token":true}"#;
+        assert_eq!(encode(&with_bos, nameless), [1, 0], "no name for what is to be added");
     }
 }

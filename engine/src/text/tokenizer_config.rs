@@ -12,6 +12,18 @@ use crate::error::{Error, Result};
 const TOKEN_NAMES: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
+/// Classes whose flags decide what is put around a text. transformers 4 replaced what `tokenizer.json` says
+/// by it, which DeepSeek-R1-Distill-Qwen is made for; transformers 5 reads no flags beside a `tokenizer.json`.
+const CLASSES_WITH_ENDS: [&str; 4] =
+    ["LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"];
+
+/// Which tokens are put around a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct EndFlags {
+    pub(super) bos: bool,
+    pub(super) eos: bool,
+}
+
 /// The content of a `tokenizer_config.json`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TokenizerConfig {
@@ -57,7 +69,23 @@ impl TokenizerConfig {
 
     /// `add_bos_token`, when it is set.
     pub fn add_bos_token(&self) -> Option<bool> {
-        self.fields.get("add_bos_token")?.as_bool()
+        self.flag("add_bos_token")
+    }
+
+    /// What is put around a text, whatever `tokenizer.json` says; `None` where that decides: without flags, and
+    /// for classes that have none.
+    pub(super) fn ends(&self) -> Option<EndFlags> {
+        let class = self.fields.get("tokenizer_class")?.as_str()?;
+        let (bos, eos) = (self.flag("add_bos_token"), self.flag("add_eos_token"));
+        if !CLASSES_WITH_ENDS.contains(&class) || (bos, eos) == (None, None) {
+            return None;
+        }
+        // The defaults of the classes.
+        Some(EndFlags { bos: bos.unwrap_or(true), eos: eos.unwrap_or(false) })
+    }
+
+    fn flag(&self, name: &str) -> Option<bool> {
+        self.fields.get(name)?.as_bool()
     }
 
     /// The chat template of this name; a single unnamed template is called `default`.
