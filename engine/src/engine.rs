@@ -24,7 +24,7 @@ use crate::request::{
     token_in_vocabulary,
 };
 use crate::runner::Runner;
-use crate::sequence::Sample;
+use crate::sequence::{Sample, Stops};
 use crate::text::{ChatTemplate, Tokenizer};
 use crate::update::WeightsUpdate;
 
@@ -222,6 +222,7 @@ impl Engine {
             Continuation::Omit => 0,
         };
         let params = Arc::new(request.params.clone());
+        let stops = Stops::new(&params, &self.eos)?;
         let mut sequences = Vec::with_capacity(params.n);
         for index in 0..params.n {
             // Who wants to know of the prompt computes it; the other samples take it from there.
@@ -240,15 +241,9 @@ impl Engine {
                 }
             };
             sequences.push(seq);
-            let eos = &self.eos;
             let key = (id, index, seed);
-            match Sample::new(key, &request, &params, eos, self.tokenizer.as_ref()) {
-                Ok(sample) => self.samples.insert(seq, sample),
-                Err(error) => {
-                    self.drop_sequences(&sequences);
-                    return Err(error);
-                }
-            };
+            let sample = Sample::new(key, &request, &params, &stops, self.tokenizer.as_ref());
+            self.samples.insert(seq, sample);
         }
         self.next_request += 1;
         self.sequences.insert(id, sequences);

@@ -10,10 +10,30 @@ use crate::request::{
     Continuation, EosRule, FinishReason, Finished, LogprobsMode, Request, RequestId,
     SamplingParams, StopReason, StopText,
 };
-use crate::text::{Detokenizer, SkipSpecial, StopMatcher, StopScan, Tokenizer};
+use crate::text::{Detokenizer, SkipSpecial, StopMatcher, StopPatterns, StopScan, Tokenizer};
 
 /// Prompt tokens that a detokenizer is shown, so that it knows what the answer joins on to.
 const CONTEXT_TOKENS: usize = 8;
+
+/// What ends the samples of a request, in one copy for all of them.
+#[derive(Clone)]
+pub(crate) struct Stops {
+    /// Tokens that may not come before `min_tokens`.
+    tokens: Arc<[u32]>,
+    strings: StopPatterns,
+}
+
+impl Stops {
+    /// What `params` say, of a model whose texts end with `eos`.
+    ///
+    /// # Errors
+    /// When there are too many stop strings, or one is empty or too long.
+    pub(crate) fn new(params: &SamplingParams, eos: &[u32]) -> Result<Self> {
+        let eos = if params.eos == EosRule::Stop { eos } else { &[] };
+        let tokens = params.stop_token_ids.iter().chain(eos).copied().collect();
+        Ok(Self { tokens, strings: StopPatterns::new(&params.stop)? })
+    }
+}
 
 /// One sample of a request while it waits or runs.
 pub(crate) struct Sample {
@@ -24,8 +44,7 @@ pub(crate) struct Sample {
     pub(crate) seed: u64,
     /// Whether a step has computed something of it.
     pub(crate) begun: bool,
-    /// Tokens that end it and may not come before `min_tokens`.
-    ending: Vec<u32>,
+    stops: Stops,
     text: Option<SampleText>,
     /// What its tokens must spell.
     pub(crate) grammar: Option<GrammarState>,
@@ -55,32 +74,25 @@ impl Sample {
         (request_id, index, seed): (RequestId, usize, u64),
         request: &Request,
         params: &Arc<SamplingParams>,
-        eos: &[u32],
+        stops: &Stops,
         tokenizer: Option<&Arc<Tokenizer>>,
-    ) -> Result<Self> {
-        let mut ending = params.stop_token_ids.clone();
-        if params.eos == EosRule::Stop {
-            ending.extend_from_slice(eos);
-        }
-        let text = match tokenizer {
-            None => None,
-            Some(tokenizer) => {
-                let tail = &request.prompt[request.prompt.len().saturating_sub(CONTEXT_TOKENS)..];
-                let tokenizer = Arc::clone(tokenizer);
-                Some(SampleText {
-                    detokenizer: Detokenizer::after_prompt(tokenizer, SkipSpecial::Yes, tail),
-                    stops: StopMatcher::new(params.stop.clone())?,
-                })
+    ) -> Self {
+        let text = tokenizer.map(|tokenizer| {
+            let tail = &request.prompt[request.prompt.len().saturating_sub(CONTEXT_TOKENS)..];
+            let tokenizer = Arc::clone(tokenizer);
+            SampleText {
+                detokenizer: Detokenizer::after_prompt(tokenizer, SkipSpecial::Yes, tail),
+                stops: StopMatcher::of(stops.strings.clone()),
             }
-        };
-        Ok(Self {
+        });
+        Self {
             request: request_id,
             index,
             params: Arc::clone(params),
             prompt_len: request.prompt.len(),
             seed,
             begun: false,
-            ending,
+            stops: stops.clone(),
             text,
             grammar: request.constraint.as_ref().map(crate::grammar::Constraint::start),
             prompt: match request.prompt_logprobs.filter(|_| index == 0) {
@@ -90,12 +102,12 @@ impl Sample {
             continuation: request.continuation,
             guesses: Guesses::new(),
             logprobs_mode: request.logprobs_mode,
-        })
+        }
     }
 
     /// Tokens that may not be drawn as the `generated`-th token.
     pub(crate) fn banned(&self, generated: usize) -> &[u32] {
-        if generated < self.params.min_tokens { &self.ending } else { &[] }
+        if generated < self.params.min_tokens { &self.stops.tokens } else { &[] }
     }
 
     /// Whether parameters leave the distribution of the `generated`-th token, but for its temperature, as it
@@ -115,7 +127,7 @@ impl Sample {
     /// # Errors
     /// When the tokenizer's own rules fail on these tokens, or the grammar's limits are reached.
     pub(crate) fn push(&mut self, token: u32, generated: usize, room: usize) -> Result<Step> {
-        if self.ending.contains(&token) {
+        if self.stops.tokens.contains(&token) {
             let listed = self.params.stop_token_ids.contains(&token);
             let end = Some((FinishReason::Stop, listed.then_some(StopReason::Token(token))));
             return Ok(Step { text: self.flush()?, end });
@@ -184,5 +196,42 @@ impl Sample {
             error: None,
             prompt: None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tokens of the tokenizer below: letters, the same letters as bytes, and the end.
+    const A: u32 = 1;
+    const B: u32 = 2;
+    const EOS: u32 = 5;
+
+    fn tokenizer() -> Arc<Tokenizer> {
+        let json = br#"{"version": "1.0", "added_tokens": [{"id": 5, "content": "</s>", "single_word": false,
+            "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
+            "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+            "model": {"type": "BPE", "unk_token": "<unk>", "byte_fallback": true, "merges": [], "vocab":
+            {"<unk>": 0, "a": 1, "b": 2, "<0x61>": 3, "<0x62>": 4, "</s>": 5}}}"#;
+        Arc::new(Tokenizer::from_json_bytes(json).unwrap())
+    }
+
+    #[test]
+    fn samples_of_a_request_share_what_ends_them() {
+        let params = SamplingParams {
+            stop: vec!["x".repeat(1024); 64],
+            stop_token_ids: vec![B; 1024],
+            ..SamplingParams::default()
+        };
+        let stops = Stops::new(&params, &[EOS]).unwrap();
+        let request = Request::new(vec![A], params.clone());
+        let params = Arc::new(params);
+        let samples: Vec<Sample> = (0..3)
+            .map(|i| {
+                Sample::new((RequestId(0), i, 0), &request, &params, &stops, Some(&tokenizer()))
+            })
+            .collect();
+        assert!(samples.iter().all(|sample| Arc::ptr_eq(&sample.stops.tokens, &stops.tokens)));
     }
 }

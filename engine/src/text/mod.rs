@@ -24,8 +24,8 @@ pub use chat::{
 pub use controls::{Controls, Spoken};
 pub use detokenizer::Detokenizer;
 pub use gguf_tokenizer::{GgufVocab, PRE_TOKENIZERS};
-pub(crate) use stop::check_stop_strings;
 pub use stop::{MAX_STOP_BYTES, MAX_STOP_STRINGS, StopMatcher, StopScan};
+pub(crate) use stop::{StopPatterns, check_stop_strings};
 pub use tokenizer::{AddSpecial, MAX_TOKEN_ID, SkipSpecial, Tokenizer};
 pub use tokenizer_config::TokenizerConfig;
 

@@ -6,6 +6,8 @@
 //! and Pratt 1977): O(1) amortised per byte and stop string. Matching is by bytes; no case folding,
 //! no normalisation.
 
+use std::sync::Arc;
+
 use crate::error::{Error, Result};
 
 /// Most stop strings of one request.
@@ -62,10 +64,27 @@ pub(crate) fn check_stop_strings(stop: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Watches a stream of text for stop strings.
+/// Stop strings made ready, once for all texts that are watched for them: three bytes a byte.
+#[derive(Clone, Debug)]
+pub(crate) struct StopPatterns(Arc<[Pattern]>);
+
+impl StopPatterns {
+    /// Makes these ready.
+    ///
+    /// # Errors
+    /// As [`StopMatcher::new`].
+    pub(crate) fn new(stop: &[String]) -> Result<Self> {
+        check_stop_strings(stop)?;
+        Ok(Self(stop.iter().map(|text| Pattern::new(text)).collect()))
+    }
+}
+
+/// Watches a stream of text for stop strings. Its own are a few bytes for each of them, and the text it holds.
 #[derive(Clone, Debug)]
 pub struct StopMatcher {
-    patterns: Vec<Pattern>,
+    patterns: StopPatterns,
+    /// How much of each stop string the end of the text matches, in bytes.
+    matched: Vec<u16>,
     held: String,
     found: Option<usize>,
 }
@@ -85,14 +104,28 @@ impl StopMatcher {
     /// When there are more than [`MAX_STOP_STRINGS`], or one is empty or longer than
     /// [`MAX_STOP_BYTES`].
     pub fn new(stop: Vec<String>) -> Result<Self> {
-        check_stop_strings(&stop)?;
-        let patterns = stop.into_iter().map(Pattern::new).collect();
-        Ok(Self { patterns, held: String::new(), found: None })
+        Ok(Self::of(StopPatterns::new(&stop)?))
+    }
+
+    /// A matcher for stop strings that are ready.
+    pub(crate) fn of(patterns: StopPatterns) -> Self {
+        let matched = vec![0; patterns.0.len()];
+        Self { patterns, matched, held: String::new(), found: None }
     }
 
     /// Takes the next piece of text. After a match every further call reports the same match with
     /// no text.
     pub fn push(&mut self, delta: &str) -> StopScan {
+        self.scan(delta, Complete::Ends)
+    }
+
+    /// Takes the next piece of a text that may not end in it: a stop string that is complete there is text
+    /// like any other, one that only begins there is held back as ever.
+    pub fn pass(&mut self, delta: &str) -> StopScan {
+        self.scan(delta, Complete::Passes)
+    }
+
+    fn scan(&mut self, delta: &str, complete: Complete) -> StopScan {
         if let Some(index) = self.found {
             return StopScan::Found { index, text_before: String::new() };
         }
@@ -100,12 +133,16 @@ impl StopMatcher {
         self.held.push_str(delta);
         for (position, byte) in delta.bytes().enumerate() {
             let Some(index) = self.advance(byte) else { continue };
-            let start = base + position + 1 - self.patterns[index].text.len();
+            if complete == Complete::Passes {
+                self.fall_back();
+                continue;
+            }
+            let start = base + position + 1 - self.patterns.0[index].text.len();
             self.held.truncate(start);
             self.found = Some(index);
             return StopScan::Found { index, text_before: std::mem::take(&mut self.held) };
         }
-        let held_bytes = self.patterns.iter().map(|pattern| pattern.matched).max().unwrap_or(0);
+        let held_bytes = self.matched.iter().max().map_or(0, |matched| usize::from(*matched));
         // A stop string begins with a character, so what is held back does too.
         let tail = self.held.split_off(self.held.len() - held_bytes);
         let text = std::mem::replace(&mut self.held, tail);
@@ -114,58 +151,68 @@ impl StopMatcher {
 
     /// The text is over: gives back what was held, which was no stop string after all.
     pub fn finish(&mut self) -> String {
-        for pattern in &mut self.patterns {
-            pattern.matched = 0;
-        }
+        self.matched.fill(0);
         std::mem::take(&mut self.held)
     }
 
     /// Moves every pattern on by one byte; the longest that is complete, if any.
     fn advance(&mut self, byte: u8) -> Option<usize> {
-        let mut best: Option<usize> = None;
-        for index in 0..self.patterns.len() {
-            let complete = self.patterns[index].advance(byte);
-            let length = self.patterns[index].text.len();
-            if complete && best.is_none_or(|best| length > self.patterns[best].text.len()) {
-                best = Some(index);
+        let mut best: Option<(usize, usize)> = None;
+        for (index, (pattern, matched)) in self.patterns.0.iter().zip(&mut self.matched).enumerate()
+        {
+            *matched = pattern.advance(*matched, byte);
+            let length = pattern.text.len();
+            let complete = usize::from(*matched) == length;
+            if complete && best.is_none_or(|(_, best)| length > best) {
+                best = Some((index, length));
             }
         }
-        best
+        best.map(|(index, _)| index)
+    }
+
+    /// Leaves of every complete pattern the longest part that may begin another one.
+    fn fall_back(&mut self) {
+        for (pattern, matched) in self.patterns.0.iter().zip(&mut self.matched) {
+            if usize::from(*matched) == pattern.text.len() {
+                *matched = pattern.border[pattern.text.len() - 1];
+            }
+        }
     }
 }
 
-/// One stop string and how much of it the end of the text matches.
+/// What a complete stop string is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Complete {
+    /// The end of the text.
+    Ends,
+    /// Text.
+    Passes,
+}
+
+/// One stop string; its lengths fit in 16 bits, see [`MAX_STOP_BYTES`].
 #[derive(Clone, Debug)]
 struct Pattern {
-    text: String,
+    text: Box<[u8]>,
     /// `border[i]`: length of the longest proper prefix of `text[..=i]` that is also its suffix.
-    border: Vec<usize>,
-    matched: usize,
+    border: Box<[u16]>,
 }
 
 impl Pattern {
-    fn new(text: String) -> Self {
+    fn new(text: &str) -> Self {
         let bytes = text.as_bytes();
-        let mut border = vec![0; bytes.len()];
-        let mut length = 0;
-        for i in 1..bytes.len() {
-            while length > 0 && bytes[i] != bytes[length] {
-                length = border[length - 1];
-            }
-            length += usize::from(bytes[i] == bytes[length]);
-            border[i] = length;
+        let mut this = Self { text: bytes.into(), border: vec![0; bytes.len()].into() };
+        for (i, byte) in bytes.iter().enumerate().skip(1) {
+            this.border[i] = this.advance(this.border[i - 1], *byte);
         }
-        Self { text, border, matched: 0 }
+        this
     }
 
-    /// True when this byte completes the stop string; matching ends there.
-    fn advance(&mut self, byte: u8) -> bool {
-        let bytes = self.text.as_bytes();
-        while self.matched > 0 && bytes[self.matched] != byte {
-            self.matched = self.border[self.matched - 1];
+    /// How much of the stop string is matched with this byte, when `matched` bytes, not all, were before it.
+    fn advance(&self, mut matched: u16, byte: u8) -> u16 {
+        while matched > 0 && self.text[usize::from(matched)] != byte {
+            matched = self.border[usize::from(matched) - 1];
         }
-        self.matched += usize::from(bytes[self.matched] == byte);
-        self.matched == bytes.len()
+        matched + u16::from(self.text[usize::from(matched)] == byte)
     }
 }
 
@@ -256,6 +303,53 @@ mod tests {
             }
             assert_eq!(run(stop, &pieces), naive(stop, &text), "round {round}: {pieces:?}");
         }
+    }
+
+    /// By trying every end: those up to the byte `early` pass.
+    #[test]
+    fn early_stop_strings_are_text_and_their_ends_may_begin_others() {
+        let sets: [&[&str]; 4] = [&["ab", "b"], &["aba"], &["abab", "ba"], &["aaa"]];
+        for round in 0..4096_usize {
+            let text: String = (0..10).map(|i| ['a', 'b'][round >> i & 1]).collect();
+            let early = round / 1024 * 3;
+            for stop in sets {
+                let complete = |end: usize| {
+                    let ends = |s: &&&str| text[..end].ends_with(**s);
+                    stop.iter().filter(ends).map(|s| s.len()).max()
+                };
+                let end = (early + 1..=text.len()).find_map(|end| Some(end - complete(end)?));
+                let mut matcher = matcher(stop);
+                let mut shown = String::new();
+                let mut found = false;
+                for (i, letter) in text.char_indices() {
+                    let piece = letter.to_string();
+                    let scan = if i < early { matcher.pass(&piece) } else { matcher.push(&piece) };
+                    match scan {
+                        StopScan::None { text } | StopScan::Hold { text, .. } => shown += &text,
+                        StopScan::Found { text_before, .. } => {
+                            shown += &text_before;
+                            found = true;
+                        }
+                    }
+                }
+                let expected = &text[..end.unwrap_or(text.len())];
+                assert_eq!(
+                    (shown + &matcher.finish(), found),
+                    (expected.to_owned(), end.is_some())
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn patterns_are_shared_and_small() {
+        let stop = vec!["x".repeat(MAX_STOP_BYTES); MAX_STOP_STRINGS];
+        let patterns = StopPatterns::new(&stop).unwrap();
+        let bytes: usize = patterns.0.iter().map(|p| p.text.len() + 2 * p.border.len()).sum();
+        assert_eq!(bytes, 3 * MAX_STOP_STRINGS * MAX_STOP_BYTES);
+        let (one, other) = (StopMatcher::of(patterns.clone()), StopMatcher::of(patterns));
+        assert!(Arc::ptr_eq(&one.patterns.0, &other.patterns.0));
+        assert_eq!(one.matched.len() * size_of::<u16>(), 128);
     }
 
     #[test]
