@@ -279,7 +279,7 @@ impl Engine {
             if let Some(mut sample) = self.samples.remove(&seq) {
                 let mut finished = sample.finished(FinishReason::Abort, cached);
                 // An aborted answer may end in half a character; nobody is waiting for it.
-                finished.text = sample.flush().unwrap_or_default();
+                finished.text = sample.flush().unwrap_or_default().text;
                 self.pending.push(Event::Finished(finished));
             }
         }

@@ -30,13 +30,14 @@ pub enum EosRule {
     Ignore,
 }
 
-/// Whether text shown to the caller includes the stop string that ended it.
+/// Whether text shown to the caller includes what ended it: a stop string, or the text of a token of
+/// `stop_token_ids`. Special tokens have none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum StopText {
-    /// The stop string is cut off.
+    /// It is cut off.
     #[default]
     Exclude,
-    /// The stop string is kept.
+    /// It is kept.
     Include,
 }
 
@@ -82,7 +83,7 @@ pub struct SamplingParams {
     pub logit_bias: Vec<(u32, f32)>,
     /// Texts that end a sample.
     pub stop: Vec<String>,
-    /// Whether the text keeps the stop string.
+    /// Whether the text keeps what ended it.
     pub stop_text: StopText,
     /// Further tokens that end a sample.
     pub stop_token_ids: Vec<u32>,
