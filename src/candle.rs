@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use candle_backend::CandleEngine;
 use engine::text::{Detokenizer, SkipSpecial};
-use engine::{ChatTemplate, EngineConfig, GenerationDefaults, Tokenizer, load_text};
+use engine::{ChatTemplate, EngineConfig, GenerationDefaults, Tokenizer, end_tokens, load_text};
 
 use crate::exit::{Failure, Result};
 use crate::terminal::Terminal;
@@ -54,10 +54,10 @@ impl Opened {
         Ok(Self {
             fingerprint: fingerprint::model(&source, &form)?,
             engine,
+            eos: end_tokens(&source, tokenizer.as_ref()),
             tokenizer: tokenizer.map(Arc::new),
             chat_template: chat_template.map(Arc::new),
             generation: source.generation().clone(),
-            eos: source.eos().to_vec(),
         })
     }
 }

@@ -15,7 +15,7 @@ use crate::decoder::{Decoder, Weights};
 use crate::draw::Drawn;
 use crate::error::{Error, Result};
 use crate::guess::SpeculationStats;
-use crate::load::load_text;
+use crate::load::{end_tokens, load_text};
 use crate::memory::MemoryPlan;
 use crate::model::{GenerationDefaults, ModelConfig, ModelSource};
 use crate::random;
@@ -105,10 +105,10 @@ impl Engine {
             scheduler,
             plan,
             config: config.clone(),
+            eos: end_tokens(source, tokenizer.as_ref()),
             tokenizer: tokenizer.map(Arc::new),
             chat_template: chat_template.map(Arc::new),
             defaults: source.generation().clone(),
-            eos: source.eos().to_vec(),
             samples: HashMap::new(),
             sequences: HashMap::new(),
             next_request: 0,
@@ -142,7 +142,7 @@ impl Engine {
         &self.defaults
     }
 
-    /// Tokens that end a text.
+    /// Tokens that end a text: the model's, then its tokenizer's.
     pub fn eos(&self) -> &[u32] {
         &self.eos
     }

@@ -40,7 +40,7 @@ pub use guess::SpeculationStats;
 pub use guests::{Guests, Host};
 pub use histogram::Histogram;
 pub use kernels::{Dtype, Kernels, KvDtype, Level, features, probe};
-pub use load::load_text;
+pub use load::{end_tokens, load_text};
 pub use memory::{LOGIT_ROWS, MemoryPlan};
 pub use model::{GenerationDefaults, ModelConfig, ModelSource};
 pub use pause::PauseMode;

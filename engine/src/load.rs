@@ -1,4 +1,4 @@
-//! Finds a model's tokenizer and chat template in whatever its files are.
+//! Finds a model's tokenizer, chat template and end tokens in whatever its files are.
 
 use crate::error::Result;
 use crate::model::ModelSource;
@@ -19,6 +19,18 @@ pub fn load_text(source: &ModelSource) -> Result<(Option<Tokenizer>, Option<Chat
     }
     let template = ChatTemplate::from_config(&config)?;
     Ok((Some(tokenizer.with_config(config)?), Some(template)))
+}
+
+/// Tokens that end a text: what the model's files say, and after it what its tokenizer says, as far as the
+/// model has such tokens. The first is what a text is ended with.
+pub fn end_tokens(source: &ModelSource, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
+    let mut ends = source.eos().to_vec();
+    for id in tokenizer.map_or(&[][..], Tokenizer::eos_ids) {
+        if (*id as usize) < source.config().vocab_size && !ends.contains(id) {
+            ends.push(*id);
+        }
+    }
+    ends
 }
 
 fn load_tokenizer(source: &ModelSource) -> Result<Option<Tokenizer>> {
@@ -43,6 +55,26 @@ mod tests {
 
     use super::*;
     use crate::text::{Message, RenderOptions};
+
+    #[test]
+    fn the_tokenizers_end_comes_after_the_models() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data");
+        let source = ModelSource::open(&root.join("golden/models/tiny-llama")).unwrap();
+        assert_eq!((source.eos(), source.config().vocab_size), (&[2][..], 512));
+        let ends = |vocab: &str, eos: &str| {
+            let json = format!(
+                r#"{{"version":"1.0","decoder":null,"model":{{"type":"WordLevel","vocab":{vocab},"unk_token":"a"}}}}"#
+            );
+            let config = json!({"eos_token": eos}).to_string();
+            let config = TokenizerConfig::from_json_bytes(config.as_bytes()).unwrap();
+            let tokenizer = Tokenizer::from_json_bytes(json.as_bytes()).unwrap();
+            end_tokens(&source, Some(&tokenizer.with_config(config).unwrap()))
+        };
+        assert_eq!(ends(r#"{"a":0,"b":7}"#, "b"), [2, 7]);
+        assert_eq!(ends(r#"{"a":0,"b":2}"#, "b"), [2]);
+        assert_eq!(ends(r#"{"a":0,"b":512}"#, "b"), [2], "the model has no such token");
+        assert_eq!(end_tokens(&source, None), [2]);
+    }
 
     #[test]
     fn tools_get_their_own_template_unless_a_file_replaces_all() {

@@ -181,7 +181,8 @@ impl ModelSource {
         &self.generation
     }
 
-    /// Tokens that end a text: those of the generation defaults, else those of the configuration.
+    /// Tokens that end a text: those of the generation defaults, else those of the configuration. The
+    /// tokenizer may know another one, see [`crate::end_tokens`].
     pub fn eos(&self) -> &[u32] {
         if self.generation.eos.is_empty() { &self.config.eos } else { &self.generation.eos }
     }
