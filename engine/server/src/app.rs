@@ -201,6 +201,8 @@ pub(crate) struct App {
     pub(crate) keys: Keys,
     pub(crate) admin: Admin,
     pub(crate) defaults: SamplingParams,
+    /// Most tokens of a chat's answer where the request does not say; a long prompt may leave it fewer.
+    pub(crate) default_max_tokens: Option<usize>,
     pub(crate) live: Arc<Live>,
     pub(crate) metrics: Arc<Metrics>,
     /// Events with the choice of their request that they belong to.
@@ -227,11 +229,13 @@ impl App {
         let keys = Keys::new(&config.api_keys)?;
         let admin = Admin::new(&config.admin_api_keys)?;
         let recommended = || crate::params::default_params(service.generation_defaults());
-        let defaults = config.default_params.clone().unwrap_or_else(recommended);
+        let mut defaults = config.default_params.clone().unwrap_or_else(recommended);
+        let default_max_tokens = defaults.max_tokens.take();
         Ok(Arc::new(Self {
             keys,
             admin,
             defaults,
+            default_max_tokens,
             live: Arc::new(Live::new()),
             metrics: Arc::new(Metrics::new()),
             outbox: Outbox::open(&service),

@@ -143,6 +143,11 @@ impl Job {
         let room = asked.answer_tokens();
         about.cut(&mut asked.prompts, room, limit);
         check(&app.service, &asked)?;
+        if api == Api::Chat {
+            let min = asked.params.min_tokens;
+            let default = app.default_max_tokens.map(|max| max.max(min));
+            asked.params.max_tokens = asked.params.max_tokens.or(default);
+        }
         let scored = scored_prompts(&asked, about.logprobs, delivery)?;
         check_queue(app)?;
         let echo = echoes(app, &asked)?;

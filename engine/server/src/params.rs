@@ -20,7 +20,8 @@ pub(crate) const MAX_MESSAGES: usize = 4096;
 /// Temperatures below it count as 0: logits divided by less would overflow.
 const GREEDY_BELOW: f32 = 1e-5;
 
-/// Neutral parameters, changed by what the model's `generation_config.json` recommends.
+/// Neutral parameters, changed by what the model's `generation_config.json` recommends. Its `do_sample` is left
+/// out, as in vLLM: a temperature says the same.
 pub fn default_params(generation: &GenerationDefaults) -> SamplingParams {
     let neutral = SamplingParams::default();
     SamplingParams {
@@ -29,6 +30,7 @@ pub fn default_params(generation: &GenerationDefaults) -> SamplingParams {
         top_k: generation.top_k.filter(|k| *k > 0).map(|k| k as usize),
         min_p: generation.min_p.unwrap_or(neutral.min_p),
         repetition_penalty: generation.repetition_penalty.unwrap_or(neutral.repetition_penalty),
+        max_tokens: generation.max_new_tokens.filter(|max| *max > 0),
         ..neutral
     }
 }
@@ -294,6 +296,21 @@ mod tests {
             logprobs: None,
         };
         assert_eq!(params, expected);
+    }
+
+    #[test]
+    fn what_a_model_recommends_is_the_default() {
+        let generation = GenerationDefaults {
+            temperature: Some(0.5),
+            top_k: Some(0),
+            max_new_tokens: Some(7),
+            ..GenerationDefaults::default()
+        };
+        let params = default_params(&generation);
+        assert_eq!((params.temperature, params.top_k, params.max_tokens), (0.5, None, Some(7)));
+        let silent =
+            GenerationDefaults { max_new_tokens: Some(0), ..GenerationDefaults::default() };
+        assert_eq!(default_params(&silent), SamplingParams::default());
     }
 
     #[test]

@@ -71,8 +71,6 @@ pub struct ModelConfig {
 pub struct GenerationDefaults {
     /// Tokens that end a text; empty when not given.
     pub eos: Vec<u32>,
-    /// `false` asks for greedy decoding.
-    pub do_sample: Option<bool>,
     /// Sampling temperature.
     pub temperature: Option<f32>,
     /// Nucleus mass.

@@ -52,7 +52,6 @@ pub(super) fn parse_generation(text: &str) -> Result<GenerationDefaults> {
     let number = |key: &str| keys.float(key).map(|x| x.map(|x| x as f32));
     Ok(GenerationDefaults {
         eos: keys.ids("eos_token_id")?,
-        do_sample: keys.boolean("do_sample")?,
         temperature: number("temperature")?,
         top_p: number("top_p")?,
         top_k: match keys.float("top_k")? {

@@ -164,10 +164,10 @@ fn a_written_configuration_reads_back_and_keeps_what_it_does_not_know() {
 
 #[test]
 fn generation_defaults_are_read() {
-    let text = r#"{"eos_token_id": [7, 8], "do_sample": true, "temperature": 0.6, "top_p": 0.9,
+    let text = r#"{"eos_token_id": [7, 8], "do_sample": true, "max_new_tokens": 9, "temperature": 0.6, "top_p": 0.9,
         "top_k": 20, "repetition_penalty": 1.05, "pad_token_id": 7, "transformers_version": "4.37.0"}"#;
     let g = parse_generation(text).unwrap();
-    assert_eq!((g.eos, g.do_sample, g.top_k), (vec![7, 8], Some(true), Some(20)));
+    assert_eq!((g.eos, g.max_new_tokens, g.top_k), (vec![7, 8], Some(9), Some(20)));
     assert_eq!((g.temperature, g.top_p, g.min_p), (Some(0.6), Some(0.9), None));
     assert_eq!(g.repetition_penalty, Some(1.05));
     assert!(parse_generation(r#"{"temperature": "hot"}"#).is_err());

@@ -433,3 +433,39 @@ async fn the_newer_name_of_the_limit_wins() {
     let body = chat(json!({"max_completion_tokens": 0}));
     assert_eq!(refused(&server, CHAT, &body).await.0, "max_tokens");
 }
+
+#[tokio::test]
+async fn what_a_model_recommends_bounds_a_chat_that_does_not_say() {
+    let most = |max| {
+        Server::with(|config| {
+            let params = engine::SamplingParams { max_tokens: Some(max), ..Default::default() };
+            config.default_params = Some(params);
+        })
+    };
+    let server = most(3);
+    let limit = server.app.service.max_model_len();
+    let body = |text: &str| {
+        json!({"ignore_eos": true, "temperature": 0, "prompt": text,
+            "messages": [{"role": "user", "content": text}]})
+    };
+    let tokens = async |server: &Server, path: &str, extra: Value| {
+        let mut body = body("hi");
+        let other = if path == CHAT { "prompt" } else { "messages" };
+        let fields = body.as_object_mut().unwrap();
+        fields.remove(other);
+        fields.extend(extra.as_object().unwrap().clone());
+        let (status, answer) = server.post(path, &body).await;
+        assert_eq!(status, 200, "{answer}");
+        (answer["usage"]["prompt_tokens"].as_u64(), answer["usage"]["completion_tokens"].as_u64())
+    };
+    assert_eq!(tokens(&server, CHAT, json!({})).await.1, Some(3));
+    assert_eq!(tokens(&server, CHAT, json!({"max_tokens": 5})).await.1, Some(5));
+    assert_eq!(tokens(&server, CHAT, json!({"max_completion_tokens": 2})).await.1, Some(2));
+    assert_eq!(tokens(&server, CHAT, json!({"min_tokens": 6})).await.1, Some(6));
+    assert_eq!(tokens(&server, TEXT, json!({})).await.1, Some(16), "as in OpenAI's API");
+    // A prompt that leaves fewer is not refused for what nobody asked for.
+    let server = most(limit);
+    let long = json!([{"role": "user", "content": "a".repeat(limit - 60)}]);
+    let (prompt, answer) = tokens(&server, CHAT, json!({"messages": long})).await;
+    assert_eq!(prompt.unwrap() + answer.unwrap(), limit as u64);
+}
