@@ -7,13 +7,14 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use engine::Speculation;
+use engine::{SamplingParams, Speculation};
 
 use crate::args_api::DoorArgs;
 use crate::args_eval::EvalArgs;
 use crate::args_run::{RlArgs, SftArgs};
 use crate::bench::args::BenchArgs;
 use crate::device::DeviceArg;
+use crate::exit::{Failure, Result};
 use crate::plot::PlotArgs;
 
 /// The model that is used where none is named.
@@ -350,6 +351,25 @@ pub(crate) struct SamplingArgs {
     /// Fewest tokens of a sample
     #[arg(long, value_name = "TOKENS")]
     pub(crate) min_tokens: Option<usize>,
+    #[command(flatten)]
+    pub(crate) draw: DrawArgs,
+    /// Text that ends a sample; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// Token that ends a sample; may be repeated
+    #[arg(long, value_name = "ID", num_args = 1..)]
+    pub(crate) stop_token_ids: Vec<u32>,
+    /// Treat end-of-text as any token
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    /// Report this many alternatives beside each token
+    #[arg(long, value_name = "K")]
+    pub(crate) logprobs: Option<usize>,
+}
+
+/// What tokens are drawn from.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct DrawArgs {
     /// 0 takes the most likely token
     #[arg(long)]
     pub(crate) temperature: Option<f32>,
@@ -371,18 +391,33 @@ pub(crate) struct SamplingArgs {
     /// Divides positive logits of tokens seen before
     #[arg(long)]
     pub(crate) repetition_penalty: Option<f32>,
-    /// Text that ends a sample; may be repeated
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) stop: Vec<String>,
-    /// Token that ends a sample; may be repeated
-    #[arg(long, value_name = "ID", num_args = 1..)]
-    pub(crate) stop_token_ids: Vec<u32>,
-    /// Treat end-of-text as any token
-    #[arg(long)]
-    pub(crate) ignore_eos: bool,
-    /// Report this many alternatives beside each token
-    #[arg(long, value_name = "K")]
-    pub(crate) logprobs: Option<usize>,
+}
+
+impl DrawArgs {
+    /// Changes what is given.
+    pub(crate) fn apply(&self, params: &mut SamplingParams) -> Result<()> {
+        let numbers = [
+            (&mut params.temperature, self.temperature),
+            (&mut params.top_p, self.top_p),
+            (&mut params.min_p, self.min_p),
+            (&mut params.presence_penalty, self.presence_penalty),
+            (&mut params.frequency_penalty, self.frequency_penalty),
+            (&mut params.repetition_penalty, self.repetition_penalty),
+        ];
+        for (value, flag) in numbers {
+            *value = flag.unwrap_or(*value);
+        }
+        match self.top_k {
+            None => {}
+            Some(-1 | 0) => params.top_k = None,
+            Some(k) => {
+                let count = usize::try_from(k);
+                let least = |_| Failure::usage(format!("--top-k is {k}, limit is at least -1"));
+                params.top_k = Some(count.map_err(least)?);
+            }
+        }
+        Ok(())
+    }
 }
 
 /// `engine score`.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use crate::args::{CommonArgs, DEFAULT_MODEL, EngineArgs};
+use crate::args::{CommonArgs, DEFAULT_MODEL, DrawArgs, EngineArgs};
 use crate::bench::serve_args::{SERVE_EXAMPLES, ServeBenchArgs};
 
 /// Shown under `engine bench --help`.
@@ -148,9 +148,6 @@ pub(crate) struct ThroughputArgs {
     /// Also report this many alternatives to each token; 0 for the token's own log-probability
     #[arg(long, value_name = "K")]
     pub(crate) logprobs: Option<usize>,
-    /// Temperature of the samples; 0 takes the most likely token
-    #[arg(long, value_name = "T", default_value_t = 1.0)]
-    pub(crate) temperature: f32,
     /// JSON schema that every sample has to follow, with room for all its tokens: what masks cost
     #[arg(long, value_name = "JSON")]
     pub(crate) json_schema: Option<String>,
@@ -160,6 +157,8 @@ pub(crate) struct ThroughputArgs {
     /// Runs before those, which do not count
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) num_warmups: usize,
+    #[command(flatten)]
+    pub(crate) draw: DrawArgs,
     #[command(flatten)]
     pub(crate) dataset: DatasetArgs,
     /// JSON file for the results

@@ -22,10 +22,8 @@ pub(crate) struct Bench {
 
 /// How the samples of a batch are drawn.
 pub(crate) struct Sampling {
-    /// Samples of each prompt.
-    pub(crate) n: usize,
-    pub(crate) logprobs: Option<usize>,
-    pub(crate) temperature: f32,
+    /// Their parameters; the number of tokens is each prompt's.
+    pub(crate) params: SamplingParams,
     pub(crate) constraint: Option<Constraint>,
     pub(crate) seed: u64,
 }
@@ -76,13 +74,10 @@ impl Bench {
         let begun = Instant::now();
         for (i, prompt) in prompts.iter().enumerate() {
             let params = SamplingParams {
-                n: sampling.n,
-                logprobs: sampling.logprobs,
-                temperature: sampling.temperature,
                 max_tokens: Some(prompt.output),
                 eos: EosRule::Ignore,
                 seed: Some(hash(&[sampling.seed, i as u64])),
-                ..SamplingParams::default()
+                ..sampling.params.clone()
             };
             let request = Request::new(prompt.tokens().to_vec(), params);
             engine.add(Request { constraint: sampling.constraint.clone(), ..request })?;
@@ -100,7 +95,7 @@ impl Bench {
             }
         }
         let seconds = begun.elapsed().as_secs_f64();
-        let asked = sampling.n * prompts.iter().map(|p| p.output).sum::<usize>();
+        let asked = sampling.params.n * prompts.iter().map(|p| p.output).sum::<usize>();
         match tokens == asked {
             true => Ok(seconds),
             false => Err(Failure::running(format!("{tokens} tokens came, {asked} were asked for"))),

@@ -1,5 +1,6 @@
 //! `engine bench latency`: one batch from its first prompt token to its last output token.
 
+use engine::SamplingParams;
 use serde_json::{Map, Value, json};
 
 use crate::bench::args::LatencyArgs;
@@ -37,7 +38,7 @@ pub(crate) fn run(args: &LatencyArgs, terminal: &Terminal) -> Result<()> {
         seed: args.common.seed,
     };
     let seed = args.common.seed;
-    let sampling = Sampling { n: 1, logprobs: None, temperature: 1.0, constraint: None, seed };
+    let sampling = Sampling { params: SamplingParams::default(), constraint: None, seed };
     let mut seconds = Vec::new();
     for run in 0..args.num_iters_warmup + args.num_iters {
         let took = bench.generate(&shape.prompts(run as u64), &sampling)?;

@@ -2,7 +2,7 @@
 //!
 //! Printed as `vllm bench throughput` prints it, then the limit of the job and the share of it.
 
-use engine::SpeculationStats;
+use engine::{SamplingParams, SpeculationStats};
 use serde_json::{Value, json};
 
 use crate::bench::args::ThroughputArgs;
@@ -26,8 +26,11 @@ pub(crate) fn run(args: &ThroughputArgs, terminal: &Terminal) -> Result<()> {
     let sequences = args.num_prompts.saturating_mul(args.n);
     let mut bench = Bench::load(&source, &config, (sequences, dataset.longest()), terminal)?;
     let constraint = args.json_schema.as_deref().map(|text| bench.constraint(text)).transpose()?;
-    let (logprobs, temperature) = (args.logprobs, args.temperature);
-    let sampling = Sampling { n: args.n, logprobs, temperature, constraint, seed };
+    let mut params =
+        SamplingParams { n: args.n, logprobs: args.logprobs, ..SamplingParams::default() };
+    args.draw.apply(&mut params)?;
+    params.validate(source.config().vocab_size)?;
+    let sampling = Sampling { params, constraint, seed };
     let (mut seconds, mut last) = (Vec::new(), Vec::new());
     for run in 0..args.num_warmups + args.repeats {
         last = dataset.prompts(run as u64);
@@ -37,7 +40,7 @@ pub(crate) fn run(args: &ThroughputArgs, terminal: &Terminal) -> Result<()> {
             terminal.info(&format!("run {}/{}: {took:.2} s", seconds.len(), args.repeats));
         }
     }
-    let mut results = report(args, &bench, &last, &Values::new(seconds))?;
+    let mut results = report(args, (&bench, &sampling.params), &last, &Values::new(seconds))?;
     results["machine"] = machine(&config, &bench.peaks);
     save(args.json.as_deref(), &results)
 }
@@ -45,7 +48,7 @@ pub(crate) fn run(args: &ThroughputArgs, terminal: &Terminal) -> Result<()> {
 /// Prints the rates of runs of `seconds` on prompts like these; they and more as JSON.
 fn report(
     args: &ThroughputArgs,
-    bench: &Bench,
+    (bench, params): (&Bench, &SamplingParams),
     prompts: &[Prompt],
     seconds: &Values,
 ) -> Result<Value> {
@@ -82,7 +85,10 @@ fn report(
         "output_tokens_per_second": rate(made),
         "num_prompts": args.num_prompts, "n": args.n, "total_input_tokens": input,
         "total_output_tokens": made, "logprobs": args.logprobs,
-        "json_schema": args.json_schema, "temperature": args.temperature,
+        "json_schema": args.json_schema, "temperature": params.temperature,
+        "top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p,
+        "presence_penalty": params.presence_penalty, "frequency_penalty": params.frequency_penalty,
+        "repetition_penalty": params.repetition_penalty,
         "spec_decode_num_drafts": drafts, "spec_decode_num_draft_tokens": guessed,
         "spec_decode_num_accepted_tokens": accepted,
         "limit_s": limit, "share_of_limit": limit / median,

@@ -11,7 +11,7 @@ use serde_json::Value;
 use server::{BadField, Fields};
 
 use crate::args::{GenerateArgs, SamplingArgs};
-use crate::exit::{Failure, Result};
+use crate::exit::Result;
 use crate::fingerprint;
 use crate::input::{Input, Line};
 use crate::terminal::Terminal;
@@ -78,26 +78,7 @@ impl<'a> Reader<'a> {
 /// The model's recommendation, changed by the flags.
 fn defaults(flags: &SamplingArgs, reader: &Reader<'_>) -> Result<SamplingParams> {
     let mut params = server::default_params(reader.generation);
-    let numbers = [
-        (&mut params.temperature, flags.temperature),
-        (&mut params.top_p, flags.top_p),
-        (&mut params.min_p, flags.min_p),
-        (&mut params.presence_penalty, flags.presence_penalty),
-        (&mut params.frequency_penalty, flags.frequency_penalty),
-        (&mut params.repetition_penalty, flags.repetition_penalty),
-    ];
-    for (value, flag) in numbers {
-        *value = flag.unwrap_or(*value);
-    }
-    if let Some(k) = flags.top_k {
-        params.top_k = match k {
-            -1 | 0 => None,
-            k => Some(
-                usize::try_from(k)
-                    .map_err(|_| Failure::usage(format!("--top-k is {k}, limit is at least -1")))?,
-            ),
-        };
-    }
+    flags.draw.apply(&mut params)?;
     params.n = flags.n.unwrap_or(params.n);
     params.max_tokens = flags.max_tokens;
     params.min_tokens = flags.min_tokens.unwrap_or(params.min_tokens);
