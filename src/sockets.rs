@@ -91,7 +91,7 @@ impl Socket {
         match self {
             Self::Tcp(socket) => {
                 let name = socket.local_addr().map_or("server".to_owned(), |at| at.to_string());
-                let listener = socket.listen(BACKLOG);
+                let listener = socket.set_reuseaddr(true).and_then(|()| socket.listen(BACKLOG));
                 let failed = |error: io::Error| Failure::running(format!("{name}: {error}"));
                 Ok((Listener::Tcp(listener.map_err(failed)?), None))
             }
@@ -139,9 +139,12 @@ pub(crate) fn tcp(name: &str, address: impl ToSocketAddrs) -> Result<TcpSocket> 
             SocketAddr::V4(_) => TcpSocket::new_v4(),
             SocketAddr::V6(_) => TcpSocket::new_v6(),
         }?;
-        // A process that was killed leaves connections behind, which are not in the way then.
+        // A process that was killed leaves connections behind, which are not in the way then. Once the
+        // address is held it is nobody else's, which it would be until somebody listens.
         socket.set_reuseaddr(true)?;
-        socket.bind(address).map(|()| socket)
+        socket.bind(address)?;
+        socket.set_reuseaddr(false)?;
+        Ok(socket)
     };
     let mut last = io::Error::other("the name has no address");
     for address in address.to_socket_addrs().map_err(failed)? {
@@ -228,6 +231,7 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
         fs::remove_file(&path).unwrap();
     }
+
     #[test]
     fn an_address_is_held_and_nobody_connects_before_it_listens() {
         let runtime = crate::serve::runtime().unwrap();
@@ -236,10 +240,14 @@ mod tests {
         let address = socket.local_addr().unwrap();
         let refused = TcpStream::connect(address).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+        let in_use = |address| {
+            let why = tcp("test", address).unwrap_err().to_string();
+            assert!(why.starts_with("test: Address already in use"), "{why}");
+        };
+        in_use(address);
         let _listening = Socket::Tcp(socket).listen().unwrap();
         TcpStream::connect(address).unwrap();
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-        let why = tcp("test", taken.local_addr().unwrap()).unwrap_err().to_string();
-        assert!(why.starts_with("test: Address already in use"), "{why}");
+        in_use(taken.local_addr().unwrap());
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::hash::RandomState;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -209,6 +209,8 @@ pub(crate) struct App {
     pub(crate) outbox: Arc<Outbox<(usize, Event)>>,
     pub(crate) grammars: Grammars,
     pub(crate) encoding: Turns,
+    /// Samples that the engine has been handed and not taken in.
+    pub(crate) handed: Arc<AtomicUsize>,
     /// Turns cache salts into numbers, by keys that nobody knows.
     pub(crate) salts: RandomState,
     started_s: u64,
@@ -241,6 +243,7 @@ impl App {
             outbox: Outbox::open(&service),
             grammars: Grammars::default(),
             encoding: Turns::of_processors(),
+            handed: Arc::default(),
             salts: RandomState::new(),
             started_s: now_s(),
             ids: AtomicU64::new(0),

@@ -5,6 +5,7 @@
 //! what the engine has not taken in yet: that is how a client that has gone away gives its blocks back.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::http::StatusCode;
@@ -44,6 +45,25 @@ pub(crate) struct Generation {
 /// Comes when the engine has taken requests in, or not.
 type Taken = oneshot::Receiver<engine::Result<Vec<RequestId>>>;
 
+/// A share of [`App::handed`], given back when dropped.
+struct Handed {
+    all: Arc<AtomicUsize>,
+    samples: usize,
+}
+
+impl Handed {
+    fn new(all: &Arc<AtomicUsize>, samples: usize) -> Self {
+        all.fetch_add(samples, Ordering::Relaxed);
+        Self { all: Arc::clone(all), samples }
+    }
+}
+
+impl Drop for Handed {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.samples, Ordering::Relaxed);
+    }
+}
+
 impl Generation {
     /// Hands `requests`, each of `samples` samples, to the engine, and waits for nobody: it
     /// [takes them in](Self::taken_in) when it is there.
@@ -74,10 +94,12 @@ impl Generation {
             (request, Box::new(sink) as Sink)
         };
         let requests = requests.into_iter().enumerate().map(with_sink).collect();
-        app.service.submit_all_then(
-            requests,
-            Box::new(|taken| tell.send(taken).map_or(Sent::Gone, |()| Sent::Ok)),
-        );
+        let handed = Handed::new(&app.handed, choices);
+        let told = move |taken| {
+            drop(handed);
+            tell.send(taken).map_or(Sent::Gone, |()| Sent::Ok)
+        };
+        app.service.submit_all_then(requests, Box::new(told));
         generation
     }
 

@@ -1,6 +1,7 @@
 //! A request that has been read, checked and handed to the engine, which takes it in when it is there.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::http::StatusCode;
@@ -264,6 +265,11 @@ impl Submitted {
 fn check_queue(app: &App) -> Result<(), ApiError> {
     let Some(limit) = app.config.max_queued_requests else { return Ok(()) };
     let Status { waiting, running, pause, phase, .. } = app.service.status();
+    // An engine that is away does not say what has come since.
+    let waiting = match phase {
+        Phase::Serving => waiting,
+        Phase::Away => waiting.saturating_add(app.handed.load(Ordering::Relaxed)),
+    };
     let steps = phase == Phase::Serving && pause.is_none();
     let runs_at_once = steps && waiting == 0 && running < app.service.config().max_num_seqs;
     if runs_at_once || waiting < limit { Ok(()) } else { Err(ApiError::queue_full(waiting, limit)) }

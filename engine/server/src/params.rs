@@ -370,6 +370,7 @@ mod tests {
             "messages[0] has a part that is not text, which this server does not offer"
         );
     }
+
     #[test]
     fn developers_are_systems_where_the_template_does_not_know_them() {
         let list = serde_json::json!([{"role": "developer", "content": "x"}]);

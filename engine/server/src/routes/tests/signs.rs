@@ -416,6 +416,35 @@ async fn the_time_of_a_request_is_over_also_while_the_engine_is_away() {
     assert_eq!((status.as_u16(), &answer["error"]["code"]), (503, &json!("engine_dead")));
 }
 
+#[tokio::test]
+async fn what_an_engine_that_is_away_has_not_taken_in_waits_too() {
+    let mut engine = engine();
+    let (server, mut guests) = away(&engine, |config| config.max_queued_requests = Some(3));
+    let two = greedy(json!({"prompt": "a", "n": 2, "max_tokens": 2}));
+    let mut first = Box::pin(server.post(TEXT, &two));
+    let soon = Duration::from_millis(20);
+    assert!(timeout(soon, &mut first).await.is_err());
+    // Those that still find room wait, too, also when nobody waits for them any more.
+    let full = async {
+        loop {
+            match timeout(soon, server.post(TEXT, &two)).await {
+                Err(_waits) => {}
+                Ok(answer) => return answer,
+            }
+        }
+    };
+    let (status, answer) = timeout(Duration::from_secs(20), full).await.expect("it is full");
+    assert_eq!((status.as_u16(), &answer["error"]["type"]), (429, &json!("rate_limit_error")));
+    let run = async {
+        loop {
+            guests.step(&mut engine).unwrap();
+            tokio::task::yield_now().await;
+        }
+    };
+    let (status, _) = tokio::select! { () = run => unreachable!(), answer = first => answer };
+    assert_eq!(status.as_u16(), 200);
+}
+
 #[test]
 fn requests_that_wait_for_an_engine_that_is_away_take_no_thread_from_others() {
     let mut threads = tokio::runtime::Builder::new_current_thread();
