@@ -10,15 +10,20 @@ use std::path::Path;
 /// Memory that can be taken without swapping and within the limits of a container; `None` where the system does
 /// not say.
 pub fn available_memory_bytes() -> Option<u64> {
-    let machine = bytes_of("MemAvailable:", &fs::read_to_string("/proc/meminfo").ok()?);
-    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    machine.into_iter().chain(room_of_groups(&own, Path::new("/sys/fs/cgroup"))).min()
+    within_groups(bytes_of("MemAvailable:", &fs::read_to_string("/proc/meminfo").ok()?))
 }
 
-/// Memory on disk that can be taken beyond that, where the system says so.
-pub(crate) fn swap_bytes() -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    bytes_of("SwapFree:", &text).unwrap_or(0)
+/// The same with what the machine can swap out; a container's limit is one of memory.
+pub(crate) fn memory_and_swap_bytes() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let swap = bytes_of("SwapFree:", &text).unwrap_or(0);
+    within_groups(bytes_of("MemAvailable:", &text).map(|memory| memory.saturating_add(swap)))
+}
+
+/// What the groups of this process leave of the machine's memory.
+fn within_groups(machine: Option<u64>) -> Option<u64> {
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    machine.into_iter().chain(room_of_groups(&own, Path::new("/sys/fs/cgroup"))).min()
 }
 
 /// What the line of a file in `/proc` that begins with `key` says.
@@ -28,20 +33,21 @@ fn bytes_of(key: &str, text: &str) -> Option<u64> {
     Some(kib << 10)
 }
 
-/// The names of a group's files: its limit, what it has, and in `memory.stat` what of that is only a cache of files.
+/// The names of a group's files: its limit, what it has, and in `memory.stat` the parts of that which are only a
+/// cache of files.
 struct Names {
     limit: &'static str,
     usage: &'static str,
-    cache: &'static str,
+    cache: [&'static str; 2],
 }
 
 const VERSION_1: Names = Names {
     limit: "memory.limit_in_bytes",
     usage: "memory.usage_in_bytes",
-    cache: "total_inactive_file",
+    cache: ["total_inactive_file", "total_active_file"],
 };
 const VERSION_2: Names =
-    Names { limit: "memory.max", usage: "memory.current", cache: "inactive_file" };
+    Names { limit: "memory.max", usage: "memory.current", cache: ["inactive_file", "active_file"] };
 
 /// The least that is left in the groups of a process and around them: `own` is its `/proc/self/cgroup`, `root`
 /// where groups are mounted. `None` where nothing is limited.
@@ -68,8 +74,11 @@ fn room_of(group: &Path, names: &Names) -> Option<u64> {
     let limit: u64 = read(names.limit)?.trim().parse().ok()?;
     let usage: u64 = read(names.usage)?.trim().parse().ok()?;
     let stat = read("memory.stat").unwrap_or_default();
-    let cache = stat.lines().find_map(|line| line.strip_prefix(names.cache)?.trim().parse().ok());
-    Some(limit.saturating_sub(usage.saturating_sub(cache.unwrap_or(0))))
+    let part = |name: &&str| -> Option<u64> {
+        stat.lines().find_map(|line| line.strip_prefix(*name)?.trim().parse().ok())
+    };
+    let cache: u64 = names.cache.iter().filter_map(part).sum();
+    Some(limit.saturating_sub(usage.saturating_sub(cache)))
 }
 
 /// Memory of a process that is in RAM.
@@ -124,7 +133,7 @@ mod tests {
         assert_eq!(room_of_groups(own, &root), None, "nothing is limited");
         write("pod/memory.max", "5000\n");
         write("pod/memory.current", "3000\n");
-        write("pod/memory.stat", "anon 100\ninactive_file 1500\nactive_file 9\n");
+        write("pod/memory.stat", "anon 100\ninactive_file 1400\nactive_file 100\n");
         assert_eq!(room_of_groups(own, &root), Some(5000 - 3000 + 1500));
         write("pod/container/memory.max", "1000\n");
         assert_eq!(room_of_groups(own, &root), Some(300));

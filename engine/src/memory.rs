@@ -6,7 +6,7 @@ use std::fmt;
 
 use kernels::KvCache;
 
-use crate::available::{available_memory_bytes, swap_bytes};
+use crate::available::{available_memory_bytes, memory_and_swap_bytes};
 use crate::config::{EngineConfig, Quantization};
 use crate::decoder::{Keep, Tape, Weights};
 use crate::error::{Error, Result};
@@ -16,7 +16,7 @@ use crate::model::{ModelConfig, ModelSource};
 pub const LOGIT_ROWS: usize = 64;
 /// Rows of logits of which changed copies are held at once.
 pub(crate) const CHANGED_ROWS: usize = 16;
-/// Share of the memory left after weights that a planned KV cache may take.
+/// Share of the memory left after all else that a planned KV cache may take.
 const KV_SHARE: f64 = 0.5;
 /// Longest context taken from a model when nothing is asked for: more costs memory few need.
 const DEFAULT_MAX_MODEL_LEN: usize = 8192;
@@ -95,9 +95,13 @@ impl MemoryPlan {
         let sequence_bytes =
             (wanted_len.div_ceil(config.block_size) as u64).saturating_mul(block_bytes);
         let useful = (config.max_num_seqs as u64).saturating_mul(sequence_bytes);
+        let rows = config.max_num_batched_tokens;
+        let activation_bytes = Tape::bytes(model, config.resolved_dtype(), Keep::OneLayer, rows);
+        let logits_bytes = 4 * (logit_rows(config) * model.vocab_size) as u64;
         let kv_budget = config.kv_cache_memory_bytes.unwrap_or_else(|| {
             let free = available_memory_bytes().unwrap_or(4 << 30);
-            let rest = free.saturating_sub(weights_bytes) as f64 * KV_SHARE;
+            let others = weights_bytes.saturating_add(activation_bytes + logits_bytes);
+            let rest = free.saturating_sub(others) as f64 * KV_SHARE;
             (rest as u64).min(useful).max(sequence_bytes)
         });
         let kv_blocks = usize::try_from(kv_budget / block_bytes).unwrap_or(usize::MAX);
@@ -116,14 +120,13 @@ impl MemoryPlan {
                 "kv cache has {kv_budget} bytes, limit is at least {block_bytes} for one block"
             )));
         }
-        let rows = config.max_num_batched_tokens;
         Ok(Self {
             weights_bytes,
             kv_bytes: kv_blocks as u64 * block_bytes,
             kv_blocks,
             block_size: config.block_size,
-            activation_bytes: Tape::bytes(model, config.resolved_dtype(), Keep::OneLayer, rows),
-            logits_bytes: 4 * (logit_rows(config) * model.vocab_size) as u64,
+            activation_bytes,
+            logits_bytes,
             max_model_len,
         })
     }
@@ -133,8 +136,7 @@ impl MemoryPlan {
     /// # Errors
     /// `ErrorKind::Config` when it does not, with all its parts.
     pub fn check_free(&self) -> Result<()> {
-        let free = available_memory_bytes().map(|free| free.saturating_add(swap_bytes()));
-        if let Some(free) = free.filter(|free| *free < self.total_bytes()) {
+        if let Some(free) = memory_and_swap_bytes().filter(|free| *free < self.total_bytes()) {
             return Err(Error::config(format!(
                 "weights take {} bytes, keys and values {} for sequences of up to {} tokens, activations {}, logits \
                  {}: {} in all, free are {free}; a shorter max_model_len, fewer max_num_batched_tokens or less \

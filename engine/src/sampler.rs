@@ -12,7 +12,7 @@ use crate::request::SamplingParams;
 
 /// How far below the largest, times the inverse temperature, logits are looked at first: e^-16 of its
 /// probability. Where a cut keeps more than these, all are looked at.
-const NEAR: f32 = 16.0;
+const NEAR: f32 = 8.0;
 
 /// What changes the logits of a row.
 pub(crate) struct RowContext<'a> {
@@ -165,7 +165,7 @@ fn keep_top_p(
 ) -> bool {
     let mut sorted = 0;
     let mut reached = 0.0;
-    let mut step = 256;
+    let mut step = 2048;
     while sorted < candidates.len() {
         let rest = &mut candidates[sorted..];
         let step_now = step.min(rest.len());

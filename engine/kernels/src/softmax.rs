@@ -253,9 +253,7 @@ impl Kernels {
             *out = total.stats(z);
         }
     }
-}
 
-impl Kernels {
     /// The totals of logits whose sums are these, of all tokens, whatever the masks.
     ///
     /// # Panics
