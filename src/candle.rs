@@ -51,10 +51,11 @@ impl Opened {
         let engine = CandleEngine::load(&source, &device, config)?;
         terminal.info(&format!("{} on {name}, {:?}", source.name(), engine.model().dtype()));
         let form = format!("candle {:?}", engine.model().dtype());
+        let eos = end_tokens(&source, tokenizer.as_ref());
         Ok(Self {
-            fingerprint: fingerprint::model(&source, &form)?,
+            fingerprint: fingerprint::model(&source, &eos, &form)?,
             engine,
-            eos: end_tokens(&source, tokenizer.as_ref()),
+            eos,
             tokenizer: tokenizer.map(Arc::new),
             chat_template: chat_template.map(Arc::new),
             generation: source.generation().clone(),

@@ -9,12 +9,12 @@ use serde_json::json;
 
 use crate::exit::{Failure, Result};
 
-/// The number of a model whose numbers are in the format `form`: of its ends of text, its rotations, and the
-/// names and first rows of its weights, of which training changes nearly all.
-pub(crate) fn model(source: &ModelSource, form: &str) -> Result<u64> {
+/// The number of a model whose texts end with `eos` and whose numbers are in the format `form`: of these, its
+/// rotations, and the names and first rows of its weights, of which training changes nearly all.
+pub(crate) fn model(source: &ModelSource, eos: &[u32], form: &str) -> Result<u64> {
     let mut key = text(form);
     let mut add = |word: u64| key = random::hash(&[key, word]);
-    source.eos().iter().for_each(|id| add(u64::from(*id)));
+    eos.iter().for_each(|id| add(u64::from(*id)));
     source.config().inv_freq().iter().for_each(|f| add(u64::from(f.to_bits())));
     for weight in source.config().tensors() {
         add(text(&weight.name));
@@ -81,9 +81,10 @@ mod tests {
     #[test]
     fn what_changes_a_sample_changes_its_number() {
         let source = engine::model::open_builtin(engine::model::hub::Builtin::Arith).unwrap();
-        let bf16 = model(&source, "bf16").unwrap();
-        assert_eq!(model(&source, "bf16").unwrap(), bf16);
-        assert_ne!(model(&source, "f32").unwrap(), bf16);
+        let bf16 = model(&source, &[256], "bf16").unwrap();
+        assert_eq!(model(&source, &[256], "bf16").unwrap(), bf16);
+        assert_ne!(model(&source, &[256], "f32").unwrap(), bf16);
+        assert_ne!(model(&source, &[256, 257], "bf16").unwrap(), bf16);
         let drawn = SamplingParams { seed: Some(1), ..SamplingParams::default() };
         let first = sample(bf16, &drawn, None);
         assert_eq!(sample(bf16, &SamplingParams { n: 4, ..drawn.clone() }, None), first);

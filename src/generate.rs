@@ -38,7 +38,7 @@ pub(crate) fn run(args: &GenerateArgs, terminal: &Terminal) -> Result<()> {
     let mut engine = model::load_source(&source, &config, terminal)?;
     let quantised = engine.decoder().weights.quantised();
     let form = format!("{} {quantised} {:?}", engine.dtype().name(), config.kv_dtype);
-    let model = fingerprint::model(&source, &form)?;
+    let model = fingerprint::model(&source, engine.eos(), &form)?;
     let jobs = Reader::of(&engine, model).read(&input, args, terminal)?;
     let (done, output) = results(args, &jobs, terminal)?;
     let window = config.max_num_seqs.saturating_mul(2);

@@ -10,10 +10,10 @@
 //!
 //! Order of a save: files into the temporary folder; the manifest (as `sha256sum` writes it) last;
 //! fsync of every file and folder, and of the run's metrics up to here; rename; fsync of the parent;
-//! `latest` written aside, fsynced, renamed; only then older checkpoints are removed. A crash or a full disk at any point leaves the
-//! previous checkpoint as it was. Reading verifies the manifest and walks back to the newest
-//! checkpoint that is whole, which after a crash may be a later one than `latest` names. Leaves out what
-//! the files hold, but for [`TrainState`].
+//! `latest` written aside, fsynced, renamed; only then older checkpoints are removed. A crash or a full
+//! disk at any point leaves the previous checkpoint as it was. Reading verifies the manifest and walks
+//! back to the newest checkpoint that is whole, which after a crash may be a later one than `latest`
+//! names. Leaves out what the files hold, but for [`TrainState`].
 
 mod manifest;
 mod restart;

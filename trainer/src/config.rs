@@ -164,8 +164,8 @@ pub struct RewardConfig {
     pub workers: usize,
 }
 
-/// What happens when a reward function fails. Whatever it is, a program or a server that fails on all responses of a
-/// rollout ends the run, which goes on from there when it is started again.
+/// What happens when a reward function fails. Whatever it is, a program or a server that fails on all of several
+/// responses of a rollout ends the run, which goes on from there when it is started again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnError {

@@ -161,8 +161,7 @@ impl Earlier {
     /// `ErrorKind::Config`, naming both.
     pub(crate) fn check_model(&self, now: &str) -> Result<()> {
         let Some(then) = self.value("model", "path").and_then(Value::as_str) else { return Ok(()) };
-        let place = |path: &str| Path::new(path).canonicalize().ok();
-        if then == now || place(then).is_some_and(|then| place(now) == Some(then)) {
+        if same_place(then, now) {
             return Ok(());
         }
         Err(Error::config(format!(
@@ -272,6 +271,12 @@ impl Earlier {
 /// The sections of a run as TOML has them.
 fn table(config: &impl Serialize) -> Table {
     Table::try_from(config).expect("the sections hold only what TOML can say")
+}
+
+/// Whether two paths are equal, or of one file or folder.
+pub(crate) fn same_place(a: &str, b: &str) -> bool {
+    let place = |path: &str| Path::new(path).canonicalize().ok();
+    a == b || place(a).is_some_and(|a| place(b) == Some(a))
 }
 
 /// Collects the dotted keys that `then` and `now` both have, with the values in which they differ; `prefix` is

@@ -24,7 +24,7 @@ use crate::metrics::{Metrics, MetricsWriter, name};
 use crate::optimizer::global_norm;
 use crate::packing::pack;
 use crate::random::{Purpose, Stream};
-use crate::resume::{Earlier, Identity, Learning};
+use crate::resume::{Earlier, Identity, Learning, same_place};
 use crate::rollout::{self, RolloutSettings};
 use crate::run::{Progress, Resume, due, make_way, over};
 use crate::save::{ModelFiles, save_model, save_optimizer, tensors};
@@ -159,7 +159,7 @@ pub fn run_sft<E: From<Error>>(
 /// Fails unless a run that begins with random weights has the shape of the one that it goes on with.
 fn check_shape(from: &Earlier, now: &str) -> Result<()> {
     let then = from.value("model", "config_json").and_then(toml::Value::as_str).unwrap_or(now);
-    if then == now {
+    if same_place(then, now) {
         return Ok(());
     }
     Err(Error::config(format!(

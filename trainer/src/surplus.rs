@@ -20,7 +20,7 @@ const SURPLUS: &str = "trainer/surplus.jsonl";
 
 /// What decides what a group is, how it was judged and whether it carries signal: keys, or with a dot at the
 /// end all that begin so.
-const KEYS: [&str; 8] = [
+const KEYS: [&str; 9] = [
     "algorithm.adv_estimator",
     "algorithm.filter_groups_metric",
     "algorithm.overlong_buffer.",
@@ -28,6 +28,7 @@ const KEYS: [&str; 8] = [
     "data.prompt_template",
     "reward.error_value",
     "reward.function",
+    "reward.on_error",
     "rollout.",
 ];
 

@@ -158,8 +158,9 @@ impl Trainer {
     ///
     /// # Errors
     /// When a prompt is too long, a reward is not finite, a program or a server gives no reward at all, no group
-    /// carries signal, a reference policy is missing, or numbers are not finite; the weights are then those of the last finished update. Where that
-    /// is the last one of the step before, all else is as it was then too.
+    /// carries signal, a reference policy is missing, or numbers are not finite; the weights are then those
+    /// of the last finished update. Where that is the last one of the step before, all else is as it was
+    /// then too.
     pub fn step(&mut self) -> Result<(Metrics, Vec<Sample>)> {
         let start = Instant::now();
         let mut metrics = Metrics::new();

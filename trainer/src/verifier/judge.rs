@@ -222,7 +222,7 @@ impl Judge {
     /// Why the first of `verdicts`, those of a rollout, that failed did so; `None` if none has.
     ///
     /// # Errors
-    /// `ErrorKind::Reward` if a program or a server gave none of them: it is out of order, whatever a single
+    /// `ErrorKind::Reward` if a program or a server gave none of several: it is out of order, whatever a single
     /// failure does.
     pub(crate) fn first_failure<'v>(
         &self,
@@ -232,7 +232,7 @@ impl Judge {
         let Some(reason) = verdicts.clone().find_map(Verdict::failure) else { return Ok(None) };
         let all = verdicts.clone().count();
         let failed = verdicts.filter(|verdict| verdict.failure().is_some()).count();
-        match self.pool.is_some() && failed == all {
+        match self.pool.is_some() && failed == all && all > 1 {
             true => Err(Error::reward(format!(
                 "{function}: all {all} rewards of a rollout failed; the first: {reason}"
             ))),
