@@ -4,8 +4,7 @@
 //! Made of what the caller chooses, so that a run goes on elsewhere: not of the model's path, the kernels,
 //! the threads or the memory at hand. Tells models apart, does not protect from forged ones.
 
-use engine::{EosRule, ModelSource, SamplingParams, StopText, random};
-use serde_json::json;
+use engine::{ModelSource, SamplingParams, random};
 
 use crate::exit::{Failure, Result};
 
@@ -29,45 +28,10 @@ pub(crate) fn model(source: &ModelSource, eos: &[u32], form: &str) -> Result<u64
 /// What stands beside a sample: the number of `model`, the sampling parameters and the longest sequence that
 /// was asked for. How many samples there are says nothing of each, nor the seed where nothing is drawn.
 pub(crate) fn sample(model: u64, params: &SamplingParams, max_model_len: Option<u64>) -> String {
-    let SamplingParams {
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        presence_penalty,
-        frequency_penalty,
-        repetition_penalty,
-        logit_bias,
-        stop,
-        stop_text,
-        stop_token_ids,
-        eos,
-        max_tokens,
-        min_tokens,
-        seed,
-        n: _,
-        logprobs,
-    } = params;
-    let all = json!([
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        presence_penalty,
-        frequency_penalty,
-        repetition_penalty,
-        logit_bias,
-        stop,
-        *stop_text == StopText::Include,
-        stop_token_ids,
-        *eos == EosRule::Ignore,
-        max_tokens,
-        min_tokens,
-        seed.filter(|_| *temperature > 0.0),
-        logprobs,
-        max_model_len,
-    ]);
-    format!("{:016x}", random::hash(&[model, text(&all.to_string())]))
+    let seed = params.seed.filter(|_| params.temperature > 0.0);
+    let all = SamplingParams { n: 1, seed, ..params.clone() };
+    // Every field by its name, whatever fields there are.
+    format!("{:016x}", random::hash(&[model, text(&format!("{all:?} {max_model_len:?}"))]))
 }
 
 fn text(text: &str) -> u64 {

@@ -10,7 +10,7 @@ use kernels::SoftmaxTotal;
 
 use crate::request::SamplingParams;
 
-/// How far below the largest, times the inverse temperature, logits are looked at first: e^-16 of its
+/// How far below the largest, times the inverse temperature, logits are looked at first: e^-8 of its
 /// probability. Where a cut keeps more than these, all are looked at.
 const NEAR: f32 = 8.0;
 
@@ -99,7 +99,7 @@ fn cut(
     params: &SamplingParams,
 ) -> Vec<(u32, f32)> {
     let (near, lowest) = match params.min_p > 0.0 {
-        true => (total.max + params.min_p.ln(), total.max + params.min_p.ln()),
+        true => [total.max + params.min_p.ln(); 2].into(),
         false => (total.max - NEAR, f32::MIN),
     };
     let mut candidates = above(logits, inv_temperature, near);

@@ -89,31 +89,38 @@ pub(crate) struct Earlier {
 }
 
 impl Earlier {
-    /// The checkpoint to go on from; `None`: the run begins anew.
+    /// The checkpoint that a run of `model.path` `model` goes on from; `None`: it begins anew.
     ///
     /// # Errors
-    /// When the checkpoint asked for is not whole, cannot be read, or is of another kind of learning.
+    /// When the checkpoint asked for is not whole, cannot be read, or is of another kind of learning or another
+    /// model; where the run begins anew, when the model lies among what makes way for it.
     pub(crate) fn find(
         resume: &Resume,
         store: &CheckpointStore,
-        learning: Learning,
+        (learning, model): (Learning, &str),
         tell: &mut dyn FnMut(Progress),
     ) -> Result<Option<Self>> {
-        match resume {
-            Resume::Never => Ok(None),
+        let found = match resume {
+            Resume::Never => None,
             Resume::From(path) => {
                 verify(path)?;
-                Self::read(path.clone(), learning).map(Some)
+                Some(path.clone())
             }
             Resume::Auto => {
                 let found = store.find_latest()?;
                 found.skipped.into_iter().for_each(|line| tell(Progress::Note(line)));
-                let Some(Checkpoint { path, step }) = found.checkpoint else { return Ok(None) };
-                let place = path.display();
-                tell(Progress::Note(format!("going on after step {step}, from {place}")));
-                Self::read(path, learning).map(Some)
+                let going_on = |Checkpoint { path, step }| {
+                    let place = path.display();
+                    tell(Progress::Note(format!("going on after step {step}, from {place}")));
+                    path
+                };
+                found.checkpoint.map(going_on)
             }
-        }
+        };
+        let Some(path) = found else { return store.check_start(model).map(|()| None) };
+        let earlier = Self::read(path, learning)?;
+        earlier.check_model(model)?;
+        Ok(Some(earlier))
     }
 
     fn read(path: PathBuf, learning: Learning) -> Result<Self> {
@@ -159,7 +166,7 @@ impl Earlier {
     ///
     /// # Errors
     /// `ErrorKind::Config`, naming both.
-    pub(crate) fn check_model(&self, now: &str) -> Result<()> {
+    fn check_model(&self, now: &str) -> Result<()> {
         let Some(then) = self.value("model", "path").and_then(Value::as_str) else { return Ok(()) };
         if same_place(then, now) {
             return Ok(());

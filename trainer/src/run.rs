@@ -20,7 +20,7 @@ use crate::parts::Parts;
 use crate::report::write_report;
 use crate::resume::{Earlier, Learning};
 use crate::samples::write_samples;
-use crate::save::{ModelFiles, save_model, save_optimizer};
+use crate::save::{ModelFiles, save_learnt};
 use crate::source::{train_rows, val_rows};
 use crate::surplus;
 use crate::trackers::Trackers;
@@ -116,16 +116,9 @@ pub fn run_rl_serving(
     let lock = RunLock::take(&output)?;
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
     config.warnings().into_iter().for_each(|warning| tell(Progress::Note(warning)));
-    let from = Earlier::find(resume, &store, Learning::Rewards, tell)?;
+    let from = Earlier::find(resume, &store, (Learning::Rewards, &config.model.path), tell)?;
     let checkpoint = from.as_ref().map(|from| &*from.path);
-    let mut dtype = None;
-    match &from {
-        Some(from) => {
-            from.check_model(&config.model.path)?;
-            dtype = from.dtype()?;
-        }
-        None => store.check_start(&config.model.path)?,
-    }
+    let dtype = from.as_ref().map_or(Ok(None), Earlier::dtype)?;
     parts.rows = Some(parts.rows.map_or_else(|| train_rows(&config.data), Ok)?);
     let mut val = parts.validation.take().map_or_else(|| val_rows(&config.data), Ok)?;
     let reference = match config.algorithm.needs_reference() {
@@ -377,11 +370,7 @@ impl Run {
     fn save(&mut self, metrics: Option<&mut Metrics>) -> Result<PathBuf> {
         let begin = Instant::now();
         let writer = self.store.begin(self.trainer.steps())?;
-        let optimizer = &self.trainer.state.optimizer;
-        let specs = optimizer.specs();
-        save_model(&self.files, writer.path(), specs, optimizer.masters())
-            .and_then(|()| save_optimizer(writer.path(), optimizer))
-            .map_err(|e| writer.named(e))?;
+        save_learnt(&self.files, &writer, &self.trainer.state.optimizer)?;
         surplus::save(&writer, &self.trainer.surplus)?;
         writer.state(&self.trainer.train_state(), &self.trainer.config.to_toml())?;
         if let Some(metrics) = metrics {

@@ -11,6 +11,7 @@ use engine::model::{ParamShape, ParamSpec, TensorSpec};
 use engine::{Dtype, Engine};
 use serde_json::json;
 
+use crate::checkpoint::CheckpointWriter;
 use crate::error::{Error, Result};
 use crate::optimizer::Optimizer;
 
@@ -71,11 +72,25 @@ pub fn save_model(
     writer.finish().map_err(Error::engine)
 }
 
+/// Writes the model and the optimizer of a run into its checkpoint.
+///
+/// # Errors
+/// When a file cannot be written; named by the place it was to have.
+pub(crate) fn save_learnt(
+    files: &ModelFiles,
+    writer: &CheckpointWriter<'_>,
+    optimizer: &Optimizer,
+) -> Result<()> {
+    save_model(files, writer.path(), optimizer.specs(), optimizer.masters())
+        .and_then(|()| save_optimizer(writer.path(), optimizer))
+        .map_err(|e| writer.named(e))
+}
+
 /// Writes masters and moments.
 ///
 /// # Errors
 /// When the file cannot be written.
-pub(crate) fn save_optimizer(dir: &Path, optimizer: &Optimizer) -> Result<()> {
+fn save_optimizer(dir: &Path, optimizer: &Optimizer) -> Result<()> {
     let path = dir.join(OPTIMIZER);
     let folder = path.parent().expect("the file is in a folder");
     std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;

@@ -27,7 +27,7 @@ use crate::random::{Purpose, Stream};
 use crate::resume::{Earlier, Identity, Learning, same_place};
 use crate::rollout::{self, RolloutSettings};
 use crate::run::{Progress, Resume, due, make_way, over};
-use crate::save::{ModelFiles, save_model, save_optimizer, tensors};
+use crate::save::{ModelFiles, save_learnt, tensors};
 use crate::tasks::{Arith, Split};
 use crate::update::UpdateState;
 use crate::validation::Validation;
@@ -114,17 +114,12 @@ pub fn run_sft<E: From<Error>>(
     let output = PathBuf::from(&config.trainer.output);
     let _lock = RunLock::take(&output)?;
     let store = CheckpointStore::open(&output, config.trainer.keep_checkpoints)?;
-    let from = Earlier::find(resume, &store, Learning::Completions, tell)?;
+    let from = Earlier::find(resume, &store, (Learning::Completions, &config.model.path), tell)?;
     let checkpoint = from.as_ref().map(|from| &*from.path);
-    let mut dtype = None;
-    match &from {
-        Some(from) => {
-            from.check_model(&config.model.path)?;
-            check_shape(from, &config.model.config_json)?;
-            dtype = from.dtype()?;
-        }
-        None => store.check_start(&config.model.path)?,
+    if let Some(from) = &from {
+        check_shape(from, &config.model.config_json)?;
     }
+    let dtype = from.as_ref().map_or(Ok(None), Earlier::dtype)?;
     let engine = open(checkpoint, dtype)?;
     let mut config = config.clone();
     if let Some(from) = &from {
@@ -210,10 +205,7 @@ impl Run<'_> {
     fn save(&self) -> Result<PathBuf> {
         let Sft { state, config, steps, .. } = &self.sft;
         let writer = self.store.begin(*steps)?;
-        let optimizer = &state.optimizer;
-        save_model(&self.files, writer.path(), optimizer.specs(), optimizer.masters())
-            .and_then(|()| save_optimizer(writer.path(), optimizer))
-            .map_err(|e| writer.named(e))?;
+        save_learnt(&self.files, &writer, &state.optimizer)?;
         writer.state(&self.sft.train_state(), &config.to_toml())?;
         let Checkpoint { path, .. } = writer.publish()?;
         Ok(path)
